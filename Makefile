@@ -1,0 +1,51 @@
+# `make demo` and `make test` need Python 3.11 or newer and make; everything else is fetched into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+.PHONY: demo test lint format types clean help
+
+help:
+	@echo "make demo    features of a photograph, in an environment made for it"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff: style and format"
+	@echo "make types   mypy, on the package as it is installed"
+	@echo "make format  let ruff fix what it can"
+	@echo "make clean   remove the environment and everything made"
+
+# One environment, filled by stages; a stamp file marks each.
+$(VENV)/demo.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/demo.stamp
+	mkdir -p demo
+	$(BIN)/python -c "from skimage import data, io; io.imsave('demo/astronaut.png', data.astronaut())"
+	$(BIN)/effformer run demo/astronaut.png
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# mypy does not follow an editable install: check a copy laid out as users get it.
+types: $(VENV)/dev.stamp
+	rm -rf build/types
+	$(PIP) --no-deps --no-build-isolation --target build/types .
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p effformer
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info

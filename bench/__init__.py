@@ -1,0 +1,1 @@
+"""Timing and benchmarks, imported as `effformer.bench`."""

@@ -1,0 +1,21 @@
+"""EfficientFormer (arXiv 2206.01191): a vision backbone that is to be fast on NVIDIA GPUs."""
+
+from . import ops
+from .backbone import build_backbone
+from .config import EfficientFormerConfig
+from .factory import create_model, list_models
+from .model import EfficientFormer, set_backend
+from .version import __version__
+from .weights import load_checkpoint
+
+__all__ = [
+    "__version__",
+    "EfficientFormer",
+    "EfficientFormerConfig",
+    "build_backbone",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "ops",
+    "set_backend",
+]

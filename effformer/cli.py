@@ -1,0 +1,303 @@
+"""The command `effformer`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+
+from . import hub
+from .config import PRESETS
+from .dialects import TARGETS, CheckpointError, convert_state_dict, normalise
+from .factory import create_model
+from .model import EfficientFormer
+from .ops import BACKENDS, UnsupportedError
+from .summary import describe_backend, devices, summarise, versions
+from .version import __version__
+from .weights import load_checkpoint, read_state_dict, settings_for
+
+if TYPE_CHECKING:
+    from .extract import ImageFeatures
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 1 where something could not be read or done, 2 for a wrong call."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except (OSError, ImportError, ValueError, CheckpointError, UnsupportedError) as error:
+        print(f"effformer: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="effformer", description="EfficientFormer: features, facts, checkpoints.")
+    parser.add_argument("--version", action="version", version=f"effformer {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    formatter = argparse.RawDescriptionHelpFormatter
+
+    run = commands.add_parser(
+        "run",
+        help="features of images",
+        formatter_class=formatter,
+        description=(
+            "Run a network on images. For each, print the four feature maps, the pooled feature and (with trained\n"
+            "weights) the five likeliest classes, and write beside it\n"
+            "  IMAGE.features.safetensors   stage1..stage4 [C, h, w], pooled [C], logits (with trained weights)\n"
+            "  IMAGE.features.png           the input and the maps' three principal components as colours\n"
+            "An image that cannot be read is named, the rest goes on, and the exit status is 1."
+        ),
+        epilog="examples:\n  effformer run photo.jpg\n"
+        "  effformer run photos/ --checkpoint weights.pth --output features/",
+    )
+    run.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="image, or folder of images (recursive)")
+    run.add_argument("--model", choices=PRESETS, default="efficientformer_l1", help="default: %(default)s")
+    run.add_argument(
+        "--checkpoint",
+        default="auto",
+        metavar="WEIGHTS",
+        help="a file or folder (timm, original or NetsPresso), a hub id owner/name, 'pretrained' (timm's ImageNet "
+        "weights from the hub), 'none' (random weights, seed 0), or 'auto': pretrained if they can be had, else none, "
+        "and says so (the default)",
+    )
+    run.add_argument("--size", type=_size, metavar="HxW", help="input size, default: the checkpoint's, or 224x224")
+    run.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="default: %(default)s")
+    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    run.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: %(default)s")
+    run.add_argument("--backend", choices=BACKENDS, default="auto", help="of the fused operations, default: auto")
+    run.add_argument("--output", type=Path, metavar="FOLDER", help="write there instead of beside the images")
+    run.add_argument("--labels", type=Path, metavar="FILE", help="class names for the top 5, one a line")
+    run.set_defaults(command=_run)
+
+    info = commands.add_parser(
+        "info",
+        help="models, versions, devices, backend",
+        description="The models' parameters, multiply-accumulates and feature maps at an image size; versions; "
+        "devices, and the backend that each would take and why.",
+    )
+    info.add_argument("--size", type=_size, default=(224, 224), metavar="HxW", help="default: 224x224")
+    info.add_argument("--json", action="store_true", help="for programs")
+    info.set_defaults(command=_info)
+
+    convert = commands.add_parser(
+        "convert",
+        help="checkpoint formats",
+        formatter_class=formatter,
+        description="Convert a checkpoint of timm, the original repository (classification or dense) or NetsPresso\n"
+        "Trainer, told apart by their keys. The target is a safetensors or a torch file, by its suffix.",
+        epilog="example:\n  effformer convert efficientformer_l1_1000d.pth l1.safetensors --to timm",
+    )
+    convert.add_argument("source", metavar="SOURCE", help="file, folder, or hub id owner/name")
+    convert.add_argument("target", type=Path, metavar="TARGET", help="*.safetensors, *.pth or *.pt")
+    convert.add_argument("--to", choices=TARGETS, default="timm", help="naming; 'effformer' is timm's, and has room "
+                         "for the dense variants' feature norms; default: %(default)s")  # fmt: skip
+    convert.add_argument("--force", action="store_true", help="replace TARGET if it exists")
+    convert.set_defaults(command=_convert)
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return _positive(height), _positive(width or height)
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a whole number of 1 or more")
+    return int(text)
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        from tqdm import tqdm
+
+        from .extract import Extraction, default_workers
+        from .images import Preprocessing, find_images
+    except ImportError as error:
+        raise ImportError(f"{error}: install effformer[image] to run on images") from error
+    from .bench.timing import measure
+
+    paths = find_images(arguments.paths)
+    if not paths:
+        raise FileNotFoundError(f"no image below {', '.join(map(str, arguments.paths))}")
+    labels = None if arguments.labels is None else arguments.labels.read_text(encoding="utf-8").splitlines()
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        _refuse_collisions(paths)
+
+    device = _device(arguments.device)
+    network, hub_config, weights = _network(arguments.model, arguments.checkpoint, arguments.backend)
+    network = network.to(device, _DTYPES[arguments.dtype]).eval()
+    preprocessing = Preprocessing.from_config(hub_config)
+    if arguments.size is not None:
+        preprocessing = replace(preprocessing, size=arguments.size)
+    if labels is not None and len(labels) != network.num_classes:
+        raise ValueError(f"--labels: got {len(labels)} lines, allowed are the network's {network.num_classes} classes")
+    has_head = weights != "none" and network.num_classes > 0
+
+    print(f"model:    {arguments.model}, weights: {_describe_weights(weights, has_head)}")
+    print(f"backend:  {describe_backend(arguments.backend, device)}")
+    print(f"device:   {device} ({devices().get(str(device), device.type)}), {arguments.dtype}")
+    print("input:    {}x{}, {}, centre crop {}".format(*preprocessing.size, preprocessing.interpolation,
+                                                       preprocessing.crop_pct))  # fmt: skip
+    extraction = Extraction(
+        network,
+        paths,
+        preprocessing,
+        batch_size=min(arguments.batch_size, len(paths)),
+        workers=default_workers(len(paths)),
+        has_head=has_head,
+    )
+    metadata = {"model": arguments.model, "weights": weights, "effformer": __version__}
+    last: ImageFeatures | None = None
+    with tqdm(total=len(paths), unit="image", disable=len(paths) == 1) as bar:
+        for batch in extraction:
+            for features in batch:
+                written = features.save(arguments.output, preprocessing, metadata)
+                tqdm.write(_describe(features, labels, whole=len(paths) == 1))
+                if len(paths) == 1:
+                    tqdm.write("written:  " + ", ".join(map(str, written)))
+                last = features
+            bar.update(min(extraction.batch_size, len(paths) - bar.n))
+
+    if last is not None:
+        size = extraction.batch_size
+        timing = measure(extraction.forward_of(last.path), device)
+        print(
+            f"time:     {timing.p50 / size:.2f} ms an image (p20 {timing.p20 / size:.2f}, p80 {timing.p80 / size:.2f}; "
+            f"forward alone, batch {size}, {timing.repeats} repeats)"
+        )
+    for path, reason in extraction.failures.items():
+        print(f"effformer: cannot read {path}: {reason}", file=sys.stderr)
+    if extraction.failures:
+        print(f"effformer: {len(extraction.failures)} of {len(paths)} images could not be read", file=sys.stderr)
+    return 1 if extraction.failures else 0
+
+
+def _refuse_collisions(paths: Sequence[Path]) -> None:
+    names: dict[str, Path] = {}
+    for path in paths:
+        if (other := names.setdefault(path.name, path)) is not path:
+            raise ValueError(f"--output: {other} and {path} would be written to the same file")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in devices() and not (name == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"--device: got {name!r}, allowed are auto, {', '.join(devices())}")
+    return torch.device(name)
+
+
+def _network(name: str, checkpoint: str, backend: str) -> tuple[EfficientFormer, dict[str, Any], str]:
+    """(network, the checkpoint's config.json, what its weights are: "none" if random)."""
+    torch.manual_seed(0)
+    if checkpoint == "none":
+        return create_model(name, backend=backend), {}, "none"
+    source = hub.PRETRAINED[name] if checkpoint in ("auto", "pretrained") else checkpoint
+    try:
+        if checkpoint == "auto":
+            print(f"looking for {source} (--checkpoint none skips this) ...", flush=True)
+        path, hub_config = hub.locate(source), hub.read_config(source)
+    except (ImportError, OSError) as error:
+        if checkpoint != "auto":
+            raise
+        print(f"no trained weights: {str(error).splitlines()[0]}")
+        return create_model(name, backend=backend), {}, "none"
+    _, state = read_state_dict(path)
+    network = create_model(name, backend=backend, **settings_for(state))
+    load_checkpoint(network, state)
+    return network, hub_config, source
+
+
+def _describe_weights(weights: str, has_head: bool) -> str:
+    if weights == "none":
+        return "random (seed 0): the features mean nothing, and there is no top 5"
+    return weights if has_head else f"{weights} (without a classification head: there is no top 5)"
+
+
+def _describe(features: ImageFeatures, labels: Sequence[str] | None, *, whole: bool) -> str:
+    """One line for an image among many, or all that there is to say of a single one."""
+    likeliest = [] if features.logits is None else _top5(features.logits, labels)
+    norm = f"pooled norm {features.pooled.float().norm():.4g}"
+    if not whole:
+        return "  ".join([str(features.path), norm, *likeliest[:1]])
+    lines = [f"image:    {features.path}"]
+    for index, feature in enumerate(features.maps, 1):
+        shape, values = "x".join(map(str, feature.shape)), feature.float()
+        lines.append(f"stage {index}:  {shape:<12}mean {values.mean():+.4f}  std {values.std():.4f}")
+    lines.append(f"pooled:   {features.pooled.numel():<12}norm {features.pooled.float().norm():.4f}")
+    lines += [f"top {rank}:    {line}" for rank, line in enumerate(likeliest, 1)]
+    return "\n".join(lines)
+
+
+def _top5(logits: torch.Tensor, labels: Sequence[str] | None) -> list[str]:
+    probabilities, classes = logits.float().softmax(dim=0).topk(min(5, logits.numel()))
+    names = [f"class {index}" if labels is None else labels[index] for index in classes.tolist()]
+    return [f"{probability:6.2%}  {name}" for probability, name in zip(probabilities.tolist(), names, strict=True)]
+
+
+# --- info -------------------------------------------------------------------------------------------------------------
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    height, width = arguments.size
+    models = [summarise(name, height, width) for name in PRESETS]
+    backends = {name: describe_backend("auto", torch.device(name)) for name in devices()}
+    if arguments.json:
+        facts = {
+            "versions": versions(),
+            "devices": devices(),
+            "backends": backends,
+            "size": [height, width],
+            "models": [asdict(model) for model in models],
+        }
+        print(json.dumps(facts, indent=2))
+        return 0
+    print("  ".join(f"{name} {version}" for name, version in versions().items()))
+    for name, description in devices().items():
+        print(f"device {name}: {description}\n  backend: {backends[name]}")
+    print(f"\n{'model':<20}{'parameters':>12}{'MACs':>10}   feature maps of an image of {height}x{width}")
+    for model in models:
+        maps = "  ".join("x".join(map(str, shape)) for shape in model.features)
+        print(f"{model.name:<20}{model.parameters / 1e6:>10.2f} M{model.macs / 1e9:>8.2f} G   {maps}")
+    return 0
+
+
+# --- convert ----------------------------------------------------------------------------------------------------------
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    target: Path = arguments.target
+    if target.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(f"TARGET: got {target}, allowed are *.safetensors, *.pth and *.pt")
+    if target.exists() and not arguments.force:
+        raise FileExistsError(f"{target} exists: --force replaces it")
+    _, state = read_state_dict(hub.locate(arguments.source))
+    file = normalise(state)
+    converted = convert_state_dict(state, arguments.to)
+    if target.suffix == ".safetensors":
+        contiguous = {key: value.contiguous() for key, value in converted.items()}
+        safetensors.torch.save_file(contiguous, target, {"format": "pt"})
+    else:
+        torch.save(converted, target)
+    print(f"{arguments.source} ({file.format}) -> {target} ({arguments.to}): {len(converted)} tensors")
+    for key in file.ignored:
+        print(f"  left out: {key}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

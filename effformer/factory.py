@@ -1,0 +1,81 @@
+"""Networks by name."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import replace
+from typing import Any
+
+from . import hub
+from .config import CONFIG_FIELDS, PRESETS, preset, unknown_key
+from .model import EfficientFormer
+from .weights import load_checkpoint
+
+_ARGUMENTS = ("num_classes", "in_chans", "pretrained", "checkpoint", "reset_head", "backend")
+_CONSTRUCTOR_FIELDS = tuple(name for name in inspect.signature(EfficientFormer).parameters if name != "config")
+_log = logging.getLogger("effformer")
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` takes."""
+    return list(PRESETS)
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+    reset_head: bool = False,
+    backend: str = "auto",
+    **overrides: Any,
+) -> EfficientFormer:
+    """Create a published EfficientFormer, with random weights unless a checkpoint is asked for.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: outputs of both heads; 0 for none.
+        in_chans: channels of the images.
+        pretrained: load timm's ImageNet-1k weights of this model (needs the extra `hub`, and downloads).
+        checkpoint: a file, a folder or a hub id "owner/name" to load instead, see `hub.locate` and `load_checkpoint`.
+        reset_head: keep freshly initialised heads where the checkpoint has none that fit.
+        backend: "auto", "eager" or "triton", see `effformer.ops`.
+        **overrides: fields of `EfficientFormerConfig` and keywords of `EfficientFormer`.
+
+    Returns:
+        the network in training mode, as every new torch module is.
+
+    Raises:
+        TypeError: for an unknown keyword.
+        ValueError: for a wrong value, naming it.
+        CheckpointError: (a RuntimeError) where the checkpoint does not fit.
+        OSError, ImportError: where it cannot be had.
+    """
+    config = preset(name)
+    allowed = dict.fromkeys((*_ARGUMENTS, *CONFIG_FIELDS, *_CONSTRUCTOR_FIELDS))
+    for key in overrides:
+        if key not in allowed:
+            raise TypeError(f"create_model: {unknown_key(key, allowed)}")
+    if "proj_drop" in overrides and "proj_drop_rate" in overrides:
+        raise TypeError("create_model: proj_drop and proj_drop_rate are two names of one thing, allowed is one of them")
+    if pretrained and checkpoint is not None:
+        raise ValueError(f"checkpoint: got {checkpoint!r} with pretrained=True, allowed is one of the two")
+    config = replace(config, **{key: value for key, value in overrides.items() if key in CONFIG_FIELDS})
+    network = EfficientFormer(
+        config,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        backend=backend,
+        **{key: value for key, value in overrides.items() if key not in CONFIG_FIELDS},
+    )
+    if pretrained:
+        checkpoint = hub.PRETRAINED[name]
+    if checkpoint is not None:
+        report = load_checkpoint(network, hub.locate(checkpoint), reset_head=reset_head)
+        _log.info("%s: %s", checkpoint, report)
+    elif reset_head:
+        raise ValueError("reset_head: got True without a checkpoint, allowed is False")
+    return network

@@ -1,0 +1,151 @@
+"""The fused operations in plain PyTorch: the specification that every kernel is tested against.
+
+Any floating dtype, any device, gradients by autograd. In a low precision each step is rounded to the input's dtype,
+as separate eager modules would round it; evaluated in float64 these functions are the oracle of the accuracy rule.
+Arguments are not checked here: `effformer.ops` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Activations without parameters, by NetsPresso's names. gelu is the exact (erf) form.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "hard_swish": F.hardswish,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+}
+
+
+def pool_mixer(x: Tensor, layer_scale: Tensor) -> Tensor:
+    """Pooling token mixer with its residual, paper section 4 (MB4D): x + layer_scale * (avg_pool3x3(x) - x).
+
+    Padding does not count into the average. x [B, C, H, W], layer_scale [C].
+    """
+    pooled = F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+    return x + (layer_scale[:, None, None] * (pooled - x)).to(x.dtype)
+
+
+def conv_mlp(
+    x: Tensor,
+    weight1: Tensor,
+    scale1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    *,
+    activation: str = "gelu",
+) -> Tensor:
+    """1x1 convolutional MLP with its residual, paper section 4 (MB4D).
+
+    x + scale2 * (weight2 @ act(scale1 * (weight1 @ x) + shift1)) + shift2, for each pixel;
+    x [B, C, H, W], weight1 [hidden, C], weight2 [C, hidden], scale1 and shift1 [hidden], scale2 and shift2 [C].
+    """
+    hidden = _affine(F.conv2d(x, weight1[:, :, None, None]), scale1, shift1)
+    hidden = ACTIVATIONS[activation](hidden)
+    y = _affine(F.conv2d(hidden, weight2[:, :, None, None]), scale2, shift2)
+    return x + y.to(x.dtype)
+
+
+def bias_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, key_dim: int) -> Tensor:
+    """Multi-head attention with a learned bias, paper section 4 (MB3D): softmax(q @ k.T * key_dim**-0.5 + bias) @ v.
+
+    qkv [B, N, num_heads * (2 * key_dim + value_dim)], the channels of each head being q | k | v;
+    bias [num_heads, N, N]; returns [B, N, num_heads * value_dim].
+    """
+    q, k, v = split_heads(qkv, num_heads=num_heads, key_dim=key_dim)
+    scores = (q @ k.mT) * key_dim**-0.5
+    weights = (scores + bias).to(scores.dtype).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2).flatten(2).to(qkv.dtype)
+
+
+def meta4d(
+    x: Tensor,
+    layer_scale1: Tensor,
+    weight1: Tensor,
+    scale1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    *,
+    activation: str = "gelu",
+) -> Tensor:
+    """A whole 4D MetaBlock in eval mode: `conv_mlp(pool_mixer(x, layer_scale1), ...)`."""
+    y = pool_mixer(x, layer_scale1)
+    return conv_mlp(y, weight1, scale1, shift1, weight2, scale2, shift2, activation=activation)
+
+
+def split_heads(qkv: Tensor, *, num_heads: int, key_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k [B, num_heads, N, key_dim] and v [B, num_heads, N, value_dim] from qkv as in `bias_attention`."""
+    heads = qkv.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    value_dim = heads.shape[-1] - 2 * key_dim
+    q, k, v = heads.split([key_dim, key_dim, value_dim], dim=-1)
+    return q, k, v
+
+
+def bias_index(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+    """Entry of the bias table for each pair of tokens of a [height, width] map: |dy| * width + |dx|, int64 [N, N]."""
+    y = torch.arange(height, device=device)
+    x = torch.arange(width, device=device)
+    dy = (y[:, None] - y[None, :]).abs()
+    dx = (x[:, None] - x[None, :]).abs()
+    return (dy[:, None, :, None] * width + dx[None, :, None, :]).flatten(0, 1).flatten(1)
+
+
+def expand_bias(table: Tensor, height: int, width: int, *, resolution: int, resize: str) -> Tensor:
+    """The attention bias [heads, N, N] of a [height, width] map, N = height * width, from its table [heads, T * T].
+
+    "table" resamples the table in offset space, so that the bias between two tokens keeps its meaning at every size;
+    "matrix-bilinear" (NetsPresso) and "matrix-bicubic" (the original dense variant) expand the table at [T, T] and
+    resize the [T * T, T * T] matrix as if it were an image. All three are the plain lookup at [T, T].
+    """
+    if resize == "table":
+        grid = table.unflatten(1, (resolution, resolution))[None]
+        grid = F.interpolate(grid, (height, width), mode="bilinear", align_corners=True)
+        return grid[0].flatten(1)[:, bias_index(height, width, table.device)]
+    matrix = table[:, bias_index(resolution, resolution, table.device)][None]
+    tokens = height * width
+    return F.interpolate(matrix, (tokens, tokens), mode=resize.removeprefix("matrix-"), align_corners=False)[0]
+
+
+def fold_batch_norm(
+    conv_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    layer_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(scale, shift) so that layer_scale * BatchNorm(y + conv_bias) == scale * y + shift; all [C].
+
+    float32, or float64 where the statistics are.
+    """
+    weight, bias, running_mean, running_var = map(upcast, (weight, bias, running_mean, running_var))
+    scale = weight * torch.rsqrt(running_var + eps)
+    shift = bias - running_mean * scale
+    if conv_bias is not None:
+        shift = shift + upcast(conv_bias) * scale
+    if layer_scale is not None:
+        gamma = upcast(layer_scale)
+        scale, shift = scale * gamma, shift * gamma
+    return scale, shift
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float32 of a 16-bit tensor; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
