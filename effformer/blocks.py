@@ -35,10 +35,10 @@ def _drop_path(rate: float) -> nn.Module:
     return DropPath(rate) if rate > 0 else nn.Identity()
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` does what its class says and nothing more: no subclass, no hooks."""
+def _is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether calling `module` does what one of `kinds` does and nothing more: no subclass, no hooks."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is kind and not hooks
+    return type(module) in kinds and not hooks
 
 
 class LayerScale(nn.Module):
@@ -162,31 +162,31 @@ class Meta4D(nn.Module):
     def why_composed(self) -> str | None:
         """Why `ops.meta4d` does not describe this forward; None where it does."""
         mlp = self.mlp
-        for norm in (mlp.norm1, mlp.norm2):
-            if norm.training or norm.running_mean is None:
-                return "BatchNorm uses batch statistics here (training mode)"
-        stochastic_depth = (self.drop_path1, self.drop_path2)
-        if (mlp.drop.training and mlp.drop.p > 0) or any(
-            module.training and not isinstance(module, nn.Identity) for module in stochastic_depth
-        ):
-            return "dropout or stochastic depth is active here (training mode)"
+        parts: dict[str, tuple[nn.Module, tuple[type[nn.Module], ...]]] = {
+            "token_mixer": (self.token_mixer, (Pooling,)),
+            "token_mixer.pool": (self.token_mixer.pool, (nn.AvgPool2d,)),
+            "ls1": (self.ls1, (LayerScale,)),
+            "drop_path1": (self.drop_path1, (nn.Identity, DropPath)),
+            "mlp": (mlp, (ConvMlp,)),
+            "mlp.fc1": (mlp.fc1, (nn.Conv2d,)),
+            "mlp.norm1": (mlp.norm1, (nn.BatchNorm2d,)),
+            "mlp.act": (mlp.act, (ACTIVATION_MODULES[self.activation],)),
+            "mlp.fc2": (mlp.fc2, (nn.Conv2d,)),
+            "mlp.norm2": (mlp.norm2, (nn.BatchNorm2d,)),
+            "mlp.drop": (mlp.drop, (nn.Dropout,)),
+            "ls2": (self.ls2, (LayerScale,)),
+            "drop_path2": (self.drop_path2, (nn.Identity, DropPath)),
+        }
+        for name, (module, kinds) in parts.items():
+            if not _is_plain(module, kinds):
+                return f"submodule {name!r} was replaced or has hooks"
         if self.activation not in ops.ACTIVATIONS:
             return f"activation {self.activation!r} has parameters"
-        parts: dict[str, tuple[nn.Module, type[nn.Module]]] = {
-            "token_mixer": (self.token_mixer, Pooling),
-            "token_mixer.pool": (self.token_mixer.pool, nn.AvgPool2d),
-            "ls1": (self.ls1, LayerScale),
-            "mlp": (mlp, ConvMlp),
-            "mlp.fc1": (mlp.fc1, nn.Conv2d),
-            "mlp.norm1": (mlp.norm1, nn.BatchNorm2d),
-            "mlp.act": (mlp.act, ACTIVATION_MODULES[self.activation]),
-            "mlp.fc2": (mlp.fc2, nn.Conv2d),
-            "mlp.norm2": (mlp.norm2, nn.BatchNorm2d),
-            "ls2": (self.ls2, LayerScale),
-        }
-        for name, (module, kind) in parts.items():
-            if not _is_plain(module, kind):
-                return f"submodule {name!r} was replaced or has hooks"
+        if any(norm.training or norm.running_mean is None for norm in (mlp.norm1, mlp.norm2)):
+            return "BatchNorm uses batch statistics here (training mode)"
+        stochastic_depth = any(isinstance(m, DropPath) and m.training for m in (self.drop_path1, self.drop_path2))
+        if stochastic_depth or (mlp.drop.training and mlp.drop.p > 0):
+            return "dropout or stochastic depth is active here (training mode)"
         return None
 
 

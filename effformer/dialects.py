@@ -58,7 +58,7 @@ def normalise(state: Mapping[str, Tensor]) -> Normalised:
             live = {key.removesuffix("_seg"): value for key, value in state.items() if key not in dead}
             converted = _renamed(live, _original_to_ours)
         case "netspresso":
-            converted = _interleave(_constant_bias_as_zero(_renamed(state, _netspresso_to_ours)))
+            converted = _renamed(_interleave(_constant_bias_as_zero(state)), _netspresso_to_ours)
     _check_indices(converted)
     return Normalised(converted, format, (*ignored, *dead))
 

@@ -279,7 +279,7 @@ class EfficientFormer(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group parameters by depth, for layer-wise learning rates."""
-        return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^(feature_norms|norm)\b", (99999,))]}
+        return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^(?:feature_norms|norm)\b", (99999,))]}
 
 
 class _StageOutput(NamedTuple):

@@ -1,0 +1,90 @@
+"""Tests run on a CPU by default: the Triton interpreter is switched on where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+sys.path.insert(0, str(Path(__file__).parent / "golden"))  # seeded.py
+
+from effformer import EfficientFormer, EfficientFormerConfig
+from effformer.testing import randomise
+
+NETSPRESSO_L1: dict[str, Any] = {
+    "name": "efficientformer",
+    "params": {
+        "num_attention_heads": 8,
+        "attention_channels": 256,
+        "attention_dropout_prob": 0.0,
+        "attention_value_expansion_ratio": 4,
+        "ffn_intermediate_ratio": 4,
+        "ffn_dropout_prob": 0.0,
+        "ffn_act_type": "gelu",
+        "vit_num": 1,
+    },
+    "stage_params": [
+        {"num_blocks": 3, "channels": 48},
+        {"num_blocks": 2, "channels": 96},
+        {"num_blocks": 6, "channels": 224},
+        {"num_blocks": 4, "channels": 448},
+    ],
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def narrow() -> Callable[..., EfficientFormer]:
+    """Build a small network of every kind of part, in eval mode and float64, with randomised weights."""
+
+    def build(*, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any) -> EfficientFormer:
+        fields = {"depths": (1, 1, 2, 2), "widths": (8, 12, 16, 24), "num_vit": 1, "num_heads": 2, "key_dim": 4}
+        names = EfficientFormerConfig.__dataclass_fields__
+        config = EfficientFormerConfig(**fields | {k: v for k, v in overrides.items() if k in names})  # type: ignore[arg-type]
+        arguments = {"num_classes": 10} | {key: value for key, value in overrides.items() if key not in names}
+        network = EfficientFormer(config, dtype=dtype, **arguments)
+        return randomise(network, seed).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def timm() -> Any:
+    """timm, on a CPU build of torch too: torchvision's operators do not load there, and it asks for two of them."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error) or torch.version.cuda is not None:
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)
+    import timm
+
+    return timm
+
+
+_KEPT: list[torch.library.Library] = []  # a library that is collected takes its operators with it

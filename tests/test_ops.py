@@ -1,0 +1,194 @@
+"""What the operations refuse, and who computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_reference import draw, mlp_arguments
+from torch import Tensor
+
+from effformer import EfficientFormer, create_model, ops, set_backend
+from effformer.blocks import Meta4D
+
+W1, S1, B1, W2, S2, B2 = range(6)
+
+
+def replaced(index: int, value: Tensor) -> tuple[Tensor, ...]:
+    arguments = list(mlp_arguments(4, 8, torch.float32))
+    arguments[index] = value
+    return tuple(arguments)
+
+
+X = torch.zeros(2, 4, 5, 5)
+MLP = mlp_arguments(4, 8, torch.float32)
+QKV, BIAS = torch.zeros(2, 6, 3 * 10), torch.zeros(3, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.pool_mixer(X[0], torch.ones(4)), ValueError, r"x: got shape \[4, 5, 5\]"),
+        (lambda: ops.pool_mixer(X.int(), torch.ones(4)), TypeError, r"x: got torch.int32, allowed is a floating"),
+        (lambda: ops.pool_mixer(X, torch.ones(5)), ValueError, r"layer_scale: got shape \[5\], allowed is \[4\]"),
+        (lambda: ops.pool_mixer(X, torch.ones(4).double()), TypeError, "layer_scale: got torch.float64, allowed is torch.float32"),
+        (lambda: ops.pool_mixer(X.double(), torch.ones(4)), TypeError, "layer_scale: got torch.float32, allowed is torch.float64"),
+        (lambda: ops.pool_mixer(X.half(), torch.ones(4).half()), TypeError, "allowed is torch.float32 with an input of torch.float16"),
+        (lambda: ops.pool_mixer(X, torch.ones(4), backend="cuda"), ValueError, "backend: got 'cuda'.*auto, eager, triton"),
+        (lambda: ops.conv_mlp(X, *replaced(W1, torch.ones(8, 5))), ValueError, r"weight1: got shape \[8, 5\], allowed is \[hidden, 4\]"),
+        (lambda: ops.conv_mlp(X, *replaced(W1, torch.ones(8, 4, 1, 1))), ValueError, "weight1: got shape"),
+        (lambda: ops.conv_mlp(X, *replaced(W2, torch.ones(8, 4))), ValueError, r"weight2: got shape \[8, 4\], allowed is \[4, 8\]"),
+        (lambda: ops.conv_mlp(X, *replaced(S1, torch.ones(4))), ValueError, r"scale1: got shape \[4\], allowed is \[8\]"),
+        (lambda: ops.conv_mlp(X, *replaced(B2, torch.ones(8))), ValueError, r"shift2: got shape \[8\], allowed is \[4\]"),
+        (lambda: ops.conv_mlp(X, *replaced(S2, torch.ones(4).half())), TypeError, "scale2: got torch.float16"),
+        (lambda: ops.conv_mlp(X, *replaced(W2, torch.ones(4, 8).half())), TypeError, "weight2: got torch.float16, allowed is x's torch.float32"),
+        (lambda: ops.conv_mlp(X, *MLP, activation="prelu"), ValueError, "activation: got 'prelu'.*gelu"),
+        (lambda: ops.meta4d(X, torch.ones(3), *MLP), ValueError, r"layer_scale1: got shape \[3\]"),
+        (lambda: ops.bias_attention(QKV[0], BIAS, num_heads=3, key_dim=3), ValueError, "qkv: got shape"),
+        (lambda: ops.bias_attention(QKV, BIAS, num_heads=4, key_dim=3), ValueError, "30 channels with num_heads=4"),
+        (lambda: ops.bias_attention(QKV, BIAS, num_heads=3, key_dim=5), ValueError, "value_dim of 1 or more"),
+        (lambda: ops.bias_attention(QKV, BIAS[:, :5], num_heads=3, key_dim=3), ValueError, r"bias: got shape \[3, 5, 6\]"),
+        (lambda: ops.bias_attention(QKV, BIAS.half(), num_heads=3, key_dim=3), TypeError, "bias: got torch.float16"),
+        (lambda: ops.expand_bias(BIAS[0], 2, 3, resolution=6), ValueError, r"table: got shape \[6, 6\], allowed is \[num_heads, 36\]"),
+        (lambda: ops.expand_bias(BIAS.int()[0], 2, 3, resolution=2), TypeError, "table: got torch.int32"),
+        (lambda: ops.expand_bias(torch.ones(2, 4), 2, 3, resolution=2, resize="nearest"), ValueError, "resize: got 'nearest'"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_triton_raises_instead_of_falling_back() -> None:
+    for call in (
+        lambda backend: ops.pool_mixer(X, torch.ones(4), backend=backend),
+        lambda backend: ops.conv_mlp(X, *MLP, backend=backend),
+        lambda backend: ops.meta4d(X, torch.ones(4), *MLP, backend=backend),
+        lambda backend: ops.bias_attention(QKV, BIAS, num_heads=3, key_dim=3, backend=backend),
+    ):
+        assert torch.equal(call("auto"), call("eager"))
+        with pytest.raises(ops.UnsupportedError, match="not built yet.*'cpu' is no NVIDIA GPU"):
+            call("triton")
+
+
+def test_set_backend_reaches_every_block(narrow: Callable[..., EfficientFormer]) -> None:
+    network = narrow()
+    x = draw(1, 3, 64, 64)
+    set_backend(network, "triton")
+    with pytest.raises(ops.UnsupportedError):
+        network(x)
+    for stage in network.stages:
+        for block in stage.blocks:
+            mixer = getattr(block, "token_mixer", None)
+            assert {getattr(block, "backend", "triton"), getattr(mixer, "backend", "triton")} == {"triton"}
+    network.train()
+    with pytest.raises(ops.UnsupportedError, match="batch statistics"):
+        network(x)
+    set_backend(network.eval(), "eager")
+    network(x)
+    with pytest.raises(ValueError, match="backend: got 'fast'"):
+        set_backend(network, "fast")
+    with pytest.raises(ValueError, match="model: got Linear"):
+        set_backend(torch.nn.Linear(1, 1), "eager")
+    assert create_model("efficientformer_l1", backend="triton", device="meta").stages[0].blocks[0].backend == "triton"
+
+
+# --- when a block is composed of modules --------------------------------------------------------------------------------
+
+
+def block() -> Meta4D:
+    from effformer import EfficientFormerConfig
+    from effformer.testing import randomise
+
+    config = EfficientFormerConfig(depths=(1, 1, 1, 1), widths=(8, 8, 8, 8), num_vit=0, proj_drop=0.5)
+    return randomise(Meta4D(8, config, 0.5, 1e-5, "auto", dtype=torch.float64)).eval()
+
+
+def test_the_fused_operation_and_the_modules_agree() -> None:
+    meta4d, x = block(), draw(2, 8, 6, 5)
+    assert meta4d.why_composed() is None
+    fused = meta4d(x)
+    seen: list[torch.Size] = []
+    meta4d.mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    assert "'mlp.fc1'" in meta4d.why_composed()
+    assert torch.allclose(meta4d(x), fused, rtol=0, atol=1e-13)
+    assert seen == [(2, 32, 6, 5)]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda b: b.train(), "batch statistics"),
+        (lambda b: b.mlp.norm2.train(), "batch statistics"),
+        (lambda b: b.mlp.drop.train(), "dropout"),
+        (lambda b: b.drop_path2.train(), "dropout"),
+        (lambda b: setattr(b.mlp, "act", torch.nn.Tanh()), "'mlp.act'"),
+        (lambda b: setattr(b.mlp, "norm1", torch.nn.GroupNorm(1, 32).double()), "'mlp.norm1'"),
+        (lambda b: setattr(b.mlp, "drop", torch.nn.Identity()), "'mlp.drop'"),
+        (lambda b: setattr(b, "drop_path1", torch.nn.Dropout()), "'drop_path1'"),
+        (lambda b: b.ls2.register_forward_pre_hook(lambda m, a: None), "'ls2'"),
+        (lambda b: b.token_mixer.pool.register_full_backward_hook(lambda m, i, o: None), "'token_mixer.pool'"),
+        (lambda b: torch.nn.utils.parametrizations.weight_norm(b.mlp.fc2), "'mlp.fc2'"),
+        (lambda b: (setattr(b, "activation", "prelu"), setattr(b.mlp, "act", torch.nn.PReLU())), "'prelu' has parameters"),
+        (lambda b: setattr(b.mlp.norm1, "running_mean", None), "batch statistics"),
+    ],
+)
+def test_reasons_for_composing(change: Callable[[Meta4D], Any], reason: str) -> None:
+    meta4d = block()
+    change(meta4d)
+    assert reason in meta4d.why_composed()
+    meta4d.backend = "triton"
+    with pytest.raises(ops.UnsupportedError, match=reason):
+        meta4d(draw(1, 8, 4, 4))
+
+
+def test_a_replaced_submodule_is_called() -> None:
+    meta4d, x = block(), draw(1, 8, 4, 4)
+    before = meta4d(x)
+    meta4d.mlp.act = torch.nn.Tanh()
+    assert (meta4d(x) - before).abs().max() > 1e-2
+
+
+def test_frozen_statistics_while_fine_tuning_are_still_fused() -> None:
+    meta4d = block()
+    meta4d.mlp.drop.p = 0.0
+    meta4d.drop_path1 = meta4d.drop_path2 = torch.nn.Identity()
+    meta4d.train()
+    meta4d.mlp.norm1.eval(), meta4d.mlp.norm2.eval()
+    assert meta4d.why_composed() is None
+    meta4d(draw(1, 8, 4, 4)).sum().backward()
+    assert all(parameter.grad is not None for parameter in meta4d.parameters())
+
+
+# --- the compiler -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _no_compiled_code() -> None:
+    torch._dynamo.reset()  # or sizes seen in another test would be traced as free ones, which takes longer
+
+
+@pytest.mark.usefixtures("_no_compiled_code")
+def test_compile_traces_the_whole_network() -> None:
+    """No graph break, one graph for every batch; aot_eager, since Inductor takes minutes on a CPU."""
+    from effformer.testing import randomise
+
+    network = randomise(create_model("efficientformer_l1")).eval()
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for batch in (2, 3, 5):
+            x = torch.randn(batch, 3, 64, 64)
+            if batch == 3:
+                torch._dynamo.mark_dynamic(x, 0)
+            assert torch.allclose(compiled(x), network(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_no_compiled_code")
+def test_inductor_compiles_a_narrow_network(narrow: Callable[..., EfficientFormer]) -> None:
+    network = narrow(dtype=torch.float32, depths=(1, 1, 1, 1))
+    compiled = torch.compile(network, fullgraph=True)
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), network(x), rtol=0, atol=1e-5)
