@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from .factory import create_model
 from .ops import why_not_triton
@@ -29,6 +28,8 @@ def summarise(name: str, height: int = 224, width: int = 224) -> ModelSummary:
 
     MACs are those of convolutions and matrix products; normalisation, activation and pooling are not counted.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     model = create_model(name, device="meta").eval()
     image = torch.empty(1, 3, height, width, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -105,9 +105,7 @@ def test_every_activation_of_the_trainers_registry(act: str) -> None:
             if hasattr(module, "act"):
                 slope = module.act.weight.item() if act == "prelu" else 0.0
                 by_hand = nn.Module()
-                by_hand.forward = (
-                    (lambda h, a=slope: torch.where(h > 0, h, a * h)) if act == "prelu" else expected[act]
-                )
+                by_hand.forward = (lambda h, a=slope: torch.where(h > 0, h, a * h)) if act == "prelu" else expected[act]
                 module.act = by_hand
         assert torch.allclose(network.forward_features(x), out, rtol=0, atol=1e-12)
 

@@ -210,7 +210,9 @@ def test_a_network_without_heads_reports_those_of_the_file(l1: dict[str, Tensor]
 
 
 def test_another_table_resolution_is_named(l1: dict[str, Tensor]) -> None:
-    with pytest.raises(CheckpointError, match=r"attention_biases: got \[8, 49\], allowed is \[8, 256\][\s\S]*resolution"):
+    with pytest.raises(
+        CheckpointError, match=r"attention_biases: got \[8, 49\], allowed is \[8, 256\][\s\S]*resolution"
+    ):
         load_checkpoint(fresh(table_resolution=16), l1)
 
 

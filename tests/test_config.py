@@ -66,7 +66,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 def test_parameter_counts() -> None:
     counts = {name: sum(p.numel() for p in create_model(name, device="meta").parameters()) for name in list_models()}
-    assert counts == {"efficientformer_l1": 12_289_928, "efficientformer_l3": 31_406_000, "efficientformer_l7": 82_229_328}
+    assert counts == {
+        "efficientformer_l1": 12_289_928,
+        "efficientformer_l3": 31_406_000,
+        "efficientformer_l7": 82_229_328,
+    }
 
 
 @pytest.mark.parametrize(
@@ -116,10 +120,16 @@ def test_config_takes_lists() -> None:
 def test_yaml_examples_are_the_published_networks(tmp_path: Path) -> None:
     path = tmp_path / "l3.yaml"
     path.write_text(TRAINER_FILE)
-    for source, name in ((path, "efficientformer_l3"), (str(path), "efficientformer_l3"), (NETSPRESSO_L1, "efficientformer_l1")):
+    for source, name in (
+        (path, "efficientformer_l3"),
+        (str(path), "efficientformer_l3"),
+        (NETSPRESSO_L1, "efficientformer_l1"),
+    ):
         network = build_backbone(source, task="classification").network
         named = create_model(name, num_classes=0)
-        assert {k: v.shape for k, v in network.state_dict().items()} == {k: v.shape for k, v in named.state_dict().items()}
+        assert {k: v.shape for k, v in network.state_dict().items()} == {
+            k: v.shape for k, v in named.state_dict().items()
+        }
         assert {n: type(m) for n, m in network.named_modules()} == {n: type(m) for n, m in named.named_modules()}
 
 
@@ -206,7 +216,9 @@ def test_yaml_reports_every_problem_at_once() -> None:
     backbone["stage_params"][0] = {"num_blocks": 0, "channels": 48, "width": 1}
     with pytest.raises(ConfigError) as error:
         read_netspresso({"model": {"task": "tracking", "architecture": {"backbone": backbone}}})
-    fields = {problem.partition(":")[0].removeprefix("model.architecture.backbone.") for problem in error.value.problems}
+    fields = {
+        problem.partition(":")[0].removeprefix("model.architecture.backbone.") for problem in error.value.problems
+    }
     assert fields == {
         "model.task",
         "params.vit_num",

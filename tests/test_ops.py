@@ -131,7 +131,10 @@ def test_the_fused_operation_and_the_modules_agree() -> None:
         (lambda b: b.ls2.register_forward_pre_hook(lambda m, a: None), "'ls2'"),
         (lambda b: b.token_mixer.pool.register_full_backward_hook(lambda m, i, o: None), "'token_mixer.pool'"),
         (lambda b: torch.nn.utils.parametrizations.weight_norm(b.mlp.fc2), "'mlp.fc2'"),
-        (lambda b: (setattr(b, "activation", "prelu"), setattr(b.mlp, "act", torch.nn.PReLU())), "'prelu' has parameters"),
+        (
+            lambda b: (setattr(b, "activation", "prelu"), setattr(b.mlp, "act", torch.nn.PReLU())),
+            "'prelu' has parameters",
+        ),
         (lambda b: setattr(b.mlp.norm1, "running_mean", None), "batch statistics"),
     ],
 )
