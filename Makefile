@@ -43,7 +43,7 @@ format: $(VENV)/dev.stamp
 
 # mypy does not follow an editable install: check a copy laid out as users get it.
 types: $(VENV)/dev.stamp
-	rm -rf build/types
+	rm -rf build
 	$(PIP) --no-deps --no-build-isolation --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p effformer
 
