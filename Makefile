@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
+.NOTPARALLEL:
 .PHONY: demo test lint format types clean help
 
 help:

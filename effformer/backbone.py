@@ -1,11 +1,9 @@
 """NetsPresso Trainer's backbone interface over the network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +65,7 @@ def build_backbone(
     backend: str = "auto",
     *,
     bias_resize: BiasResize = "matrix-bilinear",
-    feature_norm: FeatureNorm | None = "inline",
+    feature_norm: FeatureNorm | Literal["auto"] | None = "auto",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Backbone:
@@ -80,8 +78,8 @@ def build_backbone(
         backend: "auto", "eager" or "triton", see `effformer.ops`.
         bias_resize: how the attention bias meets other image sizes. The default is the trainer's way; "table" keeps
             the meaning of the learned offsets.
-        feature_norm: of the dense tasks' maps. The default is the trainer's: the normalised map feeds the next
-            stage. Classification has none.
+        feature_norm: None, "tap" or "inline", see `EfficientFormerConfig`; "auto" is the trainer's choice: "inline"
+            for the dense tasks, None for classification.
         device, dtype: of parameters and buffers.
 
     Returns:
@@ -91,14 +89,14 @@ def build_backbone(
         ConfigError: (a ValueError) naming every field of `source` that is missing, unknown or wrong.
         ValueError: for another argument that is wrong.
     """
-    if task is not None:
-        check_choice("task", task.lower() if isinstance(task, str) else task, TASKS)
-    config, file_task = read_netspresso(source)
-    chosen = task.lower() if task is not None else file_task or "classification"
-    config = replace(config, bias_resize=bias_resize, feature_norm=feature_norm if chosen in DENSE_TASKS else None)
+    config, chosen = read_netspresso(source, task)
+    task = chosen or "classification"
+    if feature_norm == "auto":
+        feature_norm = "inline" if task in DENSE_TASKS else None
+    config = replace(config, bias_resize=bias_resize, feature_norm=feature_norm)
     network = EfficientFormer(config, num_classes=0, backend=backend, device=device, dtype=dtype)
     _initialise_as_trainer(network)
-    return Backbone(network, chosen)
+    return Backbone(network, task)
 
 
 def _initialise_as_trainer(network: EfficientFormer) -> None:

@@ -7,10 +7,12 @@ Module names are timm's. `dd` holds the factory keywords `device` and `dtype`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops, reference
 from .config import EfficientFormerConfig
@@ -35,10 +37,27 @@ def _drop_path(rate: float) -> nn.Module:
     return DropPath(rate) if rate > 0 else nn.Identity()
 
 
+# What the fused operations take for granted of a module beyond its class.
+_EXPECTED: dict[type[nn.Module], Callable[[Any], bool]] = {
+    nn.AvgPool2d: lambda m: (
+        (m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override)
+        == (3, 1, 1, False, False, None)
+    ),
+    nn.Conv2d: lambda m: (m.kernel_size, m.stride, m.padding, m.groups) == ((1, 1), (1, 1), (0, 0), 1),
+    nn.BatchNorm2d: lambda m: m.affine,
+    nn.GELU: lambda m: m.approximate == "none",
+    nn.LeakyReLU: lambda m: m.negative_slope == 0.01,
+}
+
+
 def _is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether calling `module` does what one of `kinds` does and nothing more: no subclass, no hooks."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) in kinds and not hooks
+    """Whether calling `module` does what one of `kinds`, as it was built here, does, and nothing more."""
+    kind = type(module)
+    if kind not in kinds or "forward" in module.__dict__:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return kind not in _EXPECTED or _EXPECTED[kind](module)
 
 
 class LayerScale(nn.Module):
@@ -47,7 +66,7 @@ class LayerScale(nn.Module):
     def __init__(self, width: int, init_value: float, *, dim: int, **dd: Any) -> None:
         super().__init__()
         self.dim = dim
-        self.gamma = nn.Parameter(torch.full((width,), init_value, **dd))
+        self.gamma = nn.Parameter(torch.full((width,), float(init_value), **dd))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.gamma[:, None, None] if self.dim == 1 else self.gamma)
@@ -123,7 +142,10 @@ class ConvMlp(nn.Module):
 
 
 class Meta4D(nn.Module):
-    """4D MetaBlock (paper section 4): pooling token mixer, then convolutional MLP; [B, C, H, W] -> the same."""
+    """4D MetaBlock (paper section 4): pooling token mixer, then convolutional MLP; [B, C, H, W] -> the same.
+
+    Fused, the output has x's dtype; composed under autocast, the float32 layer scales promote it, as in timm.
+    """
 
     def __init__(
         self, width: int, config: EfficientFormerConfig, drop_path: float, layer_scale: float, backend: str, **dd: Any
@@ -177,9 +199,11 @@ class Meta4D(nn.Module):
             "ls2": (self.ls2, (LayerScale,)),
             "drop_path2": (self.drop_path2, (nn.Identity, DropPath)),
         }
+        if _has_any_global_hook():
+            return "hooks for all modules are registered"
         for name, (module, kinds) in parts.items():
             if not _is_plain(module, kinds):
-                return f"submodule {name!r} was replaced or has hooks"
+                return f"submodule {name!r} was replaced, changed or has hooks"
         if self.activation not in ops.ACTIVATIONS:
             return f"activation {self.activation!r} has parameters"
         if any(norm.training or norm.running_mean is None for norm in (mlp.norm1, mlp.norm2)):
@@ -233,15 +257,22 @@ class Attention(nn.Module):
         bias = ops.expand_bias(
             self.attention_biases, height, width, resolution=self.resolution, resize=self.bias_resize
         )
-        if self.attn_drop.training and self.attn_drop.p > 0:
-            ops.refuse_triton(self.backend, "attention dropout is in training mode")
-            q, k, v = reference.split_heads(qkv, num_heads=self.num_heads, key_dim=self.key_dim)
-            scores = (q @ k.mT) * self.key_dim**-0.5
-            weights = self.attn_drop((scores + bias).to(scores.dtype).softmax(dim=-1))
-            x = (weights @ v).transpose(1, 2).flatten(2)
+        if reason := self.why_composed():
+            ops.refuse_triton(self.backend, reason)
+            x = reference.bias_attention(
+                qkv, bias, num_heads=self.num_heads, key_dim=self.key_dim, dropout=self.attn_drop
+            )
         else:
             x = ops.bias_attention(qkv, bias, num_heads=self.num_heads, key_dim=self.key_dim, backend=self.backend)
         return self.proj_drop(self.proj(x))
+
+    def why_composed(self) -> str | None:
+        """Why `ops.bias_attention` does not describe this forward; None where it does."""
+        if not _is_plain(self.attn_drop, (nn.Dropout,)):
+            return "submodule 'attn_drop' was replaced, changed or has hooks"
+        if self.attn_drop.training and self.attn_drop.p > 0:
+            return "attention dropout is active here (training mode)"
+        return None
 
     def _load_from_state_dict(
         self,
@@ -255,7 +286,7 @@ class Attention(nn.Module):
     ) -> None:
         # The index is derived: a file may leave it out, but one that says something else means another network.
         key = prefix + "attention_bias_idxs"
-        standard = reference.bias_index(self.resolution, self.resolution)
+        standard = reference.bias_index(self.resolution, self.resolution, device="cpu")
         if key not in state_dict:
             state_dict = {**state_dict, key: standard}
         elif not _same(state_dict[key], standard):

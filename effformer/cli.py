@@ -50,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         help="features of images",
         formatter_class=formatter,
         description=(
-            "Run a network on images. For each, print the four feature maps, the pooled feature and (with trained\n"
-            "weights) the five likeliest classes, and write beside it\n"
+            "Run a network on images. Print the four feature maps, the pooled feature and (with trained weights) the\n"
+            "five likeliest classes of one image, or a line for each of several, and write beside it\n"
             "  IMAGE.features.safetensors   stage1..stage4 [C, h, w], pooled [C], logits (with trained weights)\n"
             "  IMAGE.features.png           the input and the maps' three principal components as colours\n"
             "An image that cannot be read is named, the rest goes on, and the exit status is 1."
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "  effformer run photos/ --checkpoint weights.pth --output features/",
     )
     run.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="image, or folder of images (recursive)")
-    run.add_argument("--model", choices=PRESETS, default="efficientformer_l1", help="default: %(default)s")
+    run.add_argument("--model", choices=PRESETS, help="default: the checkpoint's, or efficientformer_l1")
     run.add_argument(
         "--checkpoint",
         default="auto",
@@ -132,13 +132,13 @@ def _run(arguments: argparse.Namespace) -> int:
     paths = find_images(arguments.paths)
     if not paths:
         raise FileNotFoundError(f"no image below {', '.join(map(str, arguments.paths))}")
-    labels = None if arguments.labels is None else arguments.labels.read_text(encoding="utf-8").splitlines()
+    labels = None if arguments.labels is None else _read_labels(arguments.labels)
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         _refuse_collisions(paths)
 
     device = _device(arguments.device)
-    network, hub_config, weights = _network(arguments.model, arguments.checkpoint, arguments.backend)
+    network, name, hub_config, weights = _network(arguments.model, arguments.checkpoint, arguments.backend)
     network = network.to(device, _DTYPES[arguments.dtype]).eval()
     preprocessing = Preprocessing.from_config(hub_config)
     if arguments.size is not None:
@@ -147,7 +147,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--labels: got {len(labels)} lines, allowed are the network's {network.num_classes} classes")
     has_head = weights != "none" and network.num_classes > 0
 
-    print(f"model:    {arguments.model}, weights: {_describe_weights(weights, has_head)}")
+    print(f"model:    {name}, weights: {_describe_weights(weights, has_head)}")
     print(f"backend:  {describe_backend(arguments.backend, device)}")
     print(f"device:   {device} ({devices().get(str(device), device.type)}), {arguments.dtype}")
     print("input:    {}x{}, {}, centre crop {}".format(*preprocessing.size, preprocessing.interpolation,
@@ -160,12 +160,16 @@ def _run(arguments: argparse.Namespace) -> int:
         workers=default_workers(len(paths)),
         has_head=has_head,
     )
-    metadata = {"model": arguments.model, "weights": weights, "effformer": __version__}
+    metadata = {"model": name, "weights": weights, "effformer": __version__}
     last: ImageFeatures | None = None
     with tqdm(total=len(paths), unit="image", disable=len(paths) == 1) as bar:
         for batch in extraction:
             for features in batch:
-                written = features.save(arguments.output, preprocessing, metadata)
+                try:
+                    written = features.save(arguments.output, preprocessing, metadata)
+                except OSError as error:
+                    extraction.failures[features.path] = str(error)
+                    continue
                 tqdm.write(_describe(features, labels, whole=len(paths) == 1))
                 if len(paths) == 1:
                     tqdm.write("written:  " + ", ".join(map(str, written)))
@@ -180,9 +184,9 @@ def _run(arguments: argparse.Namespace) -> int:
             f"forward alone, batch {size}, {timing.repeats} repeats)"
         )
     for path, reason in extraction.failures.items():
-        print(f"effformer: cannot read {path}: {reason}", file=sys.stderr)
+        print(f"effformer: {path}: {reason}", file=sys.stderr)
     if extraction.failures:
-        print(f"effformer: {len(extraction.failures)} of {len(paths)} images could not be read", file=sys.stderr)
+        print(f"effformer: {len(extraction.failures)} of {len(paths)} images failed", file=sys.stderr)
     return 1 if extraction.failures else 0
 
 
@@ -201,25 +205,45 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _network(name: str, checkpoint: str, backend: str) -> tuple[EfficientFormer, dict[str, Any], str]:
-    """(network, the checkpoint's config.json, what its weights are: "none" if random)."""
+def _network(name: str | None, checkpoint: str, backend: str) -> tuple[EfficientFormer, str, dict[str, Any], str]:
+    """(network, its name, the checkpoint's config.json, what its weights are: "none" if random)."""
     torch.manual_seed(0)
+    fallback = name or "efficientformer_l1"
     if checkpoint == "none":
-        return create_model(name, backend=backend), {}, "none"
-    source = hub.PRETRAINED[name] if checkpoint in ("auto", "pretrained") else checkpoint
+        return create_model(fallback, backend=backend), fallback, {}, "none"
+    source = hub.PRETRAINED[fallback] if checkpoint in ("auto", "pretrained") else checkpoint
     try:
         if checkpoint == "auto":
             print(f"looking for {source} (--checkpoint none skips this) ...", flush=True)
-        path, hub_config = hub.locate(source), hub.read_config(source)
+        path = hub.locate(source)
     except (ImportError, OSError) as error:
         if checkpoint != "auto":
             raise
         print(f"no trained weights: {str(error).splitlines()[0]}")
-        return create_model(name, backend=backend), {}, "none"
+        return create_model(fallback, backend=backend), fallback, {}, "none"
+    try:
+        hub_config = hub.read_config(source)
+    except OSError:
+        print("its config.json cannot be had: images are prepared as for the published weights")
+        hub_config = {}
     _, state = read_state_dict(path)
-    network = create_model(name, backend=backend, **settings_for(state))
-    load_checkpoint(network, state)
-    return network, hub_config, source
+    found, settings = settings_for(state)
+    if name not in (None, found):
+        raise ValueError(f"--model: got {name}, allowed is {found} with this checkpoint")
+    network = create_model(found, backend=backend, **settings)
+    report = load_checkpoint(network, state)
+    print(f"loaded:   {path} ({report.format})")
+    for what in ("ignored", "reinitialised", "cast"):
+        if entries := getattr(report, what):
+            print(f"  {what}: {', '.join(entries)}")
+    return network, found, hub_config, source
+
+
+def _read_labels(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--labels: {path} is not UTF-8 text ({error})") from error
 
 
 def _describe_weights(weights: str, has_head: bool) -> str:
@@ -288,11 +312,14 @@ def _convert(arguments: argparse.Namespace) -> int:
     _, state = read_state_dict(hub.locate(arguments.source))
     file = normalise(state)
     converted = convert_state_dict(state, arguments.to)
-    if target.suffix == ".safetensors":
-        contiguous = {key: value.contiguous() for key, value in converted.items()}
-        safetensors.torch.save_file(contiguous, target, {"format": "pt"})
-    else:
-        torch.save(converted, target)
+    separate = {key: value.clone(memory_format=torch.contiguous_format) for key, value in converted.items()}
+    try:
+        if target.suffix == ".safetensors":
+            safetensors.torch.save_file(separate, target, {"format": "pt"})
+        else:
+            torch.save(separate, target)
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise OSError(f"{target} cannot be written: {error}") from error
     print(f"{arguments.source} ({file.format}) -> {target} ({arguments.to}): {len(converted)} tensors")
     for key in file.ignored:
         print(f"  left out: {key}")

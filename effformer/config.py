@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,8 +175,7 @@ def preset(name: str) -> EfficientFormerConfig:
     Raises:
         ValueError: for a name that is not in `PRESETS`.
     """
-    if name not in PRESETS:
-        raise ValueError(f"model name {name!r} is unknown, allowed are {', '.join(PRESETS)}")
+    check_choice("name", name, PRESETS)
     return PRESETS[name]
 
 
@@ -190,6 +190,12 @@ def check_probability(argument: str, value: Any) -> None:
     """Raise a ValueError that names the argument unless `value` is a number from 0 to 1."""
     if not _PROBABILITY.holds(value):
         raise ValueError(_wrong(argument, value, _PROBABILITY.allowed))
+
+
+def check_finite(argument: str, value: Any) -> None:
+    """Raise a ValueError that names the argument unless `value` is a finite number."""
+    if not (_is_number(value) and math.isfinite(value)):
+        raise ValueError(_wrong(argument, value, "a finite number"))
 
 
 def check_count(argument: str, value: Any, *, least: int = 0) -> None:
@@ -220,16 +226,17 @@ class NetsPressoFile(NamedTuple):
     task: Task | None
 
 
-def read_netspresso(source: str | Path | Mapping[str, Any]) -> NetsPressoFile:
+def read_netspresso(source: str | Path | Mapping[str, Any], task: str | None = None) -> NetsPressoFile:
     """Read the backbone of a NetsPresso Trainer configuration.
 
     Args:
         source: a YAML file or what one holds: a whole trainer file (`model.architecture.backbone` is read, and
             `model.task`; every other key is left alone), a mapping with the key `backbone`, or the backbone itself
             (`name`, `params`, `stage_params`).
+        task: beats the file's, in any case.
 
     Returns:
-        the config, with NetsPresso's bilinear bias resizing, and the file's task.
+        the config, with NetsPresso's bilinear bias resizing, and the task.
 
     Raises:
         ConfigError: naming every field that is missing, unknown or wrong.
@@ -240,17 +247,21 @@ def read_netspresso(source: str | Path | Mapping[str, Any]) -> NetsPressoFile:
     """
     if isinstance(source, (str, Path)):
         where = str(source)
-        with open(source, encoding="utf-8") as file:
-            content = yaml.load(file, _UniqueKeyLoader)  # a SafeLoader
+        try:
+            with open(source, encoding="utf-8") as file:
+                content = yaml.load(file, _UniqueKeyLoader)  # a SafeLoader
+        except UnicodeDecodeError as error:
+            raise ConfigError([f"top level: not UTF-8 text ({error})"], where) from error
     else:
         where, content = "the NetsPresso mapping", source
 
     if not isinstance(content, Mapping):
         raise ConfigError([_wrong("top level", content, "a mapping")], where)
-    task, backbone, path = _find_backbone(content, where)
+    file_task, backbone, path = _find_backbone(content, where)
     problems: list[str] = []
-    if task is not None and task not in TASKS:
-        problems.append(_wrong("model.task", task, _one_of(TASKS).allowed))
+    chosen = _lower(file_task if task is None else task)
+    if chosen is not None and not _one_of(TASKS).holds(chosen):
+        problems.append(_wrong("model.task" if task is None else "task", chosen, _one_of(TASKS).allowed))
     problems += _backbone_problems(backbone, path)
     if problems:
         raise ConfigError(problems, where)
@@ -269,7 +280,7 @@ def read_netspresso(source: str | Path | Mapping[str, Any]) -> NetsPressoFile:
         proj_drop=params["ffn_dropout_prob"],
         bias_resize="matrix-bilinear",
     )
-    return NetsPressoFile(config, task)
+    return NetsPressoFile(config, chosen)
 
 
 def _find_backbone(content: Mapping[str, Any], where: str) -> tuple[Any, Any, str]:
@@ -279,8 +290,7 @@ def _find_backbone(content: Mapping[str, Any], where: str) -> tuple[Any, Any, st
         architecture = model.get("architecture") if isinstance(model, Mapping) else None
         if not isinstance(architecture, Mapping) or "backbone" not in architecture:
             raise ConfigError(["model.architecture.backbone: missing"], where)
-        task = model.get("task")
-        return task.lower() if isinstance(task, str) else task, architecture["backbone"], "model.architecture.backbone"
+        return model.get("task"), architecture["backbone"], "model.architecture.backbone"
     if "backbone" in content:
         return None, content["backbone"], "backbone"
     return None, content, ""
@@ -365,10 +375,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML keeps the last of two equal keys; a value that is silently lost is an error here."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[tuple[str, str]] = set()
         for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key := (key_node.tag, key_node.value)) in seen:
+                problem = f"key {key_node.value!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)

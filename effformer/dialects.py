@@ -18,6 +18,7 @@ from torch import Tensor
 from .config import check_choice
 from .reference import bias_index
 
+_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 Format = Literal["timm", "original", "original-dense", "netspresso"]
 TARGETS = ("effformer", "timm", "original")
 
@@ -54,7 +55,8 @@ def normalise(state: Mapping[str, Tensor]) -> Normalised:
         case "original":
             converted = _renamed(state, _original_to_ours)
         case "original-dense":
-            dead = [key for key in state if key.endswith(("attention_biases", "attention_bias_idxs"))]
+            if any(key.endswith("attention_biases_seg") for key in state):
+                dead = [key for key in state if key.endswith(("attention_biases", "attention_bias_idxs"))]
             live = {key.removesuffix("_seg"): value for key, value in state.items() if key not in dead}
             converted = _renamed(live, _original_to_ours)
         case "netspresso":
@@ -66,14 +68,15 @@ def normalise(state: Mapping[str, Tensor]) -> Normalised:
 def convert_state_dict(state: Mapping[str, Tensor], to: str) -> dict[str, Tensor]:
     """A checkpoint of any known format in the naming `to`: "effformer", "timm" or "original".
 
-    What is loaded strictly into a network of that code is complete: derived buffers are filled in.
+    The result is complete for a strict load: derived buffers are filled in. What the names do not say is left to the
+    caller: whether `feature_norms` are tapped or inline, and how the bias is resized.
 
     Raises:
-        CheckpointError: as `normalise`, or for feature norms that timm has no place for.
+        CheckpointError: as `normalise`, or for feature norms that `to` has no place for.
         ValueError: for another `to`.
     """
     check_choice("to", to, TARGETS)
-    ours = normalise(state).state
+    ours, format, _ = normalise(state)
     dense = any(key.startswith("feature_norms.") for key in ours)
     if to == "effformer":
         return ours
@@ -81,6 +84,10 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> dict[str, Tensor
         if dense:
             raise CheckpointError("to: got 'timm', which has no feature norms; allowed are effformer, original")
         return ours
+    if dense and format == "netspresso":
+        raise CheckpointError(
+            "to: got 'original', whose norms are off the path; NetsPresso's are in it: allowed is effformer"
+        )
     converted = _renamed(ours, _ours_to_original)
     if dense:
         converted = _add_dead_buffers(converted)
@@ -88,16 +95,23 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> dict[str, Tensor
 
 
 def _strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Without what wrappers put before every key; of a whole trainer model, the backbone and the keys beside it."""
-    stripped = dict(state)
-    while prefix := next((p for p in ("module.", "_orig_mod.") if all(key.startswith(p) for key in stripped)), None):
-        stripped = {key.removeprefix(prefix): value for key, value in stripped.items()}
-    if "network.stem.conv1.weight" in stripped:  # our own Backbone's state_dict()
-        stripped = {key.removeprefix("network."): value for key, value in stripped.items()}
-    beside = [key for key in stripped if not key.startswith("backbone.")]
-    if len(beside) == len(stripped):
-        return stripped, []
-    return {key.removeprefix("backbone."): stripped[key] for key in stripped if key not in set(beside)}, beside
+    """(state without what wrappers put before its keys, keys that are none of the network's).
+
+    Of a whole trainer model that is what does not stand below `backbone.`.
+    """
+    stripped = {key: value for key, value in state.items() if key != "n_averaged"}  # AveragedModel's counter
+    beside = [key for key in state if key not in stripped]
+    while stripped:
+        prefix = next((p for p in _WRAPPERS if all(key.startswith(p) for key in stripped)), "")
+        if not prefix and any(key.startswith("backbone.") for key in stripped):
+            prefix = "backbone."
+        elif not prefix and "network.stem.conv1.weight" in stripped:  # our own Backbone's
+            prefix = "network."
+        if not prefix:
+            break
+        beside += [key for key in stripped if not key.startswith(prefix)]
+        stripped = {key.removeprefix(prefix): value for key, value in stripped.items() if key.startswith(prefix)}
+    return stripped, beside
 
 
 def _detect(state: Mapping[str, Tensor]) -> Format:
@@ -201,7 +215,7 @@ def _check_indices(state: dict[str, Tensor]) -> None:
         resolution = math.isqrt(table.shape[-1]) if table.ndim == 2 else 0
         if table.ndim != 2 or resolution**2 != table.shape[1]:
             raise CheckpointError(f"{prefix}attention_biases: got {list(table.shape)}, allowed is [heads, T * T]")
-        standard = bias_index(resolution, resolution)
+        standard = bias_index(resolution, resolution, device="cpu")
         index = state.setdefault(key, standard)
         if index.shape != standard.shape or not torch.equal(index.cpu().long(), standard):
             raise CheckpointError(f"{key}: not the standard index |dy| * {resolution} + |dx|, the only one supported")

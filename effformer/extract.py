@@ -38,6 +38,9 @@ class ImageFeatures:
         """Write `IMAGE.features.safetensors` and `IMAGE.features.png` into `folder`, or beside the image.
 
         The tensors are float32 and named stage1 to stage4, pooled and logits; existing files are replaced.
+
+        Raises:
+            OSError: where they cannot be written.
         """
         stem = (folder or self.path.parent) / self.path.name
         features, picture = Path(f"{stem}{FEATURES_SUFFIX}"), Path(f"{stem}{PICTURE_SUFFIX}")
@@ -45,7 +48,10 @@ class ImageFeatures:
         if self.logits is not None:
             tensors["logits"] = self.logits
         tensors = {name: tensor.float().contiguous().cpu() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(tensors, features, {"image": self.path.name, **metadata})
+        try:
+            safetensors.torch.save_file(tensors, features, {"image": self.path.name, **metadata})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{features} cannot be written: {error}") from error
         cropped = preprocessing.crop(open_image(self.path))
         draw_features(cropped, [feature.float() for feature in self.maps]).save(picture)
         return features, picture
@@ -59,7 +65,7 @@ class Extraction:
         batch_size: images in a forward.
         workers: processes that decode images.
         has_head: whether the network's heads are trained, and logits worth returning.
-        failures: file -> why it could not be read.
+        failures: file -> why it could not be read, or its features not written.
     """
 
     network: EfficientFormer

@@ -61,6 +61,8 @@ def create_model(
             raise TypeError(f"create_model: {unknown_key(key, allowed)}")
     if "proj_drop" in overrides and "proj_drop_rate" in overrides:
         raise TypeError("create_model: proj_drop and proj_drop_rate are two names of one thing, allowed is one of them")
+    if not isinstance(pretrained, bool):
+        raise TypeError(f"pretrained: got {pretrained!r}, allowed are True and False (checkpoint names other weights)")
     if pretrained and checkpoint is not None:
         raise ValueError(f"checkpoint: got {checkpoint!r} with pretrained=True, allowed is one of the two")
     config = replace(config, **{key: value for key, value in overrides.items() if key in CONFIG_FIELDS})

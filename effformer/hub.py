@@ -38,13 +38,23 @@ def locate(checkpoint: str | Path) -> Path:
 def read_config(checkpoint: str | Path) -> dict[str, Any]:
     """What timm's `config.json` in a checkpoint's folder or repository says; {} where there is none.
 
+    A file that is named as in `WEIGHT_FILES` is taken for one of such a folder.
+
     Raises:
         ValueError: where it is no JSON object.
         FileNotFoundError, ImportError, OSError: as `locate`.
     """
-    if Path(checkpoint).is_file() or (path := _fetch(checkpoint, "config.json")) is None:
+    if Path(checkpoint).is_file():
+        checkpoint = Path(checkpoint)
+        if checkpoint.name not in WEIGHT_FILES:
+            return {}
+        checkpoint = checkpoint.absolute().parent
+    if (path := _fetch(checkpoint, "config.json")) is None:
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got {type(content).__name__}, allowed is a JSON object")
     return content

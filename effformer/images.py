@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,28 @@ from torch import Tensor
 # What `effformer run` writes beside an image must not be an input of the next run.
 PICTURE_SUFFIX = ".features.png"
 
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"
+)  # fmt: skip
+
 _INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def _numbers(values: Any, count: int, above: float) -> bool:
+    return len(values) == count and all(math.isfinite(value) and value > above for value in values)
+
+
+_PREPROCESSING_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "size": ("two integers above 0", lambda v: _numbers(v, 2, 0) and all(isinstance(side, int) for side in v)),
+    "mean": ("three finite numbers", lambda v: _numbers(v, 3, -math.inf)),
+    "std": ("three finite numbers above 0", lambda v: _numbers(v, 3, 0)),
+    "interpolation": (f"one of {', '.join(_INTERPOLATIONS)}", lambda v: v in _INTERPOLATIONS),
+    "crop_pct": ("a number above 0, at most 1", lambda v: 0 < v <= 1),
 }
 
 
@@ -40,34 +57,40 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_pct: float = 0.95
 
+    def __post_init__(self) -> None:
+        for name, (allowed, holds) in _PREPROCESSING_RULES.items():
+            value = getattr(self, name)
+            try:
+                good = holds(value)
+            except TypeError:
+                good = False
+            if not good:
+                raise ValueError(f"{name}: got {value!r}, allowed is {allowed}")
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Preprocessing:
         """From timm's `config.json` (its `pretrained_cfg`); what that does not say keeps its default.
 
         Raises:
-            ValueError: for an interpolation or a crop that we do not have, or an input that is not RGB.
+            ValueError: naming the field: a value that makes no sense, an interpolation or crop that we do not have,
+                an input that is not RGB.
         """
         said = config.get("pretrained_cfg", config)
-        default = cls()
-        channels, *size = said.get("input_size", (3, *default.size))
-        interpolation = said.get("interpolation", default.interpolation)
-        if channels != 3 or len(size) != 2:
-            raise ValueError(f"input_size: got {said['input_size']}, allowed is [3, height, width]")
-        if interpolation not in _INTERPOLATIONS:
-            raise ValueError(f"interpolation: got {interpolation!r}, allowed are {', '.join(_INTERPOLATIONS)}")
+        if not isinstance(said, Mapping):
+            raise ValueError(f"pretrained_cfg: got {said!r}, allowed is an object")
         if said.get("crop_mode", "center") != "center":
             raise ValueError(f"crop_mode: got {said['crop_mode']!r}, allowed is 'center'")
-        return cls(
-            size=(int(size[0]), int(size[1])),
-            mean=tuple(said.get("mean", default.mean)),
-            std=tuple(said.get("std", default.std)),
-            interpolation=interpolation,
-            crop_pct=float(said.get("crop_pct", default.crop_pct)),
-        )
+        fields: dict[str, Any] = {key: said[key] for key in ("mean", "std", "interpolation", "crop_pct") if key in said}
+        if "input_size" in said:
+            size = said["input_size"]
+            if not isinstance(size, Sequence) or len(size) != 3 or size[0] != 3:
+                raise ValueError(f"input_size: got {size!r}, allowed is [3, height, width]")
+            fields["size"] = tuple(size[1:])
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        return cls(**fields)
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """`image` upright, in RGB, resized and cropped around its centre to `size`, as timm's evaluation does."""
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        """An RGB image, resized and cropped around its centre to `size`, as timm's evaluation does."""
         height, width = self.size
         target = [math.floor(side / self.crop_pct) for side in (height, width)]
         ratio = min(image.height / target[0], image.width / target[1])
@@ -87,16 +110,17 @@ class Preprocessing:
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as they are, folders as the image files below them, sorted; pictures of an earlier run left out.
+    """Files as they are, folders as the files below them with an image's suffix, sorted, without our own pictures.
 
     Raises:
         FileNotFoundError: for a path that does not exist.
     """
-    suffixes = set(Image.registered_extensions())
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            below = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.is_file())
+            below = (
+                file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+            )
             found |= dict.fromkeys(file for file in below if not file.name.endswith(PICTURE_SUFFIX))
         elif path.exists():
             found[path] = None
@@ -106,19 +130,25 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """A decoded image.
+    """The image in a file (its first frame), upright, as RGB; 16-bit grey is scaled to 8 bits.
 
     Raises:
-        OSError: where it cannot be read or is damaged.
+        OSError: where it cannot be read, is damaged, or has 32-bit pixels, whose range nobody knows.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):
+                image = image.point(lambda value: value * (1 / 257)).convert("L")
+            if image.mode in ("I", "F"):
+                raise OSError(f"32-bit pixels (mode {image.mode}) have no defined range")
+            return image.convert("RGB")
     except UnidentifiedImageError:
         raise OSError("not an image") from None
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
-        raise OSError(str(error)) from error
+    except OSError:
+        raise
+    except Exception as error:  # decoders end in many ways on damaged files
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 class ImageFiles(torch.utils.data.Dataset[tuple[int, Tensor | str]]):

@@ -3,19 +3,19 @@
 Public methods and state-dict keys are timm's, so that its checkpoints load with strict=True.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: an FX GraphModule with string annotations cannot be saved.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .blocks import Attention, Meta4D, Stem
-from .config import EfficientFormerConfig, check_choice, check_count, check_probability
-from .stage import Stage
+from .config import EfficientFormerConfig, check_choice, check_count, check_finite, check_probability
+from .stage import Stage, StageOutput
 
 POOLS = ("avg", "")
 
@@ -63,6 +63,7 @@ class EfficientFormer(nn.Module):
         if not isinstance(config, EfficientFormerConfig):
             raise TypeError(f"config: got {type(config).__name__}, allowed is an EfficientFormerConfig")
         if proj_drop_rate is not None:
+            check_probability("proj_drop_rate", proj_drop_rate)
             config = replace(config, proj_drop=proj_drop_rate)
         check_count("in_chans", in_chans, least=1)
         check_count("num_classes", num_classes)
@@ -70,6 +71,9 @@ class EfficientFormer(nn.Module):
         check_choice("backend", backend, ops.BACKENDS)
         check_probability("drop_rate", drop_rate)
         check_probability("drop_path_rate", drop_path_rate)
+        check_finite("layer_scale_init_value", layer_scale_init_value)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: got {dtype}, allowed is a floating dtype")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.config = config
@@ -213,7 +217,7 @@ class EfficientFormer(nn.Module):
             return intermediates
         return (self.norm(x) if tokens else x), intermediates
 
-    def _run_stages(self, x: Tensor, stop: int) -> Iterator[_StageOutput]:
+    def _run_stages(self, x: Tensor, stop: int) -> Iterator[StageOutput]:
         """The outputs of the first `stop` stages on images `x`."""
         x = self.stem(ops.check_images(x, self.in_chans, self.stem.conv1.weight))
         size = (x.shape[2], x.shape[3])
@@ -224,7 +228,7 @@ class EfficientFormer(nn.Module):
             if self.config.feature_norm == "inline":
                 norm = self.feature_norms[index]
                 x = norm(x) if tokens_of is None else norm(_to_map(x, *tokens_of)).flatten(2).transpose(1, 2)
-            yield _StageOutput(index, x, tokens_of)
+            yield StageOutput(index, x, tokens_of)
 
     # --- what timm's tools ask of a model -----------------------------------------------------------------------------
 
@@ -280,14 +284,6 @@ class EfficientFormer(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group parameters by depth, for layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^(?:feature_norms|norm)\b", (99999,))]}
-
-
-class _StageOutput(NamedTuple):
-    """Output of a stage: a map [B, C, H, W], or tokens [B, N, C] of a map with the sides `tokens_of`."""
-
-    stage: int
-    features: Tensor
-    tokens_of: tuple[int, int] | None
 
 
 def init_linear(linear: nn.Linear) -> None:

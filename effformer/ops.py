@@ -4,8 +4,9 @@
     "triton"  the kernels, or an `UnsupportedError`; never something else silently
     "auto"    Triton where it can run, eager elsewhere; `why_not_triton` says why
 
-Scales, shifts, layer scales and bias are float32, or float64 when x is; the output has x's dtype. Every function here
-is `torch.fx.wrap`ped, so that FX keeps it whole; call it as `ops.name`, since FX does not see an imported bare name.
+Scales, shifts, layer scales and bias are float32, or float64 when x is; the output has x's dtype. The functions of
+tensors are `torch.fx.wrap`ped, so that FX keeps them whole; call them as `ops.name`, since FX does not see an imported
+bare name.
 """
 
 from __future__ import annotations
@@ -218,9 +219,13 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(f"x: got shape {_shape(x)}, allowed is [B, {in_chans}, H, W]")
     _check_floating("x", x)
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not _autocast(x.device.type):
         raise TypeError(f"x: got {x.dtype}, allowed is the network's {weight.dtype} (any floating dtype in autocast)")
     return x
+
+
+def _autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _shape(x: Tensor) -> str:
@@ -273,7 +278,7 @@ def _check_mlp(
     _check_shape("weight2", weight2, (channels, hidden))
     for name, weight in (("weight1", weight1), ("weight2", weight2)):
         _check_floating(name, weight)
-        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if weight.dtype != x.dtype and not _autocast(x.device.type):
             raise TypeError(f"{name}: got {weight.dtype}, allowed is x's {x.dtype} (or any floating dtype in autocast)")
     _check_vectors(x, hidden, scale1=scale1, shift1=shift1)
     _check_vectors(x, channels, scale2=scale2, shift2=shift2)

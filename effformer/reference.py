@@ -56,15 +56,24 @@ def conv_mlp(
     return x + y.to(x.dtype)
 
 
-def bias_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, key_dim: int) -> Tensor:
+def bias_attention(
+    qkv: Tensor,
+    bias: Tensor,
+    *,
+    num_heads: int,
+    key_dim: int,
+    dropout: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Multi-head attention with a learned bias, paper section 4 (MB3D): softmax(q @ k.T * key_dim**-0.5 + bias) @ v.
 
     qkv [B, N, num_heads * (2 * key_dim + value_dim)], the channels of each head being q | k | v;
-    bias [num_heads, N, N]; returns [B, N, num_heads * value_dim].
+    bias [num_heads, N, N]; returns [B, N, num_heads * value_dim]. `dropout` acts on the probabilities.
     """
     q, k, v = split_heads(qkv, num_heads=num_heads, key_dim=key_dim)
     scores = (q @ k.mT) * key_dim**-0.5
     weights = (scores + bias).to(scores.dtype).softmax(dim=-1)
+    if dropout is not None:
+        weights = dropout(weights)
     return (weights @ v).transpose(1, 2).flatten(2).to(qkv.dtype)
 
 

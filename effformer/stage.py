@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,14 @@ class Stage(nn.Module):
         if isinstance(self.downsample, nn.Identity):
             return height, width
         return (height + 1) // 2, (width + 1) // 2
+
+
+class StageOutput(NamedTuple):
+    """Output of a stage: a map [B, C, H, W], or tokens [B, N, C] of a map with the sides `tokens_of`."""
+
+    stage: int
+    features: Tensor
+    tokens_of: tuple[int, int] | None
 
 
 def _checkpointed(block: nn.Module, *args: Any) -> Tensor:

@@ -19,10 +19,12 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(target: torch.Tensor, low: float, high: float) -> None:
-        target.copy_(torch.empty(target.shape, dtype=torch.float64).uniform_(low, high, generator=generator))
+        target.copy_(
+            torch.empty(target.shape, dtype=torch.float64, device="cpu").uniform_(low, high, generator=generator)
+        )
 
     def normal(target: torch.Tensor, std: float) -> None:
-        target.copy_(torch.empty(target.shape, dtype=torch.float64).normal_(0, std, generator=generator))
+        target.copy_(torch.empty(target.shape, dtype=torch.float64, device="cpu").normal_(0, std, generator=generator))
 
     for module in model.modules():
         if isinstance(module, LayerScale):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .config import PRESETS
 from .dialects import CheckpointError, Normalised, normalise
 from .model import EfficientFormer, init_linear
 
@@ -131,7 +131,9 @@ def read_state_dict(source: str | Path | Mapping[str, Any]) -> tuple[str | None,
     content: Any = source if isinstance(source, Mapping) else _read_file(Path(source))
     container = None
     if isinstance(content, Mapping):
-        container = next((name for name in CONTAINERS if isinstance(content.get(name), Mapping)), None)
+        container = next(
+            (name for name in CONTAINERS if isinstance(content.get(name), Mapping) and content[name]), None
+        )
         content = content[container] if container else content
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"source: got {type(content).__name__}, allowed is a state dict with at least one key")
@@ -144,24 +146,40 @@ def read_state_dict(source: str | Path | Mapping[str, Any]) -> tuple[str | None,
     return container, dict(content)
 
 
-def settings_for(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Keywords of `create_model` that the network of a checkpoint needs: classes, and its dialect's way with sizes.
+def settings_for(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """Name and keywords of `create_model` for the network of a checkpoint, as far as its keys and shapes say.
+
+    A file with one head alone gets a network without heads: a mean with a random one would mean nothing.
 
     Raises:
-        CheckpointError: as `normalise`.
+        CheckpointError: as `normalise`; for widths that no published model has; for feature norms in our own naming,
+            which does not say whether they are tapped or inline.
     """
     file = normalise(state)
-    head = file.state.get("head.weight")
-    settings: dict[str, Any] = {"num_classes": 0 if head is None else head.shape[0]}
+    downsamples = [file.state.get(f"stages.{index}.downsample.conv.weight") for index in (1, 2, 3)]
+    convolutions = [file.state.get("stem.conv2.weight"), *downsamples]
+    widths = tuple(0 if weight is None else weight.shape[0] for weight in convolutions)
+    name = next((name for name, config in PRESETS.items() if config.widths == widths), None)
+    if name is None:
+        known = ", ".join(f"{name} {config.widths}" for name, config in PRESETS.items())
+        raise CheckpointError(f"the checkpoint has widths {widths}, allowed are those of {known}")
+
+    heads = [file.state.get(f"{head}.weight") for head in _HEADS]
+    settings: dict[str, Any] = {"num_classes": 0 if heads[0] is None or heads[1] is None else heads[0].shape[0]}
     dense = any(key.startswith("feature_norms.") for key in file.state)
     if file.format == "netspresso":
         settings |= {"bias_resize": "matrix-bilinear", "feature_norm": "inline" if dense else None}
-    elif dense:
+    elif file.format == "original-dense":
         settings |= {"bias_resize": "matrix-bicubic", "feature_norm": "tap"}
+    elif dense:
+        raise CheckpointError(
+            "the checkpoint does not say whether its feature norms are tapped or inline: build the network with "
+            "feature_norm and bias_resize, then load_checkpoint"
+        )
     tables = [value for key, value in file.state.items() if key.endswith("attention_biases")]
     if tables:
         settings["table_resolution"] = math.isqrt(tables[0].shape[1])
-    return settings
+    return name, settings
 
 
 def _read_file(path: Path) -> Any:
@@ -174,7 +192,9 @@ def _read_file(path: Path) -> Any:
         # Training scripts of the DeiT family store their arguments, a plain holder of attributes, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged files end in whatever the bytes happen to mean
         raise CheckpointError(
             f"{path} is no torch file of weights alone (anything else could run code and is not read): {error}"
         ) from error
@@ -183,7 +203,8 @@ def _read_file(path: Path) -> Any:
 def _fresh_modules(network: EfficientFormer, file: Normalised, reset_head: bool) -> dict[str, nn.Module]:
     """Modules of `network` that keep nothing of the file and are drawn anew."""
     fresh: dict[str, nn.Module] = {}
-    if file.format == "original-dense" and not any(key.startswith("norm.") for key in file.state):
+    has_norm = any(key.startswith("norm.") for key in file.state)
+    if file.format == "original-dense" and not has_norm and isinstance(network.norm, nn.LayerNorm):
         fresh["norm"] = network.norm
     heads = {name: head for name in _HEADS if isinstance(head := network.get_submodule(name), nn.Linear)}
     shapes = [(name, file.state.get(f"{name}.weight")) for name in heads]

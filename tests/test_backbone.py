@@ -63,6 +63,13 @@ def test_defaults_are_the_trainers() -> None:
         assert config.feature_norm == ("inline" if task in DENSE_TASKS else None)
 
 
+def test_feature_norm_may_be_chosen() -> None:
+    assert build_backbone(NETSPRESSO_L1, feature_norm="tap").network.config.feature_norm == "tap"
+    assert build_backbone(NETSPRESSO_L1, task="detection", feature_norm=None).network.config.feature_norm is None
+    with pytest.raises(ValueError, match="feature_norm: got 'bogus'"):
+        build_backbone(NETSPRESSO_L1, feature_norm="bogus")
+
+
 def test_initial_weights_are_drawn_as_the_trainer_draws_them() -> None:
     network = build_backbone(NETSPRESSO_L1).network
     for module in network.modules():
@@ -132,13 +139,41 @@ def test_dropout_acts_where_the_trainer_lets_it() -> None:
     assert set(rates.values()) == {0.125}
     assert len(rates) == 14
 
-    # With certain dropout, a branch says nothing but what its norm adds: the probabilities are all zero ...
-    mixer = randomise(network.get_submodule(attention)).double().train()
-    mixer.attn_drop.p, mixer.proj_drop.p = 1.0, 0.0
-    tokens = torch.randn(2, 6, 448, dtype=torch.float64)
+
+@torch.no_grad()
+def test_dropout_does_what_it_says_at_each_site() -> None:
+    """With certain dropout, all that comes before its site is gone; with next to none, nothing is."""
+    network = randomise(build_backbone(NETSPRESSO_L1, dtype=torch.float64).network).train()
+    tokens, feature = torch.randn(2, 6, 448, dtype=torch.float64), torch.randn(2, 448, 2, 3, dtype=torch.float64)
+    mixer, mlp, conv_mlp = (
+        network.get_submodule(f"stages.3.blocks.{name}") for name in ("4.token_mixer", "4.mlp", "0.mlp")
+    )
+    for norm in (conv_mlp.norm1, conv_mlp.norm2):
+        norm.eval()
+    mixer_out = mixer.eval()(tokens, 2, 3)
+    mixer.train()
+
+    mixer.attn_drop.p = 1.0
     assert torch.allclose(mixer(tokens, 2, 3), mixer.proj.bias.expand(2, 6, 448))
-    # ... and so is the projected output.
     mixer.attn_drop.p, mixer.proj_drop.p = 0.0, 1.0
     assert not mixer(tokens, 2, 3).any()
-    mixer.eval()
-    assert mixer(tokens, 2, 3).any()
+    mixer.attn_drop.p, mixer.proj_drop.p = 1e-12, 0.0
+    assert mixer.why_composed() is not None
+    assert torch.allclose(mixer(tokens, 2, 3), mixer_out, rtol=0, atol=1e-9)
+    mixer.attn_drop = torch.nn.Identity()
+    assert torch.allclose(mixer(tokens, 2, 3), mixer_out, rtol=0, atol=1e-12)
+
+    mlp.drop1.p = 1.0
+    assert torch.allclose(mlp(tokens), mlp.fc2.bias.expand(2, 6, 448))
+    mlp.drop1.p, mlp.drop2.p = 0.0, 1.0
+    assert not mlp(tokens).any()
+
+    conv_mlp.drop.p = 1.0
+    assert not conv_mlp(feature).any()
+    seen: list[torch.Tensor] = []
+    conv_mlp.fc2.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    conv_mlp(feature)
+    assert not seen[0].any()
+    conv_mlp.drop.p = 0.0
+    conv_mlp(feature)
+    assert seen[1].any()

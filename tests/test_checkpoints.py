@@ -63,6 +63,29 @@ def test_averaged_weights_are_preferred(l1: dict[str, Tensor]) -> None:
     assert_loaded(network, averaged)
 
 
+def test_an_empty_container_is_passed_over(l1: dict[str, Tensor]) -> None:
+    assert load_checkpoint(fresh(), {"state_dict_ema": {}, "state_dict": l1}).container == "state_dict"
+
+
+def test_averaged_model(l1: dict[str, Tensor]) -> None:
+    average = torch.optim.swa_utils.AveragedModel(randomise(fresh(), seed=5))
+    network = fresh()
+    assert load_checkpoint(network, average.state_dict()).ignored == ("n_averaged",)
+    assert_loaded(network, average.module.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["backbone.module.", "module.backbone.", "backbone.network.", "model.backbone."])
+def test_prefixes_within_prefixes(l1: dict[str, Tensor], prefix: str) -> None:
+    state = {prefix + key: value for key, value in l1.items()}
+    if prefix.startswith("model."):  # whose prefix is that?
+        with pytest.raises(CheckpointError, match="no known EfficientFormer"):
+            load_checkpoint(fresh(), state)
+        return
+    network = fresh()
+    load_checkpoint(network, state)
+    assert_loaded(network, l1)
+
+
 def test_safetensors(tmp_path: Path, l1: dict[str, Tensor]) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(l1, path)
@@ -89,9 +112,12 @@ def test_a_file_that_would_run_code_is_not_read(tmp_path: Path, l1: dict[str, Te
     assert _Malicious.ran
 
 
+@pytest.mark.parametrize(
+    "content", [b"not a checkpoint", b"", b"\x80\x02u.", b"\x80\x02X\x01\x00\x00\x00\xff."], ids=range(4)
+)
 @pytest.mark.parametrize("name", ["broken.pth", "broken.safetensors"])
-def test_damaged_files(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"not a checkpoint")
+def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name):
         load_checkpoint(fresh(), tmp_path / name)
     with pytest.raises(FileNotFoundError):
@@ -243,6 +269,24 @@ def test_dense_original_resets_the_final_norm_and_drops_what_is_dead() -> None:
         load_checkpoint(network, state | {prefix + "attention_bias_idxs_seg": bias_index(16, 16).T.flip(0)})
 
 
+def test_dense_original_into_a_network_without_a_final_norm() -> None:
+    network = fresh(**DENSE)
+    network.prune_intermediate_layers(4, prune_norm=True)
+    assert load_checkpoint(network, checkpoint("snap_l1_dense_256x320")).reinitialised == ()
+
+
+def test_the_originals_classification_code_with_feature_norms() -> None:
+    """models/efficientformer.py with fork_feat: norms, but no second table; its first one lives."""
+    state = checkpoint("snap_l1_classification_224")
+    state = {key: value for key, value in state.items() if not key.startswith(("norm.", "head", "dist_head"))}
+    for name, width in (("norm0", 48), ("norm2", 96), ("norm4", 224), ("norm6", 448)):
+        state |= {f"{name}.weight": torch.rand(width), f"{name}.bias": torch.rand(width)}
+    network = fresh(num_classes=0, feature_norm="tap")
+    assert load_checkpoint(network, state).ignored == ()
+    table = network.stages[3].blocks[4].token_mixer.attention_biases
+    assert torch.equal(table, state["network.6.4.token_mixer.attention_biases"].float())
+
+
 # --- NetsPresso -------------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +401,8 @@ def test_conversion_to_timm_is_complete(timm: Any) -> None:
         timm.create_model("efficientformer_l1", num_classes=num_classes).load_state_dict(converted, strict=True)
     with pytest.raises(CheckpointError, match="no feature norms"):
         convert_state_dict(checkpoint("snap_l1_dense_256x320"), "timm")
+    with pytest.raises(CheckpointError, match="NetsPresso's are in it"):  # another network under the same names
+        convert_state_dict(checkpoint("netspresso_l1_segmentation_256x320"), "original")
     with pytest.raises(ValueError, match="to: got 'netspresso'"):
         convert_state_dict(checkpoint("snap_l1_classification_224"), "netspresso")
 
@@ -373,8 +419,28 @@ def test_conversion_to_timm_is_complete(timm: Any) -> None:
     ],
 )
 def test_settings_for_a_checkpoint(name: str, settings: dict[str, Any]) -> None:
-    assert settings_for(checkpoint(name)) == settings
+    assert settings_for(checkpoint(name)) == ("efficientformer_l1", settings)
     load_checkpoint(create_model("efficientformer_l1", **settings), checkpoint(name))
+
+
+def test_settings_are_not_guessed(l1: dict[str, Tensor]) -> None:
+    assert settings_for(checkpoint("snap_l3_classification_224"))[0] == "efficientformer_l3"
+    single = {key: value for key, value in l1.items() if not key.startswith("head_dist")}
+    assert settings_for(single)[1]["num_classes"] == 0
+    for name in ("netspresso_l1_segmentation_256x320", "snap_l1_dense_256x320"):
+        with pytest.raises(CheckpointError, match="does not say whether its feature norms are tapped or inline"):
+            settings_for(convert_state_dict(checkpoint(name), "effformer"))
+    with pytest.raises(CheckpointError, match=r"widths \(48, 96, 224, 64\)"):
+        settings_for(l1 | {"stages.3.downsample.conv.weight": torch.zeros(64, 224, 3, 3)})
+
+
+def test_another_default_device(l1: dict[str, Tensor]) -> None:
+    network = fresh()
+    with torch.device("meta"):
+        network.load_state_dict(l1, strict=True)
+        load_checkpoint(network, {k: v for k, v in l1.items() if not k.endswith("attention_bias_idxs")})
+        randomise(network)
+    assert_loaded(network, l1)  # randomise drew what it draws without one
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------

@@ -112,8 +112,8 @@ def test_a_folder_with_a_damaged_image(capsys: pytest.CaptureFixture[str], photo
         status, out, err = run(capsys, *arguments)
         assert status == 1
         for name in ("broken.jpg", "cut.png"):
-            assert f"cannot read {folder / name}" in err
-        assert "2 of 5 images could not be read" in err
+            assert f"effformer: {folder / name}: " in err
+        assert "2 of 5 images failed" in err
         for name in ("photo.png", "tall.png", "below/grey.jpg"):
             assert str(folder / name) in out
             assert (folder / f"{name}.features.safetensors").exists()
@@ -126,12 +126,62 @@ def test_a_folder_with_a_damaged_image(capsys: pytest.CaptureFixture[str], photo
         assert torch.allclose(alone[key], value, rtol=0, atol=1e-4)
 
 
+def test_many_images_are_decoded_in_worker_processes(
+    capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path
+) -> None:
+    image = Image.open(photo).resize((64, 64))
+    for index in range(33):
+        image.rotate(index).save(photo.parent / f"{index}.png")
+    (photo.parent / "broken.png").write_bytes(b"")
+    out_folder = tmp_path / "out"
+    status, _, err = run(capsys, "run", photo.parent, "--checkpoint", "none", "--size", "32", "--output", out_folder)
+    assert status == 1
+    assert "1 of 35 images failed" in err
+    assert len(list(out_folder.glob("*.safetensors"))) == 34
+
+
+def test_what_cannot_be_written_is_reported_and_the_rest_goes_on(
+    capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path
+) -> None:
+    Image.open(photo).save(photo.parent / "second.png")
+    (tmp_path / "out" / "photo.png.features.safetensors").mkdir(parents=True)  # in the way
+    status, out, err = run(capsys, "run", photo.parent, "--checkpoint", "none", "--output", tmp_path / "out")
+    assert status == 1
+    assert f"effformer: {photo}: " in err
+    assert "cannot be written" in err
+    assert str(photo.parent / "second.png") in out
+    assert (tmp_path / "out" / "second.png.features.safetensors").exists()
+
+
+def test_the_checkpoint_says_which_model_it_is(capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path) -> None:
+    state = randomise(create_model("efficientformer_l3")).half().state_dict()
+    single = tmp_path / "l3.pth"
+    torch.save({key: value for key, value in state.items() if not key.startswith("head_dist")}, single)
+    status, out, _ = run(capsys, "run", photo, "--checkpoint", single)
+    assert status == 0
+    for part in ("efficientformer_l3", "ignored: head.weight, head.bias", "cast: float16 -> float32", "512x7x7"):
+        assert part in out
+    status, _, err = run(capsys, "run", photo, "--checkpoint", single, "--model", "efficientformer_l1")
+    assert status == 1
+    assert "--model: got efficientformer_l1, allowed is efficientformer_l3" in err
+
+
+def test_a_converted_dense_checkpoint_is_not_taken_for_another_network(
+    capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path
+) -> None:
+    torch.save(checkpoint("netspresso_l1_segmentation_256x320"), tmp_path / "dense.pth")
+    assert run(capsys, "convert", tmp_path / "dense.pth", tmp_path / "ours.pth", "--to", "effformer")[0] == 0
+    status, _, err = run(capsys, "run", photo, "--checkpoint", tmp_path / "ours.pth")
+    assert status == 1
+    assert "tapped or inline" in err
+
+
 def test_only_damaged_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "broken.png"
     path.write_bytes(b"")
     status, out, err = run(capsys, "run", path, "--checkpoint", "none")
     assert status == 1
-    assert f"cannot read {path}: not an image" in err
+    assert f"effformer: {path}: not an image" in err
     assert "time:" not in out
 
 
@@ -216,7 +266,8 @@ def test_errors_are_one_line_and_status_1(
     status, _, err = run(capsys, "run", *(places.get(argument, argument) for argument in arguments))
     assert status == 1
     assert message in err
-    assert "Traceback" not in err
+    (line,) = (line for line in err.splitlines() if line.startswith("effformer: error:"))
+    assert message in line or "no torch file" in message
 
 
 @pytest.mark.parametrize("arguments", [["run"], ["run", "x", "--size", "0x5"], ["run", "x", "--batch-size", "-1"], []])
@@ -266,6 +317,10 @@ def test_convert(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert status == 0
     assert "(original) ->" in out
     create_model("efficientformer_l1").load_state_dict(safetensors.torch.load_file(timms), strict=True)
+    status, _, err = run(capsys, "convert", source, tmp_path / "no" / "such" / "folder.safetensors")
+    assert status == 1
+    assert "cannot be written" in err
+    assert run(capsys, "convert", source, tmp_path / "no" / "such" / "folder.pth")[0] == 1
     assert run(capsys, "convert", timms, back, "--to", "original")[0] == 0
     returned = torch.load(back, weights_only=True)
     assert all(torch.equal(returned[key], value) for key, value in state.items())
@@ -311,6 +366,13 @@ def test_preprocessing_is_timms(timm: Any, size: tuple[int, int], shape: tuple[i
     ("config", "message"),
     [
         ({"interpolation": "random"}, "interpolation: got 'random'"),
+        ({"input_size": 224}, "input_size: got 224"),
+        ({"input_size": [3, 0, 224]}, r"size: got \(0, 224\), allowed is two integers above 0"),
+        ({"mean": [0.5]}, r"mean: got \(0.5,\), allowed is three finite numbers"),
+        ({"mean": 0.5}, "mean: got 0.5"),
+        ({"std": [0, 0, 0]}, r"std: got \(0, 0, 0\), allowed is three finite numbers above 0"),
+        ({"crop_pct": None}, "crop_pct: got None, allowed is a number above 0, at most 1"),
+        ({"crop_pct": 0}, "crop_pct: got 0"),
         ({"input_size": [1, 224, 224]}, r"input_size: got \[1, 224, 224\]"),
         ({"crop_mode": "squash"}, "crop_mode: got 'squash'"),
     ],
@@ -322,13 +384,41 @@ def test_preprocessing_refuses(config: dict[str, Any], message: str) -> None:
 
 def test_images_are_turned_upright(tmp_path: Path) -> None:
     image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (20, 0, 40, 20))
     exif = image.getexif()
-    exif[0x0112] = 6  # rotated by 90 degrees
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    side = Preprocessing((40, 20), crop_pct=1.0)
-    assert side.crop(open_image(tmp_path / "turned.jpg")).size == (20, 40)
-    cropped = side.crop(open_image(tmp_path / "turned.jpg"))
-    assert min(cropped.getchannel("R").tobytes()) > 200
+    exif[0x0112] = 6  # taken with the camera turned: the left side is up
+    image.save(tmp_path / "turned.png", exif=exif)
+    upright = open_image(tmp_path / "turned.png")
+    assert upright.size == (20, 40)
+    assert (upright.getpixel((10, 5)), upright.getpixel((10, 35))) == ((255, 0, 0), (0, 0, 255))
+
+
+def test_modes_of_images(tmp_path: Path) -> None:
+    ramp = bytes(range(256))
+    for mode in ("L", "P", "LA", "RGBA", "CMYK", "1"):
+        Image.frombytes("L", (16, 16), ramp).convert(mode if mode != "CMYK" else "RGB").convert(mode).save(
+            tmp_path / "image.tif"
+        )
+        assert open_image(tmp_path / "image.tif").mode == "RGB"
+    deep = Image.frombytes("I;16", (16, 16), b"".join((257 * value).to_bytes(2, "little") for value in range(256)))
+    for name in ("deep.png", "deep.tif"):
+        deep.save(tmp_path / name)
+        assert open_image(tmp_path / name).getchannel("R").tobytes() == ramp
+    for mode in ("I", "F"):
+        Image.new(mode, (4, 4), 1).save(tmp_path / "wide.tif")
+        with pytest.raises(OSError, match=f"mode {mode}"):
+            open_image(tmp_path / "wide.tif")
+
+
+def test_a_decoder_that_fails_in_its_own_way_is_a_failure_of_that_file(
+    photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Invalid image grid")
+
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(OSError, match="RuntimeError: Invalid image grid"):
+        open_image(photo)
 
 
 def test_find_images_keeps_what_was_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import NETSPRESSO_L1
 
@@ -144,6 +145,10 @@ def test_where_the_backbone_may_stand_and_who_names_the_task(tmp_path: Path) -> 
     assert build_backbone(whole).task == "segmentation"
     assert build_backbone(whole, task="Detection").task == "detection"
     assert build_backbone(bare).task == "classification"
+    whole["model"]["task"] = "tracking"
+    assert build_backbone(whole, task="detection").task == "detection"  # the argument beats the file's in any case
+    with pytest.raises(ConfigError, match="model.task: got 'tracking'"):
+        build_backbone(whole)
 
 
 def test_every_yaml_field_reaches_the_config() -> None:
@@ -253,11 +258,28 @@ def test_a_key_that_stands_twice_is_not_lost(tmp_path: Path) -> None:
         build_backbone(path)
 
 
+def test_files_that_are_odd_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "trainer.yaml"
+    bare = yaml.safe_dump({"backbone": NETSPRESSO_L1})
+    path.write_text("1: one\n'1': another\n" + bare)  # two keys; what stands beside the backbone is left alone
+    assert build_backbone(path).feature_dim == 448
+    path.write_text("? [a, b]\n: 1\n" + bare)
+    with pytest.raises(yaml.YAMLError, match="trainer.yaml"):
+        build_backbone(path)
+    path.write_bytes(b"backbone: \xff")
+    with pytest.raises(ConfigError, match=r"trainer.yaml(?s:.*)not UTF-8"):
+        build_backbone(path)
+
+
 def test_create_model_refuses_what_nobody_reads() -> None:
     with pytest.raises(TypeError, match=r"drop_path: unknown key \(did you mean 'drop_path_rate'\?\)"):
         create_model("efficientformer_l1", drop_path=0.1)
-    with pytest.raises(ValueError, match="'efficientformer_l2' is unknown, allowed are efficientformer_l1"):
+    with pytest.raises(ValueError, match="name: got 'efficientformer_l2'.*one of efficientformer_l1"):
         create_model("efficientformer_l2")
+    with pytest.raises(TypeError, match="pretrained: got 'efficientformer_l1'"):
+        create_model("efficientformer_l1", pretrained="efficientformer_l1")
+    with pytest.raises(TypeError, match="dtype: got torch.int8, allowed is a floating dtype"):
+        create_model("efficientformer_l1", dtype=torch.int8)
     with pytest.raises(TypeError, match="two names of one thing"):
         create_model("efficientformer_l1", proj_drop=0.1, proj_drop_rate=0.1)
 
@@ -271,6 +293,8 @@ def test_create_model_refuses_what_nobody_reads() -> None:
         ("drop_rate", 2),
         ("drop_path_rate", -0.1),
         ("proj_drop_rate", 1.1),
+        ("layer_scale_init_value", float("nan")),
+        ("layer_scale_init_value", "1e-5"),
         ("backend", "cuda"),
         ("pretrained", True),
         ("reset_head", True),
@@ -278,6 +302,6 @@ def test_create_model_refuses_what_nobody_reads() -> None:
 )
 def test_create_model_names_the_wrong_argument(argument: str, value: Any) -> None:
     extra = {"checkpoint": "x"} if argument == "pretrained" else {}
-    name = {"proj_drop_rate": "proj_drop", "pretrained": "checkpoint"}.get(argument, argument)
+    name = "checkpoint" if argument == "pretrained" else argument
     with pytest.raises(ValueError, match=rf"{name}: got"):
         create_model("efficientformer_l1", device="meta", **{argument: value}, **extra)

@@ -128,6 +128,14 @@ def test_the_fused_operation_and_the_modules_agree() -> None:
         (lambda b: setattr(b.mlp, "norm1", torch.nn.GroupNorm(1, 32).double()), "'mlp.norm1'"),
         (lambda b: setattr(b.mlp, "drop", torch.nn.Identity()), "'mlp.drop'"),
         (lambda b: setattr(b, "drop_path1", torch.nn.Dropout()), "'drop_path1'"),
+        (lambda b: setattr(b.mlp.act, "approximate", "tanh"), "'mlp.act'"),
+        (lambda b: setattr(b.token_mixer.pool, "kernel_size", 5), "'token_mixer.pool'"),
+        (lambda b: setattr(b.token_mixer.pool, "count_include_pad", True), "'token_mixer.pool'"),
+        (lambda b: setattr(b.mlp.fc1, "padding", (1, 1)), "'mlp.fc1'"),
+        (lambda b: setattr(b.mlp.fc2, "stride", (2, 2)), "'mlp.fc2'"),
+        (lambda b: setattr(b.mlp, "norm2", torch.nn.BatchNorm2d(8, affine=False).double().eval()), "'mlp.norm2'"),
+        (lambda b: setattr(b.mlp, "forward", lambda x: x), "'mlp'"),
+        (lambda b: setattr(b.mlp.fc1, "forward", lambda x: x), "'mlp.fc1'"),
         (lambda b: b.ls2.register_forward_pre_hook(lambda m, a: None), "'ls2'"),
         (lambda b: b.token_mixer.pool.register_full_backward_hook(lambda m, i, o: None), "'token_mixer.pool'"),
         (lambda b: torch.nn.utils.parametrizations.weight_norm(b.mlp.fc2), "'mlp.fc2'"),
@@ -145,6 +153,27 @@ def test_reasons_for_composing(change: Callable[[Meta4D], Any], reason: str) -> 
     meta4d.backend = "triton"
     with pytest.raises(ops.UnsupportedError, match=reason):
         meta4d(draw(1, 8, 4, 4))
+
+
+def test_a_changed_slope_is_seen() -> None:
+    meta4d, x = block(), draw(1, 8, 4, 4)
+    meta4d.activation, meta4d.mlp.act = "leaky_relu", torch.nn.LeakyReLU(0.3)
+    changed = meta4d(x)
+    meta4d.mlp.act.negative_slope = 0.01
+    assert meta4d.why_composed() is None
+    assert (meta4d(x) - changed).abs().max() > 1e-2
+
+
+def test_hooks_for_all_modules_see_every_module() -> None:
+    meta4d, seen = block(), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+    try:
+        assert "hooks for all modules" in meta4d.why_composed()
+        meta4d(draw(1, 8, 4, 4))
+    finally:
+        handle.remove()
+    assert seen.count(torch.nn.Conv2d) == 2
+    assert meta4d.why_composed() is None
 
 
 def test_a_replaced_submodule_is_called() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Callable
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,10 +42,12 @@ def test_at_its_own_size_the_table_is_looked_up(resize: str, resolution: int) ->
     assert torch.equal(got, table[:, bias_index(resolution, resolution)])
 
 
-@pytest.mark.parametrize("size", [(8, 10), (10, 8), (3, 5), (7, 7), (20, 16), (2, 2)])
-def test_a_linear_table_stays_linear_in_the_offsets(size: tuple[int, int]) -> None:
+@hypothesis.given(height=st.integers(2, 24), width=st.integers(2, 24))
+@hypothesis.example(8, 10)
+@hypothesis.example(3, 5)
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_a_linear_table_stays_linear_in_the_offsets(height: int, width: int) -> None:
     """A bias of a * dy + b * dx + c, in units of the map's side, means the same at every size."""
-    height, width = size
     y, x = torch.meshgrid(torch.arange(7.0), torch.arange(7.0), indexing="ij")
     a, b, c = torch.tensor([[0.3, -1.1], [2.0, 0.7], [-0.4, 0.9]], dtype=torch.float64)
     table = (a[:, None, None] * y + b[:, None, None] * x + c[:, None, None]).flatten(1)
@@ -144,6 +149,13 @@ def test_fx_keeps_operations_whole_and_sizes_free(narrow: Narrow, overrides: dic
         network.stages[3].blocks[2].token_mixer.attention_biases.mul_(2)
     before = traced(x)
     assert torch.equal(before, network(x))
+
+
+def test_a_traced_network_can_be_saved(narrow: Narrow) -> None:
+    network, buffer, x = narrow(), io.BytesIO(), draw(1, 3, 64, 64)
+    torch.save(torch.fx.symbolic_trace(network), buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), network(x))
 
 
 def test_fx_in_training_mode(narrow: Narrow) -> None:
