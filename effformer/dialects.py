@@ -265,7 +265,7 @@ def _add_dead_buffers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     dense = {re.sub(r"(attention_biases|attention_bias_idxs)$", r"\1_seg", key): value for key, value in state.items()}
     for prefix in _mixers(state, "attention_biases"):
-        heads = state[prefix + "attention_biases"].shape[0]
-        dense[prefix + "attention_biases"] = torch.zeros(heads, 49)
+        table = state[prefix + "attention_biases"]
+        dense[prefix + "attention_biases"] = torch.zeros(table.shape[0], 49, dtype=table.dtype)
         dense[prefix + "attention_bias_idxs"] = torch.ones(49, 49, dtype=torch.int64)
     return dense

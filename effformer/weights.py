@@ -94,12 +94,10 @@ def load_checkpoint(
 
     container, raw = read_state_dict(source)
     file = normalise(raw)
-    state, ignored = dict(file.state), list(file.ignored)
     fresh = _fresh_modules(network, file, reset_head)
-    for name in _HEADS:
-        if isinstance(network.get_submodule(name), nn.Identity):
-            ignored += [key for key in state if key.startswith(f"{name}.")]
-    kept = {key: value for key, value in state.items() if key not in ignored and key.rpartition(".")[0] not in fresh}
+    absent_heads = [name for name in _HEADS if isinstance(network.get_submodule(name), nn.Identity)]
+    homeless = [key for key in file.state if key.rpartition(".")[0] in absent_heads]
+    kept = {key: value for key, value in file.state.items() if key.rpartition(".")[0] not in {*fresh, *absent_heads}}
 
     reinitialised = [f"{name}.{key}" for name in fresh for key, _ in network.get_submodule(name).named_parameters()]
     comparison = _compare(kept, network.state_dict(), reinitialised)
@@ -112,7 +110,7 @@ def load_checkpoint(
         init_linear(module) if isinstance(module, nn.Linear) else module.reset_parameters()  # type: ignore[operator]
     return CheckpointReport(
         format=file.format,
-        ignored=tuple(ignored),
+        ignored=(*file.ignored, *homeless),
         reinitialised=tuple(reinitialised),
         missing=tuple(comparison.missing),
         unexpected=tuple(comparison.unexpected),

@@ -344,6 +344,13 @@ def test_a_whole_trainer_model_carries_the_backbone() -> None:
     assert_loaded(backbone.network, normalise(state).state)
 
 
+def test_a_foreign_head_does_not_displace_ours(l1: dict[str, Tensor]) -> None:
+    whole = {f"backbone.{key}": value for key, value in l1.items()} | {"head.weight": torch.zeros(2, 2)}
+    network = fresh()
+    assert load_checkpoint(network, whole).ignored == ("head.weight",)
+    assert_loaded(network, l1)
+
+
 def test_netspresso_parts_that_do_not_belong_together() -> None:
     state = checkpoint("netspresso_l1_classification_224")
     key = "encoder.blocks.6.4.token_mixer.key.bias"
@@ -383,7 +390,7 @@ def test_round_trip_through_our_naming(name: str) -> None:
     back = convert_state_dict(convert_state_dict(state, "effformer"), "original")
     dead = {key for key in state if name.endswith("256x320") and key.endswith("attention_biases")}
     for key, value in state.items():
-        assert back[key].shape == value.shape
+        assert (back[key].shape, back[key].dtype) == (value.shape, value.dtype)
         assert key in dead or torch.equal(back[key], value), key
     import seeded
     from test_golden import GOLDEN
