@@ -149,7 +149,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     print(f"model:    {name}, weights: {_describe_weights(weights, has_head)}")
     print(f"backend:  {describe_backend(arguments.backend, device)}")
-    print(f"device:   {device} ({devices().get(str(device), device.type)}), {arguments.dtype}")
+    print(f"device:   {device} ({devices()[str(device)]}), {arguments.dtype}")
     print("input:    {}x{}, {}, centre crop {}".format(*preprocessing.size, preprocessing.interpolation,
                                                        preprocessing.crop_pct))  # fmt: skip
     extraction = Extraction(
@@ -198,11 +198,11 @@ def _refuse_collisions(paths: Sequence[Path]) -> None:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in devices() and not (name == "cuda" and torch.cuda.is_available()):
-        raise ValueError(f"--device: got {name!r}, allowed are auto, {', '.join(devices())}")
-    return torch.device(name)
+    known = devices()
+    chosen = {"auto": "cuda:0" if "cuda:0" in known else "cpu", "cuda": "cuda:0"}.get(name, name)
+    if chosen not in known:
+        raise ValueError(f"--device: got {name!r}, allowed are auto, {', '.join(known)}")
+    return torch.device(chosen)
 
 
 def _network(name: str | None, checkpoint: str, backend: str) -> tuple[EfficientFormer, str, dict[str, Any], str]:
