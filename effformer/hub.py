@@ -26,6 +26,7 @@ def locate(checkpoint: str | Path) -> Path:
         FileNotFoundError: for a path that does not exist, a folder or repository without weights.
         ImportError: for a hub id without huggingface_hub.
         OSError: where the hub cannot be reached.
+        ValueError: for a name that the hub would not allow.
     """
     if Path(checkpoint).is_file():
         return Path(checkpoint)
