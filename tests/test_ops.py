@@ -218,6 +218,19 @@ def test_compile_traces_the_whole_network() -> None:
 
 
 @pytest.mark.usefixtures("_no_compiled_code")
+def test_compiled_training_with_checkpointing_moves_statistics_once(narrow: Callable[..., EfficientFormer]) -> None:
+    plain, recomputed = narrow().train(), narrow().train()
+    recomputed.set_grad_checkpointing()
+    x = draw(2, 3, 64, 64)
+    plain(x).square().sum().backward()
+    torch.compile(recomputed, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    for (name, one), other in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+        assert (one.grad - other.grad).abs().max() < 1e-9, name
+    for one, other in zip(plain.buffers(), recomputed.buffers(), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("_no_compiled_code")
 def test_inductor_compiles_a_narrow_network(narrow: Callable[..., EfficientFormer]) -> None:
     network = narrow(dtype=torch.float32, depths=(1, 1, 1, 1))
     compiled = torch.compile(network, fullgraph=True)
