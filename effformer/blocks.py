@@ -50,10 +50,10 @@ _EXPECTED: dict[type[nn.Module], Callable[[Any], bool]] = {
 }
 
 
-def _is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+def _is_plain(module: nn.Module | None, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Whether calling `module` does what one of `kinds`, as it was built here, does, and nothing more."""
     kind = type(module)
-    if kind not in kinds or "forward" in module.__dict__:
+    if module is None or kind not in kinds or "forward" in module.__dict__:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
@@ -183,29 +183,31 @@ class Meta4D(nn.Module):
 
     def why_composed(self) -> str | None:
         """Why `ops.meta4d` does not describe this forward; None where it does."""
-        mlp = self.mlp
-        parts: dict[str, tuple[nn.Module, tuple[type[nn.Module], ...]]] = {
-            "token_mixer": (self.token_mixer, (Pooling,)),
-            "token_mixer.pool": (self.token_mixer.pool, (nn.AvgPool2d,)),
-            "ls1": (self.ls1, (LayerScale,)),
-            "drop_path1": (self.drop_path1, (nn.Identity, DropPath)),
-            "mlp": (mlp, (ConvMlp,)),
-            "mlp.fc1": (mlp.fc1, (nn.Conv2d,)),
-            "mlp.norm1": (mlp.norm1, (nn.BatchNorm2d,)),
-            "mlp.act": (mlp.act, (ACTIVATION_MODULES[self.activation],)),
-            "mlp.fc2": (mlp.fc2, (nn.Conv2d,)),
-            "mlp.norm2": (mlp.norm2, (nn.BatchNorm2d,)),
-            "mlp.drop": (mlp.drop, (nn.Dropout,)),
-            "ls2": (self.ls2, (LayerScale,)),
-            "drop_path2": (self.drop_path2, (nn.Identity, DropPath)),
-        }
+        own = self._modules  # not by attribute: this runs at each forward, and nn.Module.__getattr__ is slow
+        inner = self.mlp._modules
+        parts = (
+            ("token_mixer", own["token_mixer"], (Pooling,)),
+            ("token_mixer.pool", self.token_mixer._modules.get("pool"), (nn.AvgPool2d,)),
+            ("ls1", own["ls1"], (LayerScale,)),
+            ("drop_path1", own["drop_path1"], (nn.Identity, DropPath)),
+            ("mlp", own["mlp"], (ConvMlp,)),
+            ("mlp.fc1", inner.get("fc1"), (nn.Conv2d,)),
+            ("mlp.norm1", inner.get("norm1"), (nn.BatchNorm2d,)),
+            ("mlp.act", inner.get("act"), (ACTIVATION_MODULES[self.activation],)),
+            ("mlp.fc2", inner.get("fc2"), (nn.Conv2d,)),
+            ("mlp.norm2", inner.get("norm2"), (nn.BatchNorm2d,)),
+            ("mlp.drop", inner.get("drop"), (nn.Dropout,)),
+            ("ls2", own["ls2"], (LayerScale,)),
+            ("drop_path2", own["drop_path2"], (nn.Identity, DropPath)),
+        )
         if _has_any_global_hook():
             return "hooks for all modules are registered"
-        for name, (module, kinds) in parts.items():
+        for name, module, kinds in parts:
             if not _is_plain(module, kinds):
                 return f"submodule {name!r} was replaced, changed or has hooks"
         if self.activation not in ops.ACTIVATIONS:
             return f"activation {self.activation!r} has parameters"
+        mlp = self.mlp
         if any(norm.training or norm.running_mean is None for norm in (mlp.norm1, mlp.norm2)):
             return "BatchNorm uses batch statistics here (training mode)"
         stochastic_depth = any(isinstance(m, DropPath) and m.training for m in (self.drop_path1, self.drop_path2))

@@ -157,4 +157,4 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+    return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)

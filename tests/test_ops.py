@@ -124,6 +124,8 @@ def test_the_fused_operation_and_the_modules_agree() -> None:
         (lambda b: b.mlp.norm2.train(), "batch statistics"),
         (lambda b: b.mlp.drop.train(), "dropout"),
         (lambda b: b.drop_path2.train(), "dropout"),
+        (lambda b: setattr(b, "mlp", torch.nn.Identity()), "'mlp'"),
+        (lambda b: setattr(b, "token_mixer", torch.nn.Identity()), "'token_mixer'"),
         (lambda b: setattr(b.mlp, "act", torch.nn.Tanh()), "'mlp.act'"),
         (lambda b: setattr(b.mlp, "norm1", torch.nn.GroupNorm(1, 32).double()), "'mlp.norm1'"),
         (lambda b: setattr(b.mlp, "drop", torch.nn.Identity()), "'mlp.drop'"),
