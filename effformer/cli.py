@@ -150,8 +150,8 @@ def _run(arguments: argparse.Namespace) -> int:
     print(f"model:    {name}, weights: {_describe_weights(weights, has_head)}")
     print(f"backend:  {describe_backend(arguments.backend, device)}")
     print(f"device:   {device} ({devices()[str(device)]}), {arguments.dtype}")
-    print("input:    {}x{}, {}, centre crop {}".format(*preprocessing.size, preprocessing.interpolation,
-                                                       preprocessing.crop_pct))  # fmt: skip
+    height, width = preprocessing.size
+    print(f"input:    {height}x{width}, {preprocessing.interpolation}, centre crop {preprocessing.crop_pct}")
     extraction = Extraction(
         network,
         paths,
