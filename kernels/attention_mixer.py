@@ -1,0 +1,75 @@
+"""Attention with its norm, projections and residual: x + scale * (proj · attention(qkv · norm(x))) + shift; MB3D.
+
+Four launches behind one operator: a single kernel would read all weights once for each image.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .bias_attention import bias_attention_launch, new_values
+from .launch import Launch, run
+from .layer_norm import layer_norm_launch
+from .layout import new_tokens, packed, token_rows
+from .library import register
+from .linear import linear_launch
+
+
+def attention_mixer_launches(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    bias: Tensor,
+    proj_weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    num_heads: int,
+    key_dim: int,
+    eps: float,
+    out: Tensor,
+) -> list[Launch]:
+    """Norm, QKV, attention, projection; what lies between them has the weights' dtype."""
+    rows = token_rows(x)
+    normed = new_tokens(x, x.shape[2], qkv_weight.dtype)
+    qkv = new_tokens(x, qkv_weight.shape[0], qkv_weight.dtype)
+    values = new_values(qkv, num_heads, key_dim)
+    return [
+        layer_norm_launch(rows, norm_weight, norm_bias, eps, token_rows(normed)),
+        linear_launch(token_rows(normed), qkv_weight, None, qkv_bias, token_rows(qkv)),
+        bias_attention_launch(qkv, bias, num_heads, key_dim, values),
+        linear_launch(token_rows(values), proj_weight, scale, shift, token_rows(out), residual=rows),
+    ]
+
+
+def _implementation(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    bias: Tensor,
+    proj_weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    num_heads: int,
+    key_dim: int,
+    eps: float,
+) -> Tensor:
+    out = new_tokens(x, x.shape[2])
+    arguments = packed(norm_weight, norm_bias, qkv_weight, qkv_bias, bias, proj_weight, scale, shift)
+    run(*attention_mixer_launches(x, *arguments, num_heads, key_dim, eps, out))
+    return out
+
+
+def _fake(x: Tensor, *arguments: object) -> Tensor:
+    return new_tokens(x, x.shape[2])
+
+
+attention_mixer = register(
+    "attention_mixer(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, Tensor qkv_bias, Tensor bias, "
+    "Tensor proj_weight, Tensor scale, Tensor shift, int num_heads, int key_dim, float eps) -> Tensor",
+    _implementation,
+    _fake,
+)

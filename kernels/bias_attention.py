@@ -1,0 +1,196 @@
+"""Attention with a learned bias: softmax(q · kᵀ * key_dim**-0.5 + bias) · v; paper section 4, MB3D.
+
+One program takes a tile of queries of one head. The scores start from the bias, divided by the scale, as accumulator
+of q · kᵀ: they stay in the layout of matrix products, and one multiplication scales both, inside the exponent.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import attention_config, device_of
+from .launch import Launch, dot_precision, run
+from .layout import new_tokens
+from .library import register
+from .tiles import channels_of, split, width
+
+# Values of a head that one program computes; more of them are split over programs.
+MOST_VALUES = 256
+
+
+@triton.jit
+def bias_attention_kernel(
+    qkv_ptr,
+    bias_ptr,
+    out_ptr,
+    N,
+    stride_qb,
+    stride_qn,
+    stride_qc,
+    stride_bh,
+    stride_bm,
+    stride_bn,
+    HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    KEY_WIDTHS: tl.constexpr,
+    VALUE_WIDTHS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SCALE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    i_v = tl.program_id(0) % tl.cdiv(VALUE_DIM, BLOCK_V)
+    i_mh = tl.program_id(0) // tl.cdiv(VALUE_DIM, BLOCK_V)
+    i_m = i_mh % tl.cdiv(N, BLOCK_M)
+    i_bh = i_mh // tl.cdiv(N, BLOCK_M)
+    i_h = i_bh % HEADS
+    i_b = (i_bh // HEADS).to(tl.int64)
+
+    m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = m < N
+    row = m.to(tl.int64)
+    p_head = qkv_ptr + i_b * stride_qb + (i_h * (2 * KEY_DIM + VALUE_DIM)).to(tl.int64) * stride_qc
+    p_values = p_head + (2 * KEY_DIM + i_v * BLOCK_V).to(tl.int64) * stride_qc
+    p_bias = bias_ptr + i_h.to(tl.int64) * stride_bh + (row * stride_bm)[:, None]
+
+    b_q = ()
+    for i in tl.static_range(len(KEY_WIDTHS)):
+        c = channels_of(KEY_WIDTHS, i)
+        p_q = p_head + (row * stride_qn)[:, None] + (c.to(tl.int64) * stride_qc)[None, :]
+        b_q = b_q + (tl.load(p_q, mask=inside[:, None] & (c < KEY_DIM)[None, :], other=0.0),)
+
+    TO_BITS: tl.constexpr = SCALE * 1.4426950408889634  # exp(x) = 2 ** (x * log2(e))
+    if ONE_TILE:
+        n = tl.arange(0, BLOCK_N)
+        b_s = _scores(b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn, KEY_DIM, KEY_WIDTHS, SCALE, PRECISION)
+        b_p = tl.math.exp2(b_s * TO_BITS - (tl.max(b_s, 1) * TO_BITS)[:, None])
+        b_sum = tl.sum(b_p, 1)
+        b_acc = ()
+        for i in tl.static_range(len(VALUE_WIDTHS)):
+            b_v = _values(p_values, n, N, stride_qn, stride_qc, i_v, VALUE_DIM, VALUE_WIDTHS, i, BLOCK_V)
+            b_acc = b_acc + (tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION),)
+    else:
+        b_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        b_sum = tl.zeros((BLOCK_M,), tl.float32)
+        b_acc = ()
+        for i in tl.static_range(len(VALUE_WIDTHS)):
+            b_acc = b_acc + (tl.zeros((BLOCK_M, width(VALUE_WIDTHS, i)), tl.float32),)
+        for first in tl.range(0, N, BLOCK_N, num_stages=NUM_STAGES):
+            n = first + tl.arange(0, BLOCK_N)
+            b_s = _scores(b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn, KEY_DIM, KEY_WIDTHS, SCALE, PRECISION)
+            b_new = tl.maximum(b_max, tl.max(b_s, 1))
+            # A row that has seen -inf alone has no maximum yet to subtract.
+            shift = tl.where(b_new == -float("inf"), 0.0, b_new * TO_BITS)
+            b_p = tl.math.exp2(b_s * TO_BITS - shift[:, None])
+            fade = tl.math.exp2(b_max * TO_BITS - shift)
+            b_sum = b_sum * fade + tl.sum(b_p, 1)
+            b_max = b_new
+            b_next = ()
+            for i in tl.static_range(len(VALUE_WIDTHS)):
+                b_v = _values(p_values, n, N, stride_qn, stride_qc, i_v, VALUE_DIM, VALUE_WIDTHS, i, BLOCK_V)
+                faded = b_acc[i] * fade[:, None]
+                b_next = b_next + (tl.dot(b_p.to(b_v.dtype), b_v, faded, input_precision=PRECISION),)
+            b_acc = b_next
+
+    reciprocal = (1.0 / b_sum)[:, None]
+    for i in tl.static_range(len(VALUE_WIDTHS)):
+        c = channels_of(VALUE_WIDTHS, i)
+        v = i_v * BLOCK_V + c
+        p_out = out_ptr + ((i_b * N + row) * (HEADS * VALUE_DIM) + i_h * VALUE_DIM)[:, None] + v[None, :]
+        mask = inside[:, None] & ((c < BLOCK_V) & (v < VALUE_DIM))[None, :]
+        tl.store(p_out, (b_acc[i] * reciprocal).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scores(
+    b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn,
+    KEY_DIM: tl.constexpr, KEY_WIDTHS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q · kᵀ + bias / SCALE, [BLOCK_M, BLOCK_N], -inf for keys that do not exist."""
+    there = n < N
+    column = n.to(tl.int64)
+    b_s = tl.load(p_bias + (column * stride_bn)[None, :], mask=inside[:, None] & there[None, :], other=-float("inf"))
+    b_s = b_s * (1.0 / SCALE)
+    for i in tl.static_range(len(KEY_WIDTHS)):
+        c = channels_of(KEY_WIDTHS, i)
+        p_k = p_head + (column * stride_qn)[None, :] + ((KEY_DIM + c).to(tl.int64) * stride_qc)[:, None]
+        b_k = tl.load(p_k, mask=there[None, :] & (c < KEY_DIM)[:, None], other=0.0)
+        b_s = tl.dot(b_q[i], b_k, b_s, input_precision=PRECISION)
+    return b_s
+
+
+@triton.jit
+def _values(
+    p_values, n, N, stride_qn, stride_qc, i_v,
+    VALUE_DIM: tl.constexpr, VALUE_WIDTHS: tl.constexpr, PIECE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, width], zeros for what does not exist."""
+    c = channels_of(VALUE_WIDTHS, PIECE)
+    mask = (n < N)[:, None] & ((c < BLOCK_V) & (i_v * BLOCK_V + c < VALUE_DIM))[None, :]
+    return tl.load(p_values + (n.to(tl.int64) * stride_qn)[:, None] + (c.to(tl.int64) * stride_qc)[None, :], mask=mask, other=0.0)
+
+
+def bias_attention_launch(qkv: Tensor, bias: Tensor, num_heads: int, key_dim: int, out: Tensor) -> Launch:
+    """qkv [B, N, heads * (2 * key_dim + value_dim)] and bias [heads, N, N] of any strides; out contiguous."""
+    batch, tokens, channels = qkv.shape
+    value_dim = channels // num_heads - 2 * key_dim
+    block_v = min(value_dim, MOST_VALUES)
+    config = attention_config(tokens, key_dim, block_v, qkv.dtype, device_of(qkv.device))
+    return Launch(
+        bias_attention_kernel,
+        batch * num_heads * -(-tokens // config.block_m) * -(-value_dim // block_v),
+        {
+            "qkv_ptr": qkv,
+            "bias_ptr": bias,
+            "out_ptr": out,
+            "N": tokens,
+            "stride_qb": qkv.stride(0),
+            "stride_qn": qkv.stride(1),
+            "stride_qc": qkv.stride(2),
+            "stride_bh": bias.stride(0),
+            "stride_bm": bias.stride(1),
+            "stride_bn": bias.stride(2),
+        },
+        {
+            "HEADS": num_heads,
+            "KEY_DIM": key_dim,
+            "VALUE_DIM": value_dim,
+            "KEY_WIDTHS": split(key_dim, pieces=8),
+            "VALUE_WIDTHS": split(block_v),
+            "BLOCK_V": block_v,
+            "SCALE": key_dim**-0.5,
+            "ONE_TILE": tokens <= config.block_n,
+            "PRECISION": dot_precision(qkv.dtype),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "NUM_STAGES": config.num_stages,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def new_values(qkv: Tensor, num_heads: int, key_dim: int) -> Tensor:
+    """An empty [B, N, heads * value_dim]."""
+    return new_tokens(qkv, qkv.shape[2] - 2 * num_heads * key_dim)
+
+
+def _implementation(qkv: Tensor, bias: Tensor, num_heads: int, key_dim: int) -> Tensor:
+    out = new_values(qkv, num_heads, key_dim)
+    run(bias_attention_launch(qkv, bias, num_heads, key_dim, out))
+    return out
+
+
+def _fake(qkv: Tensor, bias: Tensor, num_heads: int, key_dim: int) -> Tensor:
+    return new_values(qkv, num_heads, key_dim)
+
+
+bias_attention = register(
+    "bias_attention(Tensor qkv, Tensor bias, int num_heads, int key_dim) -> Tensor", _implementation, _fake
+)

@@ -1,0 +1,53 @@
+"""A kernel launch as data: the same object runs it, and lets it be compiled where there is no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# A process either interprets or compiles: triton.jit decides when it decorates.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`kernel` over `grid` programs.
+
+    Attributes:
+        arguments: name -> tensor (None for one that the constants switch off), int or float, read at run time.
+        constants: name -> value that the kernel is compiled for.
+    """
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Tensor | int | float | None]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def run(self) -> None:
+        if self.grid:
+            self.kernel[(self.grid,)](
+                **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+            )
+
+
+def run(*launches: Launch) -> None:
+    """Run launches that share a device, in order, on that device's current stream."""
+    tensor = next(a for a in launches[0].arguments.values() if isinstance(a, Tensor))
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            run(*launches)
+        return
+    for launch in launches:
+        launch.run()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of matrix products in `dtype`: "tf32" for float32 where torch's own flag allows it."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"

@@ -1,0 +1,82 @@
+"""LayerNorm over the channels of tokens, statistics in float32. No operator of its own: a step of the token blocks."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import norm_config
+from .launch import Launch
+from .layout import Rows
+from .tiles import locate, row_offsets
+
+
+@triton.jit
+def layer_norm_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    H,
+    W,
+    eps,
+    stride_xb,
+    stride_xh,
+    stride_xw,
+    stride_xc,
+    stride_ob,
+    stride_oh,
+    stride_ow,
+    stride_oc,
+    C: tl.constexpr,
+    X_FLAT: tl.constexpr,
+    OUT_FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    i_m = tl.program_id(0)
+    b, h, w, inside = locate(i_m, rows, H, W, BLOCK_M)
+    o_x = row_offsets(i_m, b, h, w, stride_xb, stride_xh, stride_xw, X_FLAT, BLOCK_M)
+    o_out = row_offsets(i_m, b, h, w, stride_ob, stride_oh, stride_ow, OUT_FLAT, BLOCK_M)
+    c = tl.arange(0, BLOCK_C)
+    there = (c < C)[None, :]
+    mask = inside[:, None] & there
+    b_x = tl.load(x_ptr + o_x[:, None] + (c.to(tl.int64) * stride_xc)[None, :], mask=mask, other=0.0).to(tl.float32)
+    centred = tl.where(there, b_x - (tl.sum(b_x, 1) / C)[:, None], 0.0)
+    variance = tl.sum(centred * centred, 1) / C
+    normalised = centred * (1.0 / tl.sqrt_rn(variance + eps))[:, None]
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0)[None, :]
+    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0)[None, :]
+    p_out = out_ptr + o_out[:, None] + (c.to(tl.int64) * stride_oc)[None, :]
+    tl.store(p_out, (normalised * weight + bias).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def layer_norm_launch(x: Rows, weight: Tensor, bias: Tensor, eps: float, out: Rows) -> Launch:
+    """weight and bias [C] float32; out in the dtype of the product that follows."""
+    config = norm_config(x.channels)
+    return Launch(
+        layer_norm_kernel,
+        -(-x.count // config.block_m),
+        {
+            "x_ptr": x.tensor,
+            "weight_ptr": weight,
+            "bias_ptr": bias,
+            "out_ptr": out.tensor,
+            "rows": x.count,
+            "H": x.height,
+            "W": x.width,
+            "eps": eps,
+            **x.strides("x"),
+            **out.strides("o"),
+        },
+        {
+            "C": x.channels,
+            "X_FLAT": x.flat,
+            "OUT_FLAT": out.flat,
+            "BLOCK_M": config.block_m,
+            "BLOCK_C": config.block_c,
+        },
+        num_warps=config.num_warps,
+    )

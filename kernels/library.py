@@ -1,0 +1,37 @@
+"""Registration of the operators with torch.library.
+
+`Library.define` and `impl` cost half of what `custom_op` does at each call, and pass `opcheck` under the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .launch import INTERPRETED
+
+_LIBRARY = torch.library.Library("effformer", "DEF")
+
+
+def register(
+    schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Define effformer::`schema` for CUDA, for the CPU under Triton's interpreter, and for tracing (`fake`).
+
+    The operators have no gradient: asking one of them for it is an error (`effformer.ops` never gets there).
+    Fakes allocate with the functions the implementations allocate with, so that strides agree.
+    """
+    name = schema.partition("(")[0]
+    # Compilers must hand over inputs as laid out when they were traced: outputs follow them.
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    _LIBRARY.impl(name, implementation, "CUDA")
+    _LIBRARY.impl(name, implementation if INTERPRETED else _needs_interpreter, "CPU")
+    torch.library.register_fake(f"effformer::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.effformer, name).default
+
+
+def _needs_interpreter(*args: Any) -> Tensor:
+    raise RuntimeError("the kernels run on a CPU only in a process started with TRITON_INTERPRET=1")

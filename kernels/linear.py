@@ -1,0 +1,187 @@
+"""Matrix product of rows with a weight, and what follows it: out = residual + act(scale * (weight · x) + shift).
+
+No operator of its own: a step of the MLPs that are too wide for one kernel, and of attention.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate, form, gain
+from .config import device_of, linear_config
+from .launch import INTERPRETED, Launch, dot_precision
+from .layout import Rows, token_rows
+from .tiles import locate, row_offsets, start, width
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    out_ptr,
+    rows,
+    H,
+    W,
+    stride_xb,
+    stride_xh,
+    stride_xw,
+    stride_xc,
+    stride_rb,
+    stride_rh,
+    stride_rw,
+    stride_rc,
+    stride_ob,
+    stride_oh,
+    stride_ow,
+    stride_oc,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    X_FLAT: tl.constexpr,
+    RESIDUAL_FLAT: tl.constexpr,
+    OUT_FLAT: tl.constexpr,
+    X_GAIN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    # The column tiles of one row tile run side by side, so that its rows come from L2 but once from memory.
+    i_n = tl.program_id(0) % tl.cdiv(OUTPUTS, BLOCK_N)
+    i_m = tl.program_id(0) // tl.cdiv(OUTPUTS, BLOCK_N)
+    b, h, w, inside = locate(i_m, rows, H, W, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    o_x = row_offsets(i_m, b, h, w, stride_xb, stride_xh, stride_xw, X_FLAT, BLOCK_M)
+    p_x = x_ptr + o_x[:, None] + (k.to(tl.int64) * stride_xc)[None, :]
+
+    b_acc = ()
+    for i in tl.static_range(len(WIDTHS)):
+        b_acc = b_acc + (tl.zeros((BLOCK_M, width(WIDTHS, i)), tl.float32),)
+    for first in tl.range(0, INPUTS, BLOCK_K, num_stages=NUM_STAGES):
+        if INPUTS % BLOCK_K == 0:
+            b_x = tl.load(p_x, mask=inside[:, None], other=0.0)
+        else:
+            b_x = tl.load(p_x, mask=inside[:, None] & (first + k < INPUTS)[None, :], other=0.0)
+        b_next = ()
+        for i in tl.static_range(len(WIDTHS)):
+            n = i_n * BLOCK_N + start(WIDTHS, i) + tl.arange(0, width(WIDTHS, i))
+            p_weight = weight_ptr + n[None, :] * INPUTS + (first + k)[:, None]
+            if INPUTS % BLOCK_K == 0 and OUTPUTS % BLOCK_N == 0:
+                b_weight = tl.load(p_weight)
+            else:
+                b_weight = tl.load(p_weight, mask=(n < OUTPUTS)[None, :] & (first + k < INPUTS)[:, None], other=0.0)
+            b_next = b_next + (tl.dot(b_x.to(b_weight.dtype), b_weight, b_acc[i], input_precision=PRECISION),)
+        b_acc = b_next
+        p_x += BLOCK_K * tl.cast(stride_xc, tl.int64)
+
+    o_out = row_offsets(i_m, b, h, w, stride_ob, stride_oh, stride_ow, OUT_FLAT, BLOCK_M)
+    if HAS_RESIDUAL:
+        o_residual = row_offsets(i_m, b, h, w, stride_rb, stride_rh, stride_rw, RESIDUAL_FLAT, BLOCK_M)
+    for i in tl.static_range(len(WIDTHS)):
+        n = i_n * BLOCK_N + start(WIDTHS, i) + tl.arange(0, width(WIDTHS, i))
+        there = n < OUTPUTS
+        shift = tl.load(shift_ptr + n, mask=there, other=0.0)[None, :]
+        if HAS_SCALE:
+            scale = tl.load(scale_ptr + n, mask=there, other=0.0)[None, :] * (1.0 / X_GAIN)
+            value = b_acc[i] * scale + shift
+        else:
+            value = b_acc[i] + shift
+        value = activate(value, ACTIVATION)
+        mask = inside[:, None]
+        if OUTPUTS % BLOCK_N != 0:
+            mask = mask & there[None, :]
+        if HAS_RESIDUAL:
+            p_residual = residual_ptr + o_residual[:, None] + (n.to(tl.int64) * stride_rc)[None, :]
+            value = tl.load(p_residual, mask=mask, other=0.0).to(tl.float32) + value
+        p_out = out_ptr + o_out[:, None] + (n.to(tl.int64) * stride_oc)[None, :]
+        tl.store(p_out, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_launch(
+    x: Rows,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    out: Rows,
+    *,
+    residual: Rows | None = None,
+    activation: str | None = None,
+    x_gain: float = 1.0,
+) -> Launch:
+    """out = residual + act(scale / x_gain * (weight · x) + shift) for each row.
+
+    weight [outputs, inputs] contiguous, its dtype being the product's; scale and shift [outputs] float32.
+    `x_gain` is what x was multiplied by on the way; it needs a scale.
+    """
+    outputs, inputs = weight.shape
+    config = linear_config(outputs, inputs, weight.dtype, device_of(weight.device))
+    block_n = sum(config.widths)
+    kept = residual or out  # something to take strides from, unread without a residual
+    return Launch(
+        linear_kernel,
+        -(-x.count // config.block_m) * -(-outputs // block_n),
+        {
+            "x_ptr": x.tensor,
+            "weight_ptr": weight,
+            "scale_ptr": scale,
+            "shift_ptr": shift,
+            "residual_ptr": residual.tensor if residual else None,
+            "out_ptr": out.tensor,
+            "rows": x.count,
+            "H": x.height,
+            "W": x.width,
+            **x.strides("x"),
+            **kept.strides("r"),
+            **out.strides("o"),
+        },
+        {
+            "INPUTS": inputs,
+            "OUTPUTS": outputs,
+            "HAS_SCALE": scale is not None,
+            "HAS_RESIDUAL": residual is not None,
+            "X_FLAT": x.flat,
+            "RESIDUAL_FLAT": kept.flat,
+            "OUT_FLAT": out.flat,
+            "X_GAIN": x_gain,
+            "ACTIVATION": form(activation, weight.dtype, assembly=not INTERPRETED) if activation else "none",
+            "PRECISION": dot_precision(weight.dtype),
+            "BLOCK_M": config.block_m,
+            "WIDTHS": config.widths,
+            "BLOCK_N": block_n,
+            "BLOCK_K": config.block_k,
+            "NUM_STAGES": config.num_stages,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def mlp_products(
+    x: Rows,
+    residual: Rows,
+    weight1: Tensor,
+    scale1: Tensor | None,
+    shift1: Tensor,
+    weight2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    activation: str,
+    out: Rows,
+) -> list[Launch]:
+    """residual + scale2 * (weight2 · act(scale1 * (weight1 · x) + shift1)) + shift2, the hidden rows in memory."""
+    hidden = torch.empty((1, x.count, weight1.shape[0]), dtype=weight1.dtype, device=weight1.device)
+    x_gain = gain(form(activation, weight1.dtype, assembly=False))
+    return [
+        linear_launch(x, weight1, scale1, shift1, token_rows(hidden), activation=activation),
+        linear_launch(token_rows(hidden), weight2, scale2, shift2, out, residual=residual, x_gain=x_gain),
+    ]

@@ -1,0 +1,68 @@
+"""A whole 4D MetaBlock in eval mode: pooling token mixer, then MLP; paper section 4, MB4D.
+
+One kernel where a row's channels fit on chip; pooling and two matrix products elsewhere, behind the same operator.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .config import device_of, mlp_config
+from .conv_mlp import mlp_launch
+from .launch import Launch, run
+from .layout import map_rows, new_map, packed
+from .library import register
+from .linear import mlp_products
+from .pool_mixer import pool_mixer_launch
+
+
+def meta4d_launches(
+    x: Tensor,
+    layer_scale1: Tensor,
+    weight1: Tensor,
+    scale1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    activation: str,
+    out: Tensor,
+) -> list[Launch]:
+    """One launch, or three with the mixer's result and the hidden activations in memory."""
+    config = mlp_config(x.shape[1], weight1.dtype, device_of(x.device))
+    if config is not None:
+        return [mlp_launch(x, layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2, activation, out, config)]
+    mixed = map_rows(new_map(x))
+    return [
+        pool_mixer_launch(x, layer_scale1, mixed.tensor),
+        *mlp_products(mixed, mixed, weight1, scale1, shift1, weight2, scale2, shift2, activation, map_rows(out)),
+    ]
+
+
+def _implementation(
+    x: Tensor,
+    layer_scale1: Tensor,
+    weight1: Tensor,
+    scale1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    activation: str,
+) -> Tensor:
+    out = new_map(x)
+    arguments = packed(layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2)
+    run(*meta4d_launches(x, *arguments, activation, out))
+    return out
+
+
+def _fake(x: Tensor, *arguments: object) -> Tensor:
+    return new_map(x)
+
+
+meta4d = register(
+    "meta4d(Tensor x, Tensor layer_scale1, Tensor weight1, Tensor scale1, Tensor shift1, Tensor weight2, "
+    "Tensor scale2, Tensor shift2, str activation) -> Tensor",
+    _implementation,
+    _fake,
+)
