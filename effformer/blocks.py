@@ -7,14 +7,13 @@ Module names are timm's. `dd` holds the factory keywords `device` and `dtype`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops, reference
+from .composition import is_active, is_plain, why_changed
 from .config import EfficientFormerConfig
 
 ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
@@ -35,29 +34,6 @@ def _activation(name: str, dd: dict[str, Any]) -> nn.Module:
 
 def _drop_path(rate: float) -> nn.Module:
     return DropPath(rate) if rate > 0 else nn.Identity()
-
-
-# What the fused operations take for granted of a module beyond its class.
-_EXPECTED: dict[type[nn.Module], Callable[[Any], bool]] = {
-    nn.AvgPool2d: lambda m: (
-        (m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override)
-        == (3, 1, 1, False, False, None)
-    ),
-    nn.Conv2d: lambda m: (m.kernel_size, m.stride, m.padding, m.groups) == ((1, 1), (1, 1), (0, 0), 1),
-    nn.BatchNorm2d: lambda m: m.affine,
-    nn.GELU: lambda m: m.approximate == "none",
-    nn.LeakyReLU: lambda m: m.negative_slope == 0.01,
-}
-
-
-def _is_plain(module: nn.Module | None, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether calling `module` does what one of `kinds`, as it was built here, does, and nothing more."""
-    kind = type(module)
-    if module is None or kind not in kinds or "forward" in module.__dict__:
-        return False
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    return kind not in _EXPECTED or _EXPECTED[kind](module)
 
 
 class LayerScale(nn.Module):
@@ -200,18 +176,12 @@ class Meta4D(nn.Module):
             ("ls2", own["ls2"], (LayerScale,)),
             ("drop_path2", own["drop_path2"], (nn.Identity, DropPath)),
         )
-        if _has_any_global_hook():
-            return "hooks for all modules are registered"
-        for name, module, kinds in parts:
-            if not _is_plain(module, kinds):
-                return f"submodule {name!r} was replaced, changed or has hooks"
-        if self.activation not in ops.ACTIVATIONS:
-            return f"activation {self.activation!r} has parameters"
+        if reason := why_changed(parts, self.activation):
+            return reason
         mlp = self.mlp
         if any(norm.training or norm.running_mean is None for norm in (mlp.norm1, mlp.norm2)):
             return "BatchNorm uses batch statistics here (training mode)"
-        stochastic_depth = any(isinstance(m, DropPath) and m.training for m in (self.drop_path1, self.drop_path2))
-        if stochastic_depth or (mlp.drop.training and mlp.drop.p > 0):
+        if is_active(mlp.drop, self.drop_path1, self.drop_path2):
             return "dropout or stochastic depth is active here (training mode)"
         return None
 
@@ -255,10 +225,7 @@ class Attention(nn.Module):
         self.register_buffer("attention_bias_idxs", index)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        qkv = self.qkv(x)
-        bias = ops.expand_bias(
-            self.attention_biases, height, width, resolution=self.resolution, resize=self.bias_resize
-        )
+        qkv, bias = self.qkv(x), self.bias(height, width)
         if reason := self.why_composed():
             ops.refuse_triton(self.backend, reason)
             x = reference.bias_attention(
@@ -268,9 +235,15 @@ class Attention(nn.Module):
             x = ops.bias_attention(qkv, bias, num_heads=self.num_heads, key_dim=self.key_dim, backend=self.backend)
         return self.proj_drop(self.proj(x))
 
+    def bias(self, height: int, width: int) -> Tensor:
+        """The bias [num_heads, N, N] of a [height, width] map, N = height * width."""
+        return ops.expand_bias(
+            self.attention_biases, height, width, resolution=self.resolution, resize=self.bias_resize
+        )
+
     def why_composed(self) -> str | None:
         """Why `ops.bias_attention` does not describe this forward; None where it does."""
-        if not _is_plain(self.attn_drop, (nn.Dropout,)):
+        if not is_plain(self.attn_drop, (nn.Dropout,)):
             return "submodule 'attn_drop' was replaced, changed or has hooks"
         if self.attn_drop.training and self.attn_drop.p > 0:
             return "attention dropout is active here (training mode)"
@@ -323,7 +296,8 @@ class Mlp(nn.Module):
 class Meta3D(nn.Module):
     """3D MetaBlock (paper section 4): attention, then MLP, each after LayerNorm; [B, N, C] -> the same.
 
-    `height` and `width` are the sides of the map that the N tokens came from.
+    `height` and `width` are the sides of the map that the N tokens came from. Fused, the output has x's dtype;
+    composed under autocast, the float32 layer scales promote it, as in timm.
     """
 
     def __init__(
@@ -338,7 +312,78 @@ class Meta3D(nn.Module):
         self.mlp = Mlp(width, config, **dd)
         self.ls2 = LayerScale(width, layer_scale, dim=-1, **dd)
         self.drop_path2 = _drop_path(drop_path)
+        self.activation = config.act
+        self.backend = backend
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.token_mixer(self.norm1(x), height, width)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        if reason := self.why_composed():
+            ops.refuse_triton(self.backend, reason)
+            x = x + self.drop_path1(self.ls1(self.token_mixer(self.norm1(x), height, width)))
+            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return self._fused_mlp(self._fused_mixer(x, height, width))
+
+    def _fused_mixer(self, x: Tensor, height: int, width: int) -> Tensor:
+        mixer = self.token_mixer
+        scale = ops.fold_layer_scale(mixer.proj.bias, self.ls1.gamma)
+        return ops.attention_mixer(
+            x,
+            ops.upcast(self.norm1.weight),
+            ops.upcast(self.norm1.bias),
+            mixer.qkv.weight,
+            ops.upcast(mixer.qkv.bias),
+            mixer.bias(height, width),
+            mixer.proj.weight,
+            scale[0],
+            scale[1],
+            num_heads=mixer.num_heads,
+            key_dim=mixer.key_dim,
+            eps=self.norm1.eps,
+            backend=self.backend,
+        )
+
+    def _fused_mlp(self, x: Tensor) -> Tensor:
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        scale = ops.fold_layer_scale(fc2.bias, self.ls2.gamma)
+        return ops.linear_mlp(
+            x,
+            ops.upcast(self.norm2.weight),
+            ops.upcast(self.norm2.bias),
+            fc1.weight,
+            ops.upcast(fc1.bias),
+            fc2.weight,
+            scale[0],
+            scale[1],
+            activation=self.activation,
+            eps=self.norm2.eps,
+            backend=self.backend,
+        )
+
+    def why_composed(self) -> str | None:
+        """Why `ops.attention_mixer` and `ops.linear_mlp` do not describe this forward; None where they do."""
+        own = self._modules  # not by attribute, as in Meta4D
+        mixer, mlp = self.token_mixer._modules, self.mlp._modules
+        parts = (
+            ("norm1", own["norm1"], (nn.LayerNorm,)),
+            ("token_mixer", own["token_mixer"], (Attention,)),
+            ("token_mixer.qkv", mixer.get("qkv"), (nn.Linear,)),
+            ("token_mixer.attn_drop", mixer.get("attn_drop"), (nn.Dropout,)),
+            ("token_mixer.proj", mixer.get("proj"), (nn.Linear,)),
+            ("token_mixer.proj_drop", mixer.get("proj_drop"), (nn.Dropout,)),
+            ("ls1", own["ls1"], (LayerScale,)),
+            ("drop_path1", own["drop_path1"], (nn.Identity, DropPath)),
+            ("norm2", own["norm2"], (nn.LayerNorm,)),
+            ("mlp", own["mlp"], (Mlp,)),
+            ("mlp.fc1", mlp.get("fc1"), (nn.Linear,)),
+            ("mlp.act", mlp.get("act"), (ACTIVATION_MODULES[self.activation],)),
+            ("mlp.drop1", mlp.get("drop1"), (nn.Dropout,)),
+            ("mlp.fc2", mlp.get("fc2"), (nn.Linear,)),
+            ("mlp.drop2", mlp.get("drop2"), (nn.Dropout,)),
+            ("ls2", own["ls2"], (LayerScale,)),
+            ("drop_path2", own["drop_path2"], (nn.Identity, DropPath)),
+        )
+        if reason := why_changed(parts, self.activation):
+            return reason
+        dropouts = (self.token_mixer.attn_drop, self.token_mixer.proj_drop, self.mlp.drop1, self.mlp.drop2)
+        if is_active(*dropouts, self.drop_path1, self.drop_path2):
+            return "dropout or stochastic depth is active here (training mode)"
+        return None

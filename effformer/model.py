@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .blocks import Attention, Meta4D, Stem
+from .blocks import Attention, Meta3D, Meta4D, Stem
 from .config import EfficientFormerConfig, check_choice, check_count, check_finite, check_probability
 from .stage import Stage, StageOutput
 
@@ -319,7 +319,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
         ValueError: for another backend, or a model that holds no block of ours.
     """
     check_choice("backend", backend, ops.BACKENDS)
-    blocks = [module for module in model.modules() if isinstance(module, (Meta4D, Attention))]
+    blocks = [module for module in model.modules() if isinstance(module, (Meta4D, Meta3D, Attention))]
     if not blocks:
         raise ValueError(f"model: got {type(model).__name__}, allowed is one that holds EfficientFormer blocks")
     for block in blocks:

@@ -1,56 +1,40 @@
-"""The fused operations: their arguments, the checks, and the choice of who computes them.
-
-    "eager"   `effformer.reference`, differentiable, any device and floating dtype
-    "triton"  the kernels, or an `UnsupportedError`; never something else silently
-    "auto"    Triton where it can run, eager elsewhere; `why_not_triton` says why
+"""The fused operations: their arguments, the checks, and the choice of who computes them (`effformer.backend`).
 
 Scales, shifts, layer scales and bias are float32, or float64 when x is; the output has x's dtype. The functions of
 tensors are `torch.fx.wrap`ped, so that FX keeps them whole; call them as `ops.name`, since FX does not see an imported
 bare name.
+
+Under autocast, weights are cast to its dtype and matrix products computed in it; sums, norms and softmax stay float32.
 """
 
 from __future__ import annotations
-
-from typing import Literal, get_args
 
 import torch
 import torch.fx
 from torch import Tensor
 
 from . import reference
+from .arguments import (
+    autocast,
+    check_bias,
+    check_conv_mlp,
+    check_floating,
+    check_heads,
+    check_map,
+    check_tokens,
+    check_vectors,
+    check_weight,
+    shape_of,
+)
+from .backend import BACKENDS as BACKENDS
+from .backend import Backend as Backend
+from .backend import UnsupportedError as UnsupportedError
+from .backend import refuse_triton as refuse_triton
+from .backend import select_backend
+from .backend import why_not_triton as why_not_triton
 from .config import BIAS_RESIZES, check_choice
 
-Backend = Literal["auto", "eager", "triton"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-
-
-class UnsupportedError(RuntimeError):
-    """backend="triton" was asked for something that the kernels do not do."""
-
-
-def why_not_triton(device: torch.device) -> str:
-    """Why "auto" takes eager for tensors on `device`."""
-    built = "the Triton kernels are not built yet"
-    return built if device.type == "cuda" else f"{built}, and {device.type!r} is no NVIDIA GPU"
-
-
-def select_backend(backend: str, device: torch.device) -> Literal["eager"]:
-    """The implementation that `backend` stands for on `device`: eager, until the kernels are built.
-
-    Raises:
-        ValueError: for an unknown backend.
-        UnsupportedError: for "triton".
-    """
-    check_choice("backend", backend, BACKENDS)
-    refuse_triton(backend, why_not_triton(device))
-    return "eager"
-
-
-def refuse_triton(backend: str, reason: str) -> None:
-    """Raise an UnsupportedError if `backend` is "triton": for `reason`, something else is about to compute."""
-    if backend == "triton":
-        raise UnsupportedError(f"backend='triton': {reason}")
 
 
 @torch.fx.wrap
@@ -71,11 +55,15 @@ def pool_mixer(x: Tensor, layer_scale: Tensor, *, backend: str = "auto") -> Tens
         TypeError, ValueError: for a wrong dtype, shape or backend, naming the argument.
         UnsupportedError: for backend="triton" where the kernels cannot run.
     """
-    _check_map(x)
-    _check_vectors(x, x.shape[1], layer_scale=layer_scale)
-    match select_backend(backend, x.device):
+    check_map(x)
+    check_vectors(x, x.shape[1], layer_scale=layer_scale)
+    match select_backend(backend, x, layer_scale):
         case "eager":
             return reference.pool_mixer(x, layer_scale)
+        case "triton":
+            from .kernels.pool_mixer import pool_mixer as kernel
+
+            return kernel(x, layer_scale)
 
 
 @torch.fx.wrap
@@ -109,11 +97,17 @@ def conv_mlp(
         TypeError, ValueError: for a wrong dtype, shape, activation or backend, naming the argument.
         UnsupportedError: for backend="triton" where the kernels cannot run.
     """
-    _check_map(x)
-    _check_mlp(x, weight1, scale1, shift1, weight2, scale2, shift2, activation)
-    match select_backend(backend, x.device):
+    check_map(x)
+    check_conv_mlp(x, weight1, scale1, shift1, weight2, scale2, shift2, activation)
+    arguments = (weight1, scale1, shift1, weight2, scale2, shift2)
+    match select_backend(backend, x, *arguments, activation=activation):
         case "eager":
-            return reference.conv_mlp(x, weight1, scale1, shift1, weight2, scale2, shift2, activation=activation)
+            return reference.conv_mlp(x, *arguments, activation=activation)
+        case "triton":
+            from .kernels.conv_mlp import conv_mlp as kernel
+
+            dtype = _products_dtype(x)
+            return kernel(x, weight1.to(dtype), scale1, shift1, weight2.to(dtype), scale2, shift2, activation)
 
 
 @torch.fx.wrap
@@ -134,14 +128,19 @@ def meta4d(
 
     Arguments, result and errors are those of `pool_mixer` and `conv_mlp`.
     """
-    _check_map(x)
-    _check_vectors(x, x.shape[1], layer_scale1=layer_scale1)
-    _check_mlp(x, weight1, scale1, shift1, weight2, scale2, shift2, activation)
-    match select_backend(backend, x.device):
+    check_map(x)
+    check_vectors(x, x.shape[1], layer_scale1=layer_scale1)
+    check_conv_mlp(x, weight1, scale1, shift1, weight2, scale2, shift2, activation)
+    arguments = (layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2)
+    match select_backend(backend, x, *arguments, activation=activation):
         case "eager":
-            return reference.meta4d(
-                x, layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2, activation=activation
-            )
+            return reference.meta4d(x, *arguments, activation=activation)
+        case "triton":
+            from .kernels.meta4d import meta4d as kernel
+
+            dtype = _products_dtype(x)
+            weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
+            return kernel(x, layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2, activation)
 
 
 @torch.fx.wrap
@@ -162,20 +161,135 @@ def bias_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, key_dim: int, b
         TypeError, ValueError: for a wrong dtype, shape or backend, naming the argument.
         UnsupportedError: for backend="triton" where the kernels cannot run.
     """
-    _check_floating("qkv", qkv)
-    if qkv.ndim != 3:
-        raise ValueError(f"qkv: got shape {_shape(qkv)}, allowed is [B, N, channels]")
-    tokens, channels = qkv.shape[1:]
-    if num_heads < 1 or key_dim < 1 or channels % num_heads or channels // num_heads <= 2 * key_dim:
-        raise ValueError(
-            f"qkv: got {channels} channels with num_heads={num_heads} and key_dim={key_dim}, "
-            "allowed is num_heads * (2 * key_dim + value_dim) with value_dim of 1 or more"
-        )
-    _check_shape("bias", bias, (num_heads, tokens, tokens))
-    _check_accumulation_dtype("bias", bias, qkv)
-    match select_backend(backend, qkv.device):
+    check_tokens("qkv", qkv)
+    check_heads(qkv.shape[2], num_heads, key_dim)
+    check_bias(bias, qkv, num_heads)
+    match select_backend(backend, qkv, bias):
         case "eager":
             return reference.bias_attention(qkv, bias, num_heads=num_heads, key_dim=key_dim)
+        case "triton":
+            from .kernels.bias_attention import bias_attention as kernel
+
+            return kernel(qkv.to(_products_dtype(qkv)), bias, num_heads, key_dim).to(qkv.dtype)
+
+
+@torch.fx.wrap
+def attention_mixer(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    bias: Tensor,
+    proj_weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    num_heads: int,
+    key_dim: int,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """First half of a 3D MetaBlock: x + scale * (proj · attention(qkv · LayerNorm(x) + qkv_bias)) + shift.
+
+    The attention is `bias_attention`; scale and shift hold the layer scale and, times it, the projection's bias: see
+    `fold_layer_scale` (paper section 4, MB3D).
+
+    Args:
+        x: [B, N, C], floating.
+        norm_weight, norm_bias: [C], of the LayerNorm.
+        qkv_weight, qkv_bias: [num_heads * (2 * key_dim + value_dim), C] and its first dimension.
+        bias: [num_heads, N, N].
+        proj_weight: [C, num_heads * value_dim].
+        scale, shift: [C].
+        num_heads, key_dim: integers of 1 or more; value_dim follows from qkv_weight.
+        eps: of the LayerNorm.
+        backend: "auto", "eager" or "triton".
+
+    Weights have x's dtype (any floating one under autocast), vectors and bias are float32 (float64 if x is).
+
+    Returns:
+        [B, N, C] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, shape or backend, naming the argument.
+        UnsupportedError: for backend="triton" where the kernels cannot run.
+    """
+    check_tokens("x", x)
+    channels = x.shape[2]
+    check_weight("qkv_weight", qkv_weight, x, outputs=None, inputs=channels, outputs_name="qkv channels")
+    check_heads(qkv_weight.shape[0], num_heads, key_dim)
+    values = qkv_weight.shape[0] - 2 * num_heads * key_dim
+    check_weight("proj_weight", proj_weight, x, outputs=channels, inputs=values, outputs_name="channels")
+    check_vectors(x, channels, norm_weight=norm_weight, norm_bias=norm_bias, scale=scale, shift=shift)
+    check_vectors(x, qkv_weight.shape[0], qkv_bias=qkv_bias)
+    check_bias(bias, x, num_heads)
+    arguments = (norm_weight, norm_bias, qkv_weight, qkv_bias, bias, proj_weight, scale, shift)
+    match select_backend(backend, x, *arguments):
+        case "eager":
+            return reference.attention_mixer(x, *arguments, num_heads=num_heads, key_dim=key_dim, eps=eps)
+        case "triton":
+            from .kernels.attention_mixer import attention_mixer as kernel
+
+            dtype = _products_dtype(x)
+            qkv_weight, proj_weight = qkv_weight.to(dtype), proj_weight.to(dtype)
+            arguments = (norm_weight, norm_bias, qkv_weight, qkv_bias, bias, proj_weight, scale, shift)
+            return kernel(x, *arguments, num_heads, key_dim, eps)
+
+
+@torch.fx.wrap
+def linear_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    *,
+    activation: str = "gelu",
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """Second half of a 3D MetaBlock: x + scale2 * (W2 · act(W1 · LayerNorm(x) + shift1)) + shift2.
+
+    scale2 and shift2 hold the layer scale and, times it, the second bias: see `fold_layer_scale` (paper section 4).
+
+    Args:
+        x: [B, N, C], floating.
+        norm_weight, norm_bias: [C], of the LayerNorm.
+        weight1, weight2: [hidden, C] and [C, hidden], x's dtype (any floating one under autocast).
+        shift1: [hidden]; scale2, shift2: [C]; vectors are float32 (float64 if x is).
+        activation: one of `ACTIVATIONS`; "gelu" is the exact form.
+        eps: of the LayerNorm.
+        backend: "auto", "eager" or "triton".
+
+    Returns:
+        [B, N, C] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, shape, activation or backend, naming the argument.
+        UnsupportedError: for backend="triton" where the kernels cannot run.
+    """
+    check_tokens("x", x)
+    check_choice("activation", activation, ACTIVATIONS)
+    channels = x.shape[2]
+    check_weight("weight1", weight1, x, outputs=None, inputs=channels, outputs_name="hidden")
+    hidden = weight1.shape[0]
+    check_weight("weight2", weight2, x, outputs=channels, inputs=hidden, outputs_name="channels")
+    check_vectors(x, channels, norm_weight=norm_weight, norm_bias=norm_bias, scale2=scale2, shift2=shift2)
+    check_vectors(x, hidden, shift1=shift1)
+    arguments = (norm_weight, norm_bias, weight1, shift1, weight2, scale2, shift2)
+    match select_backend(backend, x, *arguments, activation=activation):
+        case "eager":
+            return reference.linear_mlp(x, *arguments, activation=activation, eps=eps)
+        case "triton":
+            from .kernels.linear_mlp import linear_mlp as kernel
+
+            dtype = _products_dtype(x)
+            weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
+            return kernel(x, norm_weight, norm_bias, weight1, shift1, weight2, scale2, shift2, activation, eps)
 
 
 @torch.fx.wrap
@@ -196,15 +310,16 @@ def expand_bias(table: Tensor, height: int, width: int, *, resolution: int, resi
     Raises:
         TypeError, ValueError: for a wrong dtype, shape or `resize`, naming the argument.
     """
-    _check_floating("table", table)
+    check_floating("table", table)
     check_choice("resize", resize, BIAS_RESIZES)
     if table.ndim != 2 or table.shape[1] != resolution**2:
-        raise ValueError(f"table: got shape {_shape(table)}, allowed is [num_heads, {resolution**2}]")
+        raise ValueError(f"table: got shape {shape_of(table)}, allowed is [num_heads, {resolution**2}]")
     return reference.expand_bias(reference.upcast(table), height, width, resolution=resolution, resize=resize)
 
 
 # How modules turn their parameters into the arguments above; wrapped here so that FX sees buffers as buffers.
 fold_batch_norm = torch.fx.wrap(reference.fold_batch_norm)
+fold_layer_scale = torch.fx.wrap(reference.fold_layer_scale)
 upcast = torch.fx.wrap(reference.upcast)
 
 
@@ -217,68 +332,13 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
         ValueError: for another shape.
     """
     if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"x: got shape {_shape(x)}, allowed is [B, {in_chans}, H, W]")
-    _check_floating("x", x)
-    if x.dtype != weight.dtype and not _autocast(x.device.type):
+        raise ValueError(f"x: got shape {shape_of(x)}, allowed is [B, {in_chans}, H, W]")
+    check_floating("x", x)
+    if x.dtype != weight.dtype and not autocast(x.device.type):
         raise TypeError(f"x: got {x.dtype}, allowed is the network's {weight.dtype} (any floating dtype in autocast)")
     return x
 
 
-def _autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _shape(x: Tensor) -> str:
-    return f"[{', '.join(map(str, x.shape))}]"
-
-
-def _check_floating(name: str, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: got {x.dtype}, allowed is a floating dtype")
-
-
-def _check_map(x: Tensor) -> None:
-    _check_floating("x", x)
-    if x.ndim != 4:
-        raise ValueError(f"x: got shape {_shape(x)}, allowed is [B, C, H, W]")
-
-
-def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name}: got shape {_shape(x)}, allowed is [{', '.join(map(str, shape))}]")
-
-
-def _check_accumulation_dtype(name: str, value: Tensor, x: Tensor) -> None:
-    allowed = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if value.dtype != allowed:
-        raise TypeError(f"{name}: got {value.dtype}, allowed is {allowed} with an input of {x.dtype}")
-
-
-def _check_vectors(x: Tensor, size: int, **vectors: Tensor) -> None:
-    for name, vector in vectors.items():
-        _check_shape(name, vector, (size,))
-        _check_accumulation_dtype(name, vector, x)
-
-
-def _check_mlp(
-    x: Tensor,
-    weight1: Tensor,
-    scale1: Tensor,
-    shift1: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    shift2: Tensor,
-    activation: str,
-) -> None:
-    check_choice("activation", activation, ACTIVATIONS)
-    channels = x.shape[1]
-    if weight1.ndim != 2 or weight1.shape[1] != channels:
-        raise ValueError(f"weight1: got shape {_shape(weight1)}, allowed is [hidden, {channels}]")
-    hidden = weight1.shape[0]
-    _check_shape("weight2", weight2, (channels, hidden))
-    for name, weight in (("weight1", weight1), ("weight2", weight2)):
-        _check_floating(name, weight)
-        if weight.dtype != x.dtype and not _autocast(x.device.type):
-            raise TypeError(f"{name}: got {weight.dtype}, allowed is x's {x.dtype} (or any floating dtype in autocast)")
-    _check_vectors(x, hidden, scale1=scale1, shift1=shift1)
-    _check_vectors(x, channels, scale2=scale2, shift2=shift2)
+def _products_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products are computed in: autocast's dtype, else x's."""
+    return torch.get_autocast_dtype(x.device.type) if autocast(x.device.type) else x.dtype

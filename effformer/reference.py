@@ -94,6 +94,52 @@ def meta4d(
     return conv_mlp(y, weight1, scale1, shift1, weight2, scale2, shift2, activation=activation)
 
 
+def attention_mixer(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    bias: Tensor,
+    proj_weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    num_heads: int,
+    key_dim: int,
+    eps: float,
+) -> Tensor:
+    """First half of a 3D MetaBlock, paper section 4: x + scale * (proj · attention(qkv · LayerNorm(x))) + shift.
+
+    x [B, N, C], qkv_weight [num_heads * (2 * key_dim + value_dim), C], proj_weight [C, num_heads * value_dim].
+    """
+    qkv = F.linear(_layer_norm(x, norm_weight, norm_bias, eps), qkv_weight, qkv_bias.to(qkv_weight.dtype))
+    values = bias_attention(qkv, bias, num_heads=num_heads, key_dim=key_dim)
+    return x + torch.addcmul(shift, F.linear(values, proj_weight), scale).to(x.dtype)
+
+
+def linear_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight1: Tensor,
+    shift1: Tensor,
+    weight2: Tensor,
+    scale2: Tensor,
+    shift2: Tensor,
+    *,
+    activation: str = "gelu",
+    eps: float,
+) -> Tensor:
+    """Second half of a 3D MetaBlock, paper section 4: x + scale2 * (W2 · act(W1 · LayerNorm(x) + shift1)) + shift2.
+
+    x [B, N, C], weight1 [hidden, C], weight2 [C, hidden], shift1 [hidden], the other vectors [C].
+    """
+    hidden = F.linear(_layer_norm(x, norm_weight, norm_bias, eps), weight1, shift1.to(weight1.dtype))
+    hidden = ACTIVATIONS[activation](hidden)
+    return x + torch.addcmul(shift2, F.linear(hidden, weight2), scale2).to(x.dtype)
+
+
 def split_heads(qkv: Tensor, *, num_heads: int, key_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k [B, num_heads, N, key_dim] and v [B, num_heads, N, value_dim] from qkv as in `bias_attention`."""
     heads = qkv.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -151,9 +197,19 @@ def fold_batch_norm(
     return scale, shift
 
 
+def fold_layer_scale(bias: Tensor, layer_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, shift) so that layer_scale * (y + bias) == scale * y + shift; all [C], float32 (float64 if they are)."""
+    scale = upcast(layer_scale)
+    return scale, scale * upcast(bias)
+
+
 def upcast(x: Tensor) -> Tensor:
     """float32 of a 16-bit tensor; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(upcast(x), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -69,4 +69,7 @@ def devices() -> dict[str, str]:
 
 def describe_backend(backend: str, device: torch.device) -> str:
     """The implementation that `backend` takes on `device`, and why."""
-    return f'eager ("auto": {why_not_triton(device)})' if backend == "auto" else f"{backend} (asked for)"
+    if backend != "auto":
+        return f"{backend} (asked for)"
+    reason = why_not_triton(device)
+    return f'eager ("auto": {reason})' if reason else 'triton ("auto")'

@@ -1,11 +1,202 @@
-"""For tests, ours and those of users who want to know whether their machine computes the same."""
+"""For tests, ours and those of users who want to know whether their machine computes the same.
+
+`randomise` draws what a network's initial values would hide. A `Case` is one call of a fused operation with drawn
+arguments; `Case.accuracy` holds its result against `effformer.reference` in float64 by the rule of `Accuracy`.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from . import ops, reference
 from .blocks import Attention, LayerScale
+
+LAYOUTS = ("channels_last", "contiguous", "sliced", "expanded")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Errors of a result in dtype T against float64, beside those of eager PyTorch in T.
+
+    The rule: the largest error is at most twice eager's, the mean error at most 1.5 times eager's, both plus 2 ulp of
+    T at the output's scale, the largest absolute value; NaN and infinities stand exactly where float64 has them.
+    """
+
+    max_error: float
+    mean_error: float
+    eager_max_error: float
+    eager_mean_error: float
+    ulp: float
+    misplaced: int  # elements that are NaN or infinite where float64 is not, or the other way round
+
+    def passes(self, ulps: float = 2.0) -> bool:
+        """Whether the rule holds, with `ulps` in place of its 2."""
+        slack = ulps * self.ulp
+        largest = self.max_error <= 2 * self.eager_max_error + slack
+        return self.misplaced == 0 and largest and self.mean_error <= 1.5 * self.eager_mean_error + slack
+
+    def __str__(self) -> str:
+        return (
+            f"max {self.max_error:.2e} (eager {self.eager_max_error:.2e}), mean {self.mean_error:.2e} "
+            f"(eager {self.eager_mean_error:.2e}), ulp {self.ulp:.1e}, {self.misplaced} misplaced NaN or infinities"
+        )
+
+
+def accuracy(result: Tensor, exact: Tensor, eager: Tensor) -> Accuracy:
+    """Compare `result` and `eager`, both in dtype T, with `exact` in float64.
+
+    Raises:
+        ValueError: if `result` is not of eager's shape and dtype.
+    """
+    if result.shape != eager.shape or result.dtype != eager.dtype:
+        raise ValueError(
+            f"result: got {tuple(result.shape)} {result.dtype}, allowed is {tuple(eager.shape)} {eager.dtype}"
+        )
+    result, eager, dtype = result.double(), eager.double(), result.dtype
+    finite = exact.isfinite()
+    same = torch.where(finite, result.isfinite(), (result == exact) | (result.isnan() & exact.isnan()))
+    errors = (result - exact).abs()[finite & result.isfinite()]
+    eager_errors = (eager - exact).abs()[finite & eager.isfinite()]
+    scale = exact[finite].abs().max().item() if finite.any() else 0.0
+    info = torch.finfo(dtype)
+    ulp = info.eps * 2.0 ** math.floor(math.log2(max(scale, info.tiny)))
+    return Accuracy(
+        _max(errors), _mean(errors), _max(eager_errors), _mean(eager_errors), ulp, int((~same).sum().item())
+    )
+
+
+def _max(errors: Tensor) -> float:
+    return errors.max().item() if errors.numel() else 0.0
+
+
+def _mean(errors: Tensor) -> float:
+    return errors.mean().item() if errors.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of `effformer.ops.<operation>`; tensors in `arguments`, the input first."""
+
+    operation: str
+    arguments: tuple[Tensor, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def run(self, backend: str) -> Tensor:
+        """The result by this backend."""
+        result: Tensor = getattr(ops, self.operation)(*self.arguments, **self.options, backend=backend)
+        return result
+
+    @torch.no_grad()
+    def exact(self) -> Tensor:
+        """The result of `effformer.reference` in float64."""
+        result: Tensor = getattr(reference, self.operation)(*(a.double() for a in self.arguments), **self.options)
+        return result
+
+    def accuracy(self, backend: str) -> Accuracy:
+        """How far this backend's result is from the exact one, beside eager's."""
+        return accuracy(self.run(backend), self.exact(), self.run("eager"))
+
+
+def draw_map(shape: Sequence[int], dtype: torch.dtype, layout: str = "channels_last") -> Tensor:
+    """A normally distributed [B, C, H, W] in one of `LAYOUTS`.
+
+    "sliced" is every other channel, and all but the first line and column, of something larger; "expanded" is one
+    image for the whole batch.
+    """
+    batch, channels, height, width = shape
+    if layout == "channels_last":
+        return torch.randn(batch, height, width, channels).to(dtype).permute(0, 3, 1, 2)
+    if layout == "contiguous":
+        return torch.randn(batch, channels, height, width).to(dtype)
+    if layout == "sliced":
+        return torch.randn(batch, 2 * channels, height + 1, width + 1).to(dtype)[:, ::2, 1:, 1:]
+    if layout == "expanded":
+        return torch.randn(1, channels, height, width).to(dtype).expand(batch, -1, -1, -1)
+    raise ValueError(f"layout: got {layout!r}, allowed are {', '.join(LAYOUTS)}")
+
+
+def draw_vector(size: int, low: float, high: float) -> Tensor:
+    """A float32 [size], uniform."""
+    return torch.empty(size).uniform_(low, high)
+
+
+def draw_weight(outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
+    """[outputs, inputs], normal, of a size that keeps activations near 1."""
+    return (torch.randn(outputs, inputs) * max(inputs, 1) ** -0.5).to(dtype)
+
+
+def _mlp(channels: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return (
+        draw_weight(hidden, channels, dtype),
+        draw_vector(hidden, 0.5, 1.5),
+        draw_vector(hidden, -0.5, 0.5),
+        draw_weight(channels, hidden, dtype),
+        draw_vector(channels, 0.2, 0.8),
+        draw_vector(channels, -0.2, 0.2),
+    )
+
+
+def pool_mixer_case(x: Tensor) -> Case:
+    """`ops.pool_mixer` of x [B, C, H, W]."""
+    return Case("pool_mixer", (x, draw_vector(x.shape[1], 0.2, 0.8)))
+
+
+def conv_mlp_case(x: Tensor, hidden: int, activation: str = "gelu") -> Case:
+    """`ops.conv_mlp` of x [B, C, H, W]."""
+    return Case("conv_mlp", (x, *_mlp(x.shape[1], hidden, x.dtype)), {"activation": activation})
+
+
+def meta4d_case(x: Tensor, hidden: int, activation: str = "gelu") -> Case:
+    """`ops.meta4d` of x [B, C, H, W]."""
+    channels = x.shape[1]
+    arguments = (x, draw_vector(channels, 0.2, 0.8), *_mlp(channels, hidden, x.dtype))
+    return Case("meta4d", arguments, {"activation": activation})
+
+
+def bias_attention_case(
+    batch: int, tokens: int, dtype: torch.dtype, *, num_heads: int, key_dim: int, value_dim: int
+) -> Case:
+    """`ops.bias_attention` with scores of standard deviation 1 and a bias of the same."""
+    qkv = torch.randn(batch, tokens, num_heads * (2 * key_dim + value_dim)).to(dtype)
+    return Case(
+        "bias_attention",
+        (qkv, torch.randn(num_heads, tokens, tokens)),
+        {"num_heads": num_heads, "key_dim": key_dim},
+    )
+
+
+def attention_mixer_case(x: Tensor, *, num_heads: int, key_dim: int, value_dim: int) -> Case:
+    """`ops.attention_mixer` of x [B, N, C]."""
+    tokens, channels = x.shape[1:]
+    qkv, values = num_heads * (2 * key_dim + value_dim), num_heads * value_dim
+    arguments = (
+        x,
+        draw_vector(channels, 0.5, 1.5),
+        draw_vector(channels, -0.2, 0.2),
+        draw_weight(qkv, channels, x.dtype),
+        draw_vector(qkv, -0.2, 0.2),
+        torch.randn(num_heads, tokens, tokens),
+        draw_weight(channels, values, x.dtype),
+        draw_vector(channels, 0.2, 0.8),
+        draw_vector(channels, -0.2, 0.2),
+    )
+    return Case("attention_mixer", arguments, {"num_heads": num_heads, "key_dim": key_dim, "eps": 1e-5})
+
+
+def linear_mlp_case(x: Tensor, hidden: int, activation: str = "gelu") -> Case:
+    """`ops.linear_mlp` of x [B, N, C]."""
+    channels = x.shape[2]
+    weight1, _, shift1, weight2, scale2, shift2 = _mlp(channels, hidden, x.dtype)
+    norm = draw_vector(channels, 0.5, 1.5), draw_vector(channels, -0.2, 0.2)
+    arguments = (x, *norm, weight1, shift1, weight2, scale2, shift2)
+    return Case("linear_mlp", arguments, {"activation": activation, "eps": 1e-5})
 
 
 @torch.no_grad()
@@ -18,12 +209,12 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(target: torch.Tensor, low: float, high: float) -> None:
+    def uniform(target: Tensor, low: float, high: float) -> None:
         target.copy_(
             torch.empty(target.shape, dtype=torch.float64, device="cpu").uniform_(low, high, generator=generator)
         )
 
-    def normal(target: torch.Tensor, std: float) -> None:
+    def normal(target: Tensor, std: float) -> None:
         target.copy_(torch.empty(target.shape, dtype=torch.float64, device="cpu").normal_(0, std, generator=generator))
 
     for module in model.modules():

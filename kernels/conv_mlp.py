@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .activation import activate, form, gain
 from .config import MlpConfig, device_of, mlp_config
-from .launch import INTERPRETED, Launch, dot_precision, run
+from .launch import Launch, dot_precision, run
 from .layout import map_rows, new_map, packed
 from .library import register
 from .linear import mlp_products
@@ -168,7 +168,7 @@ def mlp_launch(
             "RELOAD": config.reload,
             "X_FLAT": source.flat,
             "OUT_FLAT": target.flat,
-            "ACTIVATION": form(activation, weight1.dtype, assembly=not INTERPRETED),
+            "ACTIVATION": form(activation, weight1.dtype),
             "PRECISION": dot_precision(weight1.dtype),
             "BLOCK_M": config.block_m,
             "BLOCK_H": config.block_h,

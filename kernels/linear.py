@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .activation import activate, form, gain
 from .config import device_of, linear_config
-from .launch import INTERPRETED, Launch, dot_precision
+from .launch import Launch, dot_precision
 from .layout import Rows, token_rows
 from .tiles import locate, row_offsets, start, width
 
@@ -153,7 +153,7 @@ def linear_launch(
             "RESIDUAL_FLAT": kept.flat,
             "OUT_FLAT": out.flat,
             "X_GAIN": x_gain,
-            "ACTIVATION": form(activation, weight.dtype, assembly=not INTERPRETED) if activation else "none",
+            "ACTIVATION": form(activation, weight.dtype) if activation else "none",
             "PRECISION": dot_precision(weight.dtype),
             "BLOCK_M": config.block_m,
             "WIDTHS": config.widths,
@@ -180,7 +180,7 @@ def mlp_products(
 ) -> list[Launch]:
     """residual + scale2 * (weight2 · act(scale1 * (weight1 · x) + shift1)) + shift2, the hidden rows in memory."""
     hidden = torch.empty((1, x.count, weight1.shape[0]), dtype=weight1.dtype, device=weight1.device)
-    x_gain = gain(form(activation, weight1.dtype, assembly=False))
+    x_gain = gain(form(activation, weight1.dtype))
     return [
         linear_launch(x, weight1, scale1, shift1, token_rows(hidden), activation=activation),
         linear_launch(token_rows(hidden), weight2, scale2, shift2, out, residual=residual, x_gain=x_gain),

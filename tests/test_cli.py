@@ -246,7 +246,6 @@ def test_dense_checkpoints_run_as_their_code_would(
         (["EMPTY"], "no image below"),
         (["PHOTO", "--checkpoint", "nowhere.pth"], "nowhere.pth is no file"),
         (["PHOTO", "--checkpoint", "PHOTO"], "no torch file of weights alone"),
-        (["PHOTO", "--checkpoint", "none", "--backend", "triton"], "not built yet"),
         (["PHOTO", "--checkpoint", "none", "--device", "cuda:7"], "--device: got 'cuda:7', allowed are auto, cpu"),
         (["PHOTO", "--checkpoint", "none", "--labels", "LABELS"], "--labels: got 1 lines"),
         (["PHOTO", "OTHER", "--checkpoint", "none", "--output", "OUT"], "would be written to the same file"),
@@ -290,7 +289,16 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["size"] == [512, 640]
     assert facts["models"][0]["features"][-1] == [448, 16, 20]
     assert facts["models"][0]["parameters"] == 12_289_928
-    assert "not built yet" in facts["backends"]["cpu"]
+    assert facts["backends"]["cpu"] == "eager (\"auto\": 'cpu' is no NVIDIA GPU)"
+
+
+def test_triton_without_gpu_and_interpreter(
+    capsys: pytest.CaptureFixture[str], photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("effformer.kernels.launch.INTERPRETED", False)
+    status, _, err = run(capsys, "run", photo, "--checkpoint", "none", "--backend", "triton", "--device", "cpu")
+    assert status == 1
+    assert "backend='triton': 'cpu' is no NVIDIA GPU, and Triton interprets only" in err
 
 
 def test_macs_are_those_of_the_layers() -> None:
