@@ -57,6 +57,13 @@ def token_rows(x: Tensor) -> Rows:
     return Rows(x, batch, 1, tokens, channels, strides[0], 0, strides[1], strides[2])
 
 
+def new_rows(like: Rows, channels: int, dtype: torch.dtype) -> Rows:
+    """Empty flat rows over the same images, lines and columns."""
+    shape = (like.batch, like.height, like.width, channels)
+    tensor = torch.empty(shape, dtype=dtype, device=like.tensor.device)
+    return Rows(tensor, *shape, *tensor.stride())
+
+
 def new_map(x: Tensor) -> Tensor:
     """An empty tensor like the map x [B, C, H, W], densely packed, in x's memory format.
 

@@ -5,7 +5,6 @@ No operator of its own: a step of the MLPs that are too wide for one kernel, and
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from .activation import activate, form, gain
 from .config import device_of, linear_config
 from .launch import Launch, dot_precision
-from .layout import Rows, token_rows
+from .layout import Rows, new_rows
 from .tiles import locate, row_offsets, start, width
 
 
@@ -118,7 +117,7 @@ def linear_launch(
     activation: str | None = None,
     x_gain: float = 1.0,
 ) -> Launch:
-    """out = residual + act(scale / x_gain * (weight · x) + shift) for each row.
+    """out = residual + act(scale / x_gain * (weight · x) + shift) for each row; x, out, residual over the same images.
 
     weight [outputs, inputs] contiguous, its dtype being the product's; scale and shift [outputs] float32.
     `x_gain` is what x was multiplied by on the way; it needs a scale.
@@ -179,9 +178,9 @@ def mlp_products(
     out: Rows,
 ) -> list[Launch]:
     """residual + scale2 * (weight2 · act(scale1 * (weight1 · x) + shift1)) + shift2, the hidden rows in memory."""
-    hidden = torch.empty((1, x.count, weight1.shape[0]), dtype=weight1.dtype, device=weight1.device)
+    hidden = new_rows(x, weight1.shape[0], weight1.dtype)
     x_gain = gain(form(activation, weight1.dtype))
     return [
-        linear_launch(x, weight1, scale1, shift1, token_rows(hidden), activation=activation),
-        linear_launch(token_rows(hidden), weight2, scale2, shift2, out, residual=residual, x_gain=x_gain),
+        linear_launch(x, weight1, scale1, shift1, hidden, activation=activation),
+        linear_launch(hidden, weight2, scale2, shift2, out, residual=residual, x_gain=x_gain),
     ]
