@@ -1,0 +1,93 @@
+"""Every fused operation on Triton at drawn shapes, layouts, dtypes and activations, by the accuracy rule.
+
+The seed is in pytest's header; --hypothesis-seed=N draws the same shapes again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effformer.backend import TRITON_ACTIVATIONS
+from effformer.testing import (
+    LAYOUTS,
+    Case,
+    attention_mixer_case,
+    bias_attention_case,
+    conv_mlp_case,
+    draw_map,
+    linear_mlp_case,
+    meta4d_case,
+    pool_mixer_case,
+)
+
+DTYPES = st.sampled_from([torch.float16, torch.float32])
+ACTIVATIONS = st.sampled_from(TRITON_ACTIVATIONS)
+SEEDS = st.integers(0, 2**31 - 1)
+drawn = settings(max_examples=200, deadline=None, database=None)
+
+
+@st.composite
+def maps(draw: Any) -> torch.Tensor:
+    """[0..3, 1..300, 1..12, 1..12] in any layout; wide ones, which take more kernels than one, are small."""
+    channels = draw(st.integers(1, 80) | st.integers(225, 300))
+    most = 12 if channels <= 80 else 5
+    shape = (draw(st.integers(0, 3)), channels, draw(st.integers(1, most)), draw(st.integers(1, most)))
+    torch.manual_seed(draw(SEEDS))
+    return draw_map(shape, draw(DTYPES), draw(st.sampled_from(LAYOUTS)))
+
+
+@st.composite
+def tokens(draw: Any) -> torch.Tensor:
+    """[0..3, 1..80, 1..80], contiguous, or a channels-first map seen as tokens."""
+    shape = (draw(st.integers(0, 3)), draw(st.integers(1, 80)), draw(st.integers(1, 80)))
+    torch.manual_seed(draw(SEEDS))
+    x = torch.randn(shape).to(draw(DTYPES))
+    return x if draw(st.booleans()) else x.mT.contiguous().mT
+
+
+def check(case: Case) -> None:
+    found = case.accuracy("triton")
+    assert found.passes(), found
+
+
+@drawn
+@given(maps())
+def test_pool_mixer(x: torch.Tensor) -> None:
+    check(pool_mixer_case(x))
+
+
+@drawn
+@given(maps(), st.integers(1, 150), ACTIVATIONS)
+def test_conv_mlp(x: torch.Tensor, hidden: int, activation: str) -> None:
+    check(conv_mlp_case(x, hidden, activation))
+
+
+@drawn
+@given(maps(), st.integers(1, 150), ACTIVATIONS)
+def test_meta4d(x: torch.Tensor, hidden: int, activation: str) -> None:
+    check(meta4d_case(x, hidden, activation))
+
+
+@drawn
+@given(SEEDS, DTYPES, *(st.integers(low, high) for low, high in ((0, 3), (1, 150), (1, 5), (1, 70), (1, 70))))
+def test_bias_attention(
+    seed_: int, dtype: torch.dtype, batch: int, tokens: int, num_heads: int, key_dim: int, value_dim: int
+) -> None:
+    torch.manual_seed(seed_)
+    check(bias_attention_case(batch, tokens, dtype, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim))
+
+
+@drawn
+@given(tokens(), *(st.integers(1, high) for high in (5, 40, 40)))
+def test_attention_mixer(x: torch.Tensor, num_heads: int, key_dim: int, value_dim: int) -> None:
+    check(attention_mixer_case(x, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim))
+
+
+@drawn
+@given(tokens(), st.integers(1, 150), ACTIVATIONS)
+def test_linear_mlp(x: torch.Tensor, hidden: int, activation: str) -> None:
+    check(linear_mlp_case(x, hidden, activation))

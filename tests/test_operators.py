@@ -1,0 +1,322 @@
+"""The kernels as PyTorch operators: registration, tracing, gradients, autocast, and who is chosen when."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from effformer import EfficientFormer, backend, create_model, ops, set_backend
+from effformer.kernels import attention_mixer, bias_attention, conv_mlp, launch, linear_mlp, meta4d, pool_mixer
+from effformer.testing import (
+    LAYOUTS,
+    Case,
+    attention_mixer_case,
+    bias_attention_case,
+    conv_mlp_case,
+    draw_map,
+    linear_mlp_case,
+    meta4d_case,
+    pool_mixer_case,
+    randomise,
+)
+
+OPERATORS: dict[str, Callable[..., Tensor]] = {
+    "pool_mixer": pool_mixer.pool_mixer,
+    "conv_mlp": conv_mlp.conv_mlp,
+    "meta4d": meta4d.meta4d,
+    "bias_attention": bias_attention.bias_attention,
+    "attention_mixer": attention_mixer.attention_mixer,
+    "linear_mlp": linear_mlp.linear_mlp,
+}
+
+
+def cases(dtype: torch.dtype = torch.float16) -> dict[str, Case]:
+    x, tokens = draw_map((2, 20, 5, 7), dtype), torch.randn(2, 9, 20).to(dtype)
+    return {
+        "pool_mixer": pool_mixer_case(x),
+        "conv_mlp": conv_mlp_case(x, 40),
+        "meta4d": meta4d_case(x, 40),
+        "bias_attention": bias_attention_case(2, 9, dtype, num_heads=2, key_dim=4, value_dim=6),
+        "attention_mixer": attention_mixer_case(tokens, num_heads=2, key_dim=4, value_dim=6),
+        "linear_mlp": linear_mlp_case(tokens, 40),
+    }
+
+
+def operator_arguments(case: Case) -> tuple[Any, ...]:
+    return (*case.arguments, *case.options.values())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(OPERATORS[name], operator_arguments(cases()[name]))
+
+
+def test_opcheck_of_a_block_in_three_launches() -> None:
+    case = meta4d_case(draw_map((2, 240, 3, 2), torch.float32, "contiguous"), 40)
+    torch.library.opcheck(OPERATORS["meta4d"], operator_arguments(case))
+
+
+@pytest.mark.parametrize("shape", [(2, 20, 5, 7), (2, 20, 1, 1), (1, 1, 5, 7), (2, 1, 1, 1), (0, 20, 5, 7), (1, 20, 1, 7)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_and_real_agree_on_strides(layout: str, shape: tuple[int, int, int, int]) -> None:
+    for case in (
+        pool_mixer_case(draw_map(shape, torch.float16, layout)),
+        meta4d_case(draw_map(shape, torch.float16, layout), 40),
+    ):
+        real = OPERATORS[case.operation](*operator_arguments(case))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = tuple(mode.from_tensor(argument) for argument in case.arguments)
+            fake = OPERATORS[case.operation](*fakes, *case.options.values())
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+# --- the network ------------------------------------------------------------------------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it, "auto" takes the (interpreted) kernels on the CPU, as it would on a GPU."""
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "_why_not_device", lambda device, dtype, asked_for: None)
+        yield
+
+
+@pytest.mark.parametrize(("name", "blocks_3d"), [("efficientformer_l1", 1), ("efficientformer_l3", 4), ("efficientformer_l7", 8)])
+@pytest.mark.parametrize("choice", ["triton", "auto"])
+def test_every_block_runs_on_the_kernels(
+    name: str, blocks_3d: int, choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted on meta tensors: the blocks leave no convolution, norm or product to PyTorch."""
+    network = create_model(name, device="meta", dtype=torch.float16, backend=choice).eval()
+    x = torch.empty(1, 3, 224, 224, dtype=torch.float16, device="meta")
+    with pretend_gpu(monkeypatch), torch.no_grad(), Recorder() as recorder:
+        network(x)
+    seen = recorder.seen
+    assert seen["effformer::meta4d"] == sum(network.config.depths) - blocks_3d
+    assert seen["effformer::attention_mixer"] == seen["effformer::linear_mlp"] == blocks_3d
+    assert seen["aten::convolution"] == 2 + 3  # stem and downsampling
+    assert seen["aten::native_layer_norm"] == 1
+    assert seen["aten::addmm"] == 2  # the heads
+    assert not any(seen[f"aten::{other}"] for other in ("bmm", "mm", "gelu", "avg_pool2d", "_softmax"))
+
+
+def test_gradients_of_a_model_in_eval_mode(
+    narrow: Callable[..., EfficientFormer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator without a gradient would silently give none: "auto" takes eager, "triton" raises."""
+    x = torch.randn(2, 3, 64, 64)
+    gradients = {}
+    for choice in ("auto", "eager"):
+        network = narrow(dtype=torch.float32, backend=choice)
+        with pretend_gpu(monkeypatch), Recorder() as recorder:
+            network(x).square().sum().backward()
+        assert not any(name.startswith("effformer") for name in recorder.seen)
+        gradients[choice] = [parameter.grad for parameter in network.parameters()]
+    for auto, eager in zip(gradients["auto"], gradients["eager"], strict=True):
+        assert auto is not None
+        assert torch.equal(auto, eager)
+    with pytest.raises(ops.UnsupportedError, match="a gradient is needed"):
+        narrow(dtype=torch.float32, backend="triton")(x)
+
+
+def test_gradients_of_the_input_alone_are_seen_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretend_gpu(monkeypatch):
+        for case in cases(torch.float32).values():
+            arguments = (case.arguments[0].clone().requires_grad_(), *case.arguments[1:])
+            operation = getattr(ops, case.operation)
+            operation(*arguments, **case.options).sum().backward()
+            assert arguments[0].grad is not None
+            with pytest.raises(ops.UnsupportedError, match="a gradient is needed"):
+                operation(*arguments, **case.options, backend="triton")
+            with torch.no_grad(), Recorder() as recorder:
+                operation(*arguments, **case.options)
+            assert recorder.seen[f"effformer::{case.operation}"] == 1
+
+
+def test_an_operator_called_by_hand_is_not_silent() -> None:
+    case = cases(torch.float32)["pool_mixer"]
+    x = case.arguments[0].clone().requires_grad_()
+    out = OPERATORS["pool_mixer"](x, case.arguments[1])
+    with pytest.warns(UserWarning, match="effformer::pool_mixer: an autograd kernel was not registered"):
+        out.sum().backward()
+
+
+def test_autocast_computes_products_in_its_dtype(narrow: Callable[..., EfficientFormer]) -> None:
+    """Weights stay float32; the residual stream has the dtype it came in."""
+    x = torch.randn(2, 3, 64, 96)
+    exact = narrow()(x.double())
+    results = {}
+    for choice in ("eager", "triton"):
+        network = narrow(dtype=torch.float32, backend=choice)
+        with torch.no_grad(), torch.autocast("cpu", torch.float16):
+            results[choice] = network(x)
+    errors = {name: (result.double() - exact).abs().max() for name, result in results.items()}
+    assert 1e-5 < errors["triton"] <= 2 * errors["eager"]
+    assert results["triton"].dtype == results["eager"].dtype
+
+    for case in cases(torch.float32).values():
+        with torch.autocast("cpu", torch.float16):
+            out = case.run("triton")
+            found = (out.double() - case.exact()).abs().max()
+        assert out.dtype == torch.float32
+        if case.operation != "pool_mixer":
+            assert 1e-5 < found < 2e-2, case.operation  # float16's error, not float32's
+
+
+# --- compilers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _no_compiled_code() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_no_compiled_code")
+def test_compile_traces_through_the_operators(narrow: Callable[..., EfficientFormer]) -> None:
+    network = narrow(dtype=torch.float32, backend="triton")
+    eager = narrow(dtype=torch.float32, backend="eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(network, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for batch in (2, 3, 5):
+            x = torch.randn(batch, 3, 64, 96)
+            torch._dynamo.mark_dynamic(x, 0)
+            assert torch.allclose(compiled(x), eager(x), rtol=0, atol=1e-5)
+    assert counter.frame_count == 1
+    called = Counter(str(node.target) for node in counter.graphs[0].graph.nodes)
+    assert called["effformer.meta4d.default"] == 5
+    assert called["effformer.attention_mixer.default"] == called["effformer.linear_mlp.default"] == 1
+
+
+@pytest.mark.usefixtures("_no_compiled_code")
+def test_inductor_keeps_the_operators_layouts(narrow: Callable[..., EfficientFormer]) -> None:
+    network = narrow(dtype=torch.float32, depths=(1, 1, 1, 1), backend="triton").to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 96).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(network, fullgraph=True)(x), network(x), rtol=0, atol=1e-5)
+
+
+def test_export_traces_the_operators(narrow: Callable[..., EfficientFormer]) -> None:
+    network = narrow(dtype=torch.float32, backend="triton")
+    batch, height, width = (torch.export.Dim(name, min=low) for name, low in (("b", 1), ("h", 33), ("w", 33)))
+    with torch.no_grad():
+        program = torch.export.export(
+            network, (torch.randn(2, 3, 64, 96),), dynamic_shapes={"x": {0: batch, 2: height, 3: width}}
+        )
+        for shape in ((3, 3, 64, 96), (1, 3, 97, 50)):
+            x = torch.randn(shape)
+            assert torch.allclose(program.module()(x), network(x), rtol=0, atol=1e-5)
+    assert any(str(node.target) == "effformer.meta4d.default" for node in program.graph.nodes)
+
+
+def test_fx_keeps_operations_whole(narrow: Callable[..., EfficientFormer]) -> None:
+    network = narrow(dtype=torch.float32, backend="triton")
+    traced = torch.fx.symbolic_trace(network)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(traced(x), network(x))
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_unsupported_dtypes(name: str) -> None:
+    with pytest.raises(ops.UnsupportedError, match=r"float16, torch.bfloat16, torch.float32, not torch.float64"):
+        wide = cases(torch.float32)[name]
+        Case(name, tuple(argument.double() for argument in wide.arguments), wide.options).run("triton")
+    with pytest.raises(ops.UnsupportedError, match=r"interpreter does not compute torch.bfloat16"):
+        cases(torch.bfloat16)[name].run("triton")
+
+
+@pytest.mark.parametrize("activation", ["relu6", "leaky_relu"])
+def test_unsupported_activations(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draw_map((1, 20, 3, 3), torch.float32)
+    for case in (
+        conv_mlp_case(x, 9, activation),
+        meta4d_case(x, 9, activation),
+        linear_mlp_case(torch.randn(1, 4, 20), 9, activation),
+    ):
+        with pytest.raises(ops.UnsupportedError, match=f"gelu, relu, silu, swish, hard_swish, not '{activation}'"):
+            case.run("triton")
+        with pretend_gpu(monkeypatch):
+            assert torch.equal(case.run("auto"), case.run("eager"))
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    assert ops.why_not_triton(torch.device("cpu")) == "'cpu' is no NVIDIA GPU"
+    assert ops.why_not_triton(torch.device("mps"), asked_for=True) == "'mps' is no NVIDIA GPU"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "a card has 7.5" in str(ops.why_not_triton(cuda))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert ops.why_not_triton(cuda, torch.bfloat16) is None
+    assert "not torch.float64" in str(ops.why_not_triton(cuda, torch.float64))
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "ROCm" in str(ops.why_not_triton(cuda))
+
+
+def test_tf32_follows_torchs_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.dot_precision(torch.float32) == "ieee"
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert launch.dot_precision(torch.float32) == "tf32"
+        assert launch.dot_precision(torch.float16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_a_cpu_needs_the_interpreter() -> None:
+    code = """
+import torch
+from effformer import ops
+from effformer.kernels.pool_mixer import pool_mixer
+x, scale = torch.zeros(1, 2, 3, 3), torch.zeros(2)
+for call in (lambda: ops.pool_mixer(x, scale, backend="triton"), lambda: pool_mixer(x, scale)):
+    try:
+        call()
+    except RuntimeError as error:
+        print(type(error).__name__, error)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    asked, operator = done.stdout.splitlines()
+    assert asked.startswith("UnsupportedError backend='triton': 'cpu' is no NVIDIA GPU")
+    assert "TRITON_INTERPRET=1" in operator
+
+
+def test_set_backend_switches_what_computes(narrow: Callable[..., EfficientFormer]) -> None:
+    network, x = narrow(dtype=torch.float32), torch.randn(1, 3, 64, 64)
+    randomise(network)
+    for choice, expected in (("triton", 5), ("eager", 0)):
+        set_backend(network, choice)
+        with torch.no_grad(), Recorder() as recorder:
+            network(x)
+        assert recorder.seen["effformer::meta4d"] == expected
