@@ -96,7 +96,10 @@ def mlp_config(channels: int, dtype: torch.dtype, device: Device) -> MlpConfig |
     """
     if dtype == torch.float32:
         # float32 products are not tensor cores' work: registers bound the tile.
-        return MlpConfig(32, 32, reload=True, num_warps=4, num_stages=1) if channels <= 96 else None
+        if channels > 96:
+            return None
+        block_m = 64 if channels <= 64 else 32
+        return MlpConfig(block_m, 32, reload=True, num_warps=block_m // 8, num_stages=1)
     if channels > 224:
         return None
     if device.capability in (90, 100):
@@ -109,7 +112,7 @@ def mlp_config(channels: int, dtype: torch.dtype, device: Device) -> MlpConfig |
 def linear_config(outputs: int, inputs: int, dtype: torch.dtype, device: Device) -> LinearConfig:
     """Tiles of a [rows, inputs] x [inputs, outputs] product."""
     if dtype == torch.float32:
-        return LinearConfig(64, (_power(outputs, 64),), 32, num_warps=4, num_stages=2)
+        return LinearConfig(64, (_power(outputs, 128),), 64, num_warps=8, num_stages=2)
     block_k = _power(inputs, 64)
     if device.capability in (90, 100):
         if outputs % 224 == 0:
