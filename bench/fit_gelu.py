@@ -4,8 +4,8 @@ They write gelu(x) = relu(x) - t(|x|) with the tail t(a) = a * Q(a), Q(a) = erfc
 
     t(a) = b * 2**p(b), b = min(a, cap), p a polynomial of degree 2 to 5
 
-for the smallest e with |error| <= e * min(a, 1): absolute beyond 1, and relative to the argument below it, so that small
-activations keep their digits. Needs scipy (extra `bench`).
+for the smallest e with |error| <= e * min(a, 1): absolute beyond 1, and relative to the argument below it, so that
+small activations keep their digits. Needs scipy (extra `bench`).
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ class Compiled:
 
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
     """Types, constants and attributes that Triton specialises this launch for; pointers count as aligned."""
-    types, constants, attributes = {}, dict(launch.constants), {}
+    types: dict[str, str] = {}
+    constants, attributes = dict(launch.constants), dict[tuple[int, ...], list[list[Any]]]()
     for index, name in enumerate(launch.kernel.arg_names):
         if name in launch.constants:
             types[name] = "constexpr"
@@ -78,14 +79,14 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        registers = int(re.search(r"REG:(\d+)", _cuobjdump("--dump-resource-usage", file.name))[1])
+        (registers,) = re.findall(r"REG:(\d+)", _cuobjdump("--dump-resource-usage", file.name))
         listing = _cuobjdump("-sass", file.name)
     code = [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, listing.splitlines()) if m]
     whole = Counter(name for _, name, _ in code)
     loop = _hot_loop(code)
     core = next(((name, whole[name]) for name in _TENSOR_CORES if whole[name]), ("none", 0))
     return Compiled(
-        registers,
+        int(registers),
         compiled.metadata.shared,
         whole["STL"] + whole["LDL"],
         loop["STL"] + loop["LDL"],

@@ -1,8 +1,8 @@
 """Who computes the fused operations, and why.
 
-    "eager"   `effformer.reference`, differentiable, any device and floating dtype
-    "triton"  the kernels, or an `UnsupportedError`; never something else silently
-    "auto"    Triton where it can run, eager elsewhere; `why_not_triton` says why
+"eager"   `effformer.reference`, differentiable, any device and floating dtype
+"triton"  the kernels, or an `UnsupportedError`; never something else silently
+"auto"    Triton where it can run, eager elsewhere; `why_not_triton` says why
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ def refuse_triton(backend: str, reason: str | None) -> None:
         raise UnsupportedError(f"backend='triton': {reason}")
 
 
-@torch.compiler.assume_constant_result
 def why_not_triton(
     device: torch.device, dtype: torch.dtype | None = None, activation: str = "gelu", asked_for: bool = False
 ) -> str | None:
@@ -68,6 +67,11 @@ def why_not_triton(
     if activation not in TRITON_ACTIVATIONS:
         return f"the kernels compute the activations {', '.join(TRITON_ACTIVATIONS)}, not {activation!r}"
     return None
+
+
+# What torch.compiler.assume_constant_result does: compilers take the answer instead of tracing the question. That
+# function imports torch._dynamo, and with it Triton, for which `import effformer` has no use.
+why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _why_not_device(device: torch.device, dtype: torch.dtype | None, asked_for: bool) -> str | None:

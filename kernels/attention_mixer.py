@@ -5,6 +5,8 @@ Four launches behind one operator: a single kernel would read all weights once f
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .bias_attention import bias_attention_launch, new_values
@@ -28,6 +30,7 @@ def attention_mixer_launches(
     num_heads: int,
     key_dim: int,
     eps: float,
+    *,
     out: Tensor,
 ) -> list[Launch]:
     """Norm, QKV, attention, projection; what lies between them has the weights' dtype."""
@@ -43,27 +46,13 @@ def attention_mixer_launches(
     ]
 
 
-def _implementation(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    bias: Tensor,
-    proj_weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    num_heads: int,
-    key_dim: int,
-    eps: float,
-) -> Tensor:
+def _implementation(x: Tensor, *arguments: Any) -> Tensor:
     out = new_tokens(x, x.shape[2])
-    arguments = packed(norm_weight, norm_bias, qkv_weight, qkv_bias, bias, proj_weight, scale, shift)
-    run(*attention_mixer_launches(x, *arguments, num_heads, key_dim, eps, out))
+    run(*attention_mixer_launches(x, *packed(*arguments), out=out))
     return out
 
 
-def _fake(x: Tensor, *arguments: object) -> Tensor:
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
     return new_tokens(x, x.shape[2])
 
 

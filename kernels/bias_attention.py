@@ -68,7 +68,9 @@ def bias_attention_kernel(
     TO_BITS: tl.constexpr = SCALE * 1.4426950408889634  # exp(x) = 2 ** (x * log2(e))
     if ONE_TILE:
         n = tl.arange(0, BLOCK_N)
-        b_s = _scores(b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn, KEY_DIM, KEY_WIDTHS, SCALE, PRECISION)
+        b_s = _scores(
+            b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn, KEY_DIM, KEY_WIDTHS, SCALE, PRECISION
+        )
         b_p = tl.math.exp2(b_s * TO_BITS - (tl.max(b_s, 1) * TO_BITS)[:, None])
         b_sum = tl.sum(b_p, 1)
         b_acc = ()
@@ -83,7 +85,21 @@ def bias_attention_kernel(
             b_acc = b_acc + (tl.zeros((BLOCK_M, width(VALUE_WIDTHS, i)), tl.float32),)
         for first in tl.range(0, N, BLOCK_N, num_stages=NUM_STAGES):
             n = first + tl.arange(0, BLOCK_N)
-            b_s = _scores(b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn, KEY_DIM, KEY_WIDTHS, SCALE, PRECISION)
+            b_s = _scores(
+                b_q,
+                p_head,
+                p_bias,
+                inside,
+                n,
+                N,
+                stride_qn,
+                stride_qc,
+                stride_bn,
+                KEY_DIM,
+                KEY_WIDTHS,
+                SCALE,
+                PRECISION,
+            )
             b_new = tl.maximum(b_max, tl.max(b_s, 1))
             # A row that has seen -inf alone has no maximum yet to subtract.
             shift = tl.where(b_new == -float("inf"), 0.0, b_new * TO_BITS)
@@ -133,7 +149,8 @@ def _values(
     """[BLOCK_N, width], zeros for what does not exist."""
     c = channels_of(VALUE_WIDTHS, PIECE)
     mask = (n < N)[:, None] & ((c < BLOCK_V) & (i_v * BLOCK_V + c < VALUE_DIM))[None, :]
-    return tl.load(p_values + (n.to(tl.int64) * stride_qn)[:, None] + (c.to(tl.int64) * stride_qc)[None, :], mask=mask, other=0.0)
+    p_v = p_values + (n.to(tl.int64) * stride_qn)[:, None] + (c.to(tl.int64) * stride_qc)[None, :]
+    return tl.load(p_v, mask=mask, other=0.0)
 
 
 def bias_attention_launch(qkv: Tensor, bias: Tensor, num_heads: int, key_dim: int, out: Tensor) -> Launch:

@@ -18,6 +18,11 @@ class Device:
     capability: int
     shared_memory: int
 
+    @property
+    def large(self) -> bool:
+        """A data-centre GPU from Hopper on: 227 KiB of shared memory, and matrix products of whole warpgroups."""
+        return self.shared_memory >= 200_000
+
 
 AMPERE = Device(80, 166_912)  # A100
 HOPPER = Device(90, 232_448)  # H100, H200: what is interpreted where there is no GPU
@@ -27,7 +32,7 @@ BLACKWELL = Device(100, 232_448)  # B200
 @functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
+    return Device(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 _stand_in = contextvars.ContextVar("stand_in", default=HOPPER)
@@ -102,7 +107,7 @@ def mlp_config(channels: int, dtype: torch.dtype, device: Device) -> MlpConfig |
         return MlpConfig(block_m, 32, reload=True, num_warps=block_m // 8, num_stages=1)
     if channels > 224:
         return None
-    if device.capability in (90, 100):
+    if device.large:
         if channels <= 96:
             return MlpConfig(128, 64, reload=False, num_warps=8, num_stages=2)
         return MlpConfig(128, 64, reload=True, num_warps=8, num_stages=2)
@@ -114,7 +119,7 @@ def linear_config(outputs: int, inputs: int, dtype: torch.dtype, device: Device)
     if dtype == torch.float32:
         return LinearConfig(64, (_power(outputs, 128),), 64, num_warps=8, num_stages=2)
     block_k = _power(inputs, 64)
-    if device.capability in (90, 100):
+    if device.large:
         if outputs % 224 == 0:
             return LinearConfig(128, (128, 64, 32), block_k, num_warps=8, num_stages=3)
         return LinearConfig(128, (_power(outputs, 256),), block_k, num_warps=8, num_stages=3)
@@ -129,7 +134,7 @@ def attention_config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dty
         return AttentionConfig(block, block, num_warps=4, num_stages=1)
     if wide:
         return AttentionConfig(32, 32, num_warps=4, num_stages=1)
-    if device.capability in (90, 100):
+    if device.large:
         return AttentionConfig(128, 64, num_warps=8, num_stages=2)
     return AttentionConfig(64, 64, num_warps=4, num_stages=2)
 

@@ -6,6 +6,8 @@ the pooling token mixer, which makes it the whole MetaBlock. Wider rows take two
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -80,7 +82,9 @@ def mlp_kernel(
         b_hidden = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
         for i in tl.static_range(len(WIDTHS)):
             c = channels_of(WIDTHS, i)
-            b_w1 = _load_weight(weight1_ptr + n[None, :] * C + c[:, None], c[:, None], n[None, :], C, HIDDEN, WIDTHS, i, BLOCK_H)
+            b_w1 = _load_weight(
+                weight1_ptr + n[None, :] * C + c[:, None], c[:, None], n[None, :], C, HIDDEN, WIDTHS, i, BLOCK_H
+            )
             b_hidden = tl.dot(b_y[i].to(b_w1.dtype), b_w1, b_hidden, input_precision=PRECISION)
         if HIDDEN % BLOCK_H == 0:
             scale1, shift1 = tl.load(scale1_ptr + n), tl.load(shift1_ptr + n)
@@ -91,7 +95,9 @@ def mlp_kernel(
         b_next = ()
         for i in tl.static_range(len(WIDTHS)):
             c = channels_of(WIDTHS, i)
-            b_w2 = _load_weight(weight2_ptr + c[None, :] * HIDDEN + n[:, None], c[None, :], n[:, None], C, HIDDEN, WIDTHS, i, BLOCK_H)
+            b_w2 = _load_weight(
+                weight2_ptr + c[None, :] * HIDDEN + n[:, None], c[None, :], n[:, None], C, HIDDEN, WIDTHS, i, BLOCK_H
+            )
             b_next = b_next + (tl.dot(b_act, b_w2, b_acc[i], input_precision=PRECISION),)
         b_acc = b_next
 
@@ -113,7 +119,9 @@ def mlp_kernel(
 
 
 @triton.jit
-def _load_weight(ptrs, c, n, C: tl.constexpr, HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, PIECE: tl.constexpr, BLOCK_H: tl.constexpr):
+def _load_weight(
+    ptrs, c, n, C: tl.constexpr, HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, PIECE: tl.constexpr, BLOCK_H: tl.constexpr
+):
     if HIDDEN % BLOCK_H != 0:
         weight = tl.load(ptrs, mask=(c < C) & (n < HIDDEN), other=0.0)
     elif cut(WIDTHS, PIECE, C):
@@ -188,6 +196,7 @@ def conv_mlp_launches(
     scale2: Tensor,
     shift2: Tensor,
     activation: str,
+    *,
     out: Tensor,
 ) -> list[Launch]:
     """The MLP without pooling: one launch, or two with the hidden activations in memory."""
@@ -198,23 +207,13 @@ def conv_mlp_launches(
     return mlp_products(rows, rows, weight1, scale1, shift1, weight2, scale2, shift2, activation, map_rows(out))
 
 
-def _implementation(
-    x: Tensor,
-    weight1: Tensor,
-    scale1: Tensor,
-    shift1: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    shift2: Tensor,
-    activation: str,
-) -> Tensor:
+def _implementation(x: Tensor, *arguments: Any) -> Tensor:
     out = new_map(x)
-    arguments = packed(weight1, scale1, shift1, weight2, scale2, shift2)
-    run(*conv_mlp_launches(x, *arguments, activation, out))
+    run(*conv_mlp_launches(x, *packed(*arguments), out=out))
     return out
 
 
-def _fake(x: Tensor, *arguments: object) -> Tensor:
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
     return new_map(x)
 
 

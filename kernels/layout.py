@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +86,6 @@ def new_tokens(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Te
     return torch.empty((x.shape[0], x.shape[1], channels), dtype=dtype or x.dtype, device=x.device)
 
 
-def packed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Weights and vectors as the kernels read them, contiguous; a copy is made only where one was not."""
-    return tuple(tensor.contiguous() for tensor in tensors)
+def packed(*arguments: Any) -> Iterator[Any]:
+    """An operator's arguments with weights and vectors as the kernels read them, contiguous: copied if they are not."""
+    return (a.contiguous() if isinstance(a, Tensor) else a for a in arguments)

@@ -16,9 +16,7 @@ from .launch import INTERPRETED
 _LIBRARY = torch.library.Library("effformer", "DEF")
 
 
-def register(
-    schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]
-) -> Callable[..., Tensor]:
+def register(schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Define effformer::`schema` for CUDA, for the CPU under Triton's interpreter, and for tracing (`fake`).
 
     The operators have no gradient. `effformer.ops` never asks for one; PyTorch warns whoever calls them by hand and

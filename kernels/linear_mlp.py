@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .launch import Launch, run
@@ -22,6 +24,7 @@ def linear_mlp_launches(
     shift2: Tensor,
     activation: str,
     eps: float,
+    *,
     out: Tensor,
 ) -> list[Launch]:
     """Norm and two products; what lies between them has the weights' dtype."""
@@ -33,25 +36,13 @@ def linear_mlp_launches(
     ]
 
 
-def _implementation(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight1: Tensor,
-    shift1: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    shift2: Tensor,
-    activation: str,
-    eps: float,
-) -> Tensor:
+def _implementation(x: Tensor, *arguments: Any) -> Tensor:
     out = new_tokens(x, x.shape[2])
-    arguments = packed(norm_weight, norm_bias, weight1, shift1, weight2, scale2, shift2)
-    run(*linear_mlp_launches(x, *arguments, activation, eps, out))
+    run(*linear_mlp_launches(x, *packed(*arguments), out=out))
     return out
 
 
-def _fake(x: Tensor, *arguments: object) -> Tensor:
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
     return new_tokens(x, x.shape[2])
 
 

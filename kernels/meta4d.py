@@ -5,6 +5,8 @@ One kernel where a row's channels fit on chip; pooling and two matrix products e
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .config import device_of, mlp_config
@@ -26,6 +28,7 @@ def meta4d_launches(
     scale2: Tensor,
     shift2: Tensor,
     activation: str,
+    *,
     out: Tensor,
 ) -> list[Launch]:
     """One launch, or three with the mixer's result and the hidden activations in memory."""
@@ -39,24 +42,13 @@ def meta4d_launches(
     ]
 
 
-def _implementation(
-    x: Tensor,
-    layer_scale1: Tensor,
-    weight1: Tensor,
-    scale1: Tensor,
-    shift1: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    shift2: Tensor,
-    activation: str,
-) -> Tensor:
+def _implementation(x: Tensor, *arguments: Any) -> Tensor:
     out = new_map(x)
-    arguments = packed(layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2)
-    run(*meta4d_launches(x, *arguments, activation, out))
+    run(*meta4d_launches(x, *packed(*arguments), out=out))
     return out
 
 
-def _fake(x: Tensor, *arguments: object) -> Tensor:
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
     return new_map(x)
 
 

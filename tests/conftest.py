@@ -43,6 +43,8 @@ NETSPRESSO_L1: dict[str, Any] = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # the workers are as many as the cores
     if config.option.hypothesis_seed is None:  # it would draw one itself, and show it after failures alone
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
 

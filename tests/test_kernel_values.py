@@ -7,8 +7,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
-from effformer import reference
 from effformer.bench import fit_gelu
 from effformer.kernels import activation
 from effformer.kernels.activation import activate
@@ -20,6 +18,8 @@ from effformer.kernels.layout import map_rows
 from effformer.kernels.linear import linear_launch
 from effformer.kernels.pool_mixer import pool_mixer_launch
 from effformer.kernels.tiles import split
+
+from effformer import reference
 from effformer.testing import (
     Case,
     attention_mixer_case,

@@ -37,7 +37,9 @@ def check(case: Case, ulps: float = 0.0) -> None:
     """The accuracy rule, without its allowance of 2 ulp unless asked for: real widths need none."""
     found = case.accuracy("triton")
     assert found.passes(ulps), found
-    assert found.max_error > 0 or found.eager_max_error == 0, "a result that is exactly float64's was not computed in this dtype"
+    assert found.max_error > 0 or found.eager_max_error == 0, (
+        "a result that is exactly float64's was not computed in this dtype"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from effformer.kernels import attention_mixer, bias_attention, conv_mlp, launch, linear_mlp, meta4d, pool_mixer
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effformer import EfficientFormer, backend, create_model, ops, set_backend
-from effformer.kernels import attention_mixer, bias_attention, conv_mlp, launch, linear_mlp, meta4d, pool_mixer
 from effformer.testing import (
     LAYOUTS,
     Case,
@@ -68,7 +68,9 @@ def test_opcheck_of_a_block_in_three_launches() -> None:
     torch.library.opcheck(OPERATORS["meta4d"], operator_arguments(case))
 
 
-@pytest.mark.parametrize("shape", [(2, 20, 5, 7), (2, 20, 1, 1), (1, 1, 5, 7), (2, 1, 1, 1), (0, 20, 5, 7), (1, 20, 1, 7)])
+@pytest.mark.parametrize(
+    "shape", [(2, 20, 5, 7), (2, 20, 1, 1), (1, 1, 5, 7), (2, 1, 1, 1), (0, 20, 5, 7), (1, 20, 1, 7)]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fake_and_real_agree_on_strides(layout: str, shape: tuple[int, int, int, int]) -> None:
     for case in (
@@ -105,7 +107,9 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("name", "blocks_3d"), [("efficientformer_l1", 1), ("efficientformer_l3", 4), ("efficientformer_l7", 8)])
+@pytest.mark.parametrize(
+    ("name", "blocks_3d"), [("efficientformer_l1", 1), ("efficientformer_l3", 4), ("efficientformer_l7", 8)]
+)
 @pytest.mark.parametrize("choice", ["triton", "auto"])
 def test_every_block_runs_on_the_kernels(
     name: str, blocks_3d: int, choice: str, monkeypatch: pytest.MonkeyPatch
@@ -246,9 +250,10 @@ def test_fx_keeps_operations_whole(narrow: Callable[..., EfficientFormer]) -> No
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_unsupported_dtypes(name: str) -> None:
+    case = cases(torch.float32)[name]
+    wide = Case(name, tuple(argument.double() for argument in case.arguments), case.options)
     with pytest.raises(ops.UnsupportedError, match=r"float16, torch.bfloat16, torch.float32, not torch.float64"):
-        wide = cases(torch.float32)[name]
-        Case(name, tuple(argument.double() for argument in wide.arguments), wide.options).run("triton")
+        wide.run("triton")
     with pytest.raises(ops.UnsupportedError, match=r"interpreter does not compute torch.bfloat16"):
         cases(torch.bfloat16)[name].run("triton")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from effformer import EfficientFormer, create_model, ops, set_backend
-from effformer.blocks import Meta4D
+from effformer.blocks import Meta3D, Meta4D
 
 W1, S1, B1, W2, S2, B2 = range(6)
 
@@ -25,7 +25,26 @@ def replaced(index: int, value: Tensor) -> tuple[Tensor, ...]:
 
 X = torch.zeros(2, 4, 5, 5)
 MLP = mlp_arguments(4, 8, torch.float32)
+TOKENS = torch.zeros(2, 6, 4)
+LINEAR = (MLP[W1], MLP[B1], MLP[W2], MLP[S2], MLP[B2])
+HEADS = {"num_heads": 3, "key_dim": 3}
 QKV, BIAS = torch.zeros(2, 6, 3 * 10), torch.zeros(3, 6, 6)
+
+
+MIXER = (
+    torch.ones(4),
+    torch.ones(4),
+    torch.ones(30, 4),
+    torch.ones(30),
+    BIAS,
+    torch.ones(4, 12),
+    torch.ones(4),
+    torch.ones(4),
+)
+
+
+def mixed(index: int, value: Tensor) -> tuple[Tensor, ...]:
+    return (*MIXER[:index], value, *MIXER[index + 1 :])
 
 
 @pytest.mark.parametrize(
@@ -52,6 +71,18 @@ QKV, BIAS = torch.zeros(2, 6, 3 * 10), torch.zeros(3, 6, 6)
         (lambda: ops.bias_attention(QKV, BIAS, num_heads=3, key_dim=5), ValueError, "value_dim of 1 or more"),
         (lambda: ops.bias_attention(QKV, BIAS[:, :5], num_heads=3, key_dim=3), ValueError, r"bias: got shape \[3, 5, 6\]"),
         (lambda: ops.bias_attention(QKV, BIAS.half(), num_heads=3, key_dim=3), TypeError, "bias: got torch.float16"),
+        (lambda: ops.attention_mixer(TOKENS[0], *MIXER, **HEADS), ValueError, r"x: got shape \[6, 4\], allowed is \[B, N, channels\]"),
+        (lambda: ops.attention_mixer(TOKENS, *mixed(0, torch.ones(5)), **HEADS), ValueError, r"norm_weight: got shape \[5\], allowed is \[4\]"),
+        (lambda: ops.attention_mixer(TOKENS, *mixed(2, torch.ones(30, 5)), **HEADS), ValueError, r"qkv_weight: got shape \[30, 5\], allowed is \[qkv channels, 4\]"),
+        (lambda: ops.attention_mixer(TOKENS, *MIXER, num_heads=4, key_dim=3), ValueError, "qkv: got 30 channels with num_heads=4"),
+        (lambda: ops.attention_mixer(TOKENS, *mixed(3, torch.ones(30).half()), **HEADS), TypeError, "qkv_bias: got torch.float16"),
+        (lambda: ops.attention_mixer(TOKENS, *mixed(4, BIAS[:2]), **HEADS), ValueError, r"bias: got shape \[2, 6, 6\]"),
+        (lambda: ops.attention_mixer(TOKENS, *mixed(5, torch.ones(4, 11)), **HEADS), ValueError, r"proj_weight: got shape \[4, 11\], allowed is \[4, 12\]"),
+        (lambda: ops.attention_mixer(TOKENS, *mixed(6, torch.ones(4).double()), **HEADS), TypeError, "scale: got torch.float64"),
+        (lambda: ops.linear_mlp(X, torch.ones(4), torch.ones(4), *LINEAR), ValueError, "x: got shape"),
+        (lambda: ops.linear_mlp(TOKENS, torch.ones(4), torch.ones(3), *LINEAR), ValueError, r"norm_bias: got shape \[3\]"),
+        (lambda: ops.linear_mlp(TOKENS.half(), torch.ones(4), torch.ones(4), *LINEAR), TypeError, "weight1: got torch.float32, allowed is x's torch.float16"),
+        (lambda: ops.linear_mlp(TOKENS, torch.ones(4), torch.ones(4), *LINEAR, activation="tanh"), ValueError, "activation: got 'tanh'"),
         (lambda: ops.expand_bias(BIAS[0], 2, 3, resolution=6), ValueError, r"table: got shape \[6, 6\], allowed is \[num_heads, 36\]"),
         (lambda: ops.expand_bias(BIAS.int()[0], 2, 3, resolution=2), TypeError, "table: got torch.int32"),
         (lambda: ops.expand_bias(torch.ones(2, 4), 2, 3, resolution=2, resize="nearest"), ValueError, "resize: got 'nearest'"),
@@ -62,23 +93,11 @@ def test_bad_arguments_are_named(call: Callable[[], Any], error: type[Exception]
         call()
 
 
-def test_triton_raises_instead_of_falling_back() -> None:
-    for call in (
-        lambda backend: ops.pool_mixer(X, torch.ones(4), backend=backend),
-        lambda backend: ops.conv_mlp(X, *MLP, backend=backend),
-        lambda backend: ops.meta4d(X, torch.ones(4), *MLP, backend=backend),
-        lambda backend: ops.bias_attention(QKV, BIAS, num_heads=3, key_dim=3, backend=backend),
-    ):
-        assert torch.equal(call("auto"), call("eager"))
-        with pytest.raises(ops.UnsupportedError, match="not built yet.*'cpu' is no NVIDIA GPU"):
-            call("triton")
-
-
 def test_set_backend_reaches_every_block(narrow: Callable[..., EfficientFormer]) -> None:
     network = narrow()
     x = draw(1, 3, 64, 64)
     set_backend(network, "triton")
-    with pytest.raises(ops.UnsupportedError):
+    with pytest.raises(ops.UnsupportedError, match="a gradient is needed"):
         network(x)
     for stage in network.stages:
         for block in stage.blocks:
@@ -156,6 +175,57 @@ def test_reasons_for_composing(change: Callable[[Meta4D], Any], reason: str) -> 
     meta4d.backend = "triton"
     with pytest.raises(ops.UnsupportedError, match=reason):
         meta4d(draw(1, 8, 4, 4))
+
+
+def token_block() -> Meta3D:
+    from effformer import EfficientFormerConfig
+    from effformer.testing import randomise
+
+    sizes = {"depths": (1, 1, 1, 1), "widths": (8, 8, 8, 8), "num_vit": 1, "num_heads": 2, "key_dim": 4}
+    config = EfficientFormerConfig(**sizes, proj_drop=0.5, attn_drop=0.5)
+    return randomise(Meta3D(8, config, 0.5, 1e-5, "auto", dtype=torch.float64)).eval()
+
+
+def test_the_fused_operations_and_the_modules_of_a_token_block_agree() -> None:
+    meta3d, x = token_block(), draw(2, 6, 8)
+    assert meta3d.why_composed() is None
+    fused = meta3d(x, 2, 3)
+    seen: list[torch.Size] = []
+    meta3d.token_mixer.qkv.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    assert "'token_mixer.qkv'" in meta3d.why_composed()
+    assert torch.allclose(meta3d(x, 2, 3), fused, rtol=0, atol=1e-13)
+    assert seen == [(2, 6, 2 * (4 + 4 + 16))]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda b: b.train(), "dropout"),
+        (lambda b: b.token_mixer.attn_drop.train(), "dropout"),
+        (lambda b: b.token_mixer.proj_drop.train(), "dropout"),
+        (lambda b: b.mlp.drop1.train(), "dropout"),
+        (lambda b: b.mlp.drop2.train(), "dropout"),
+        (lambda b: b.drop_path1.train(), "dropout"),
+        (lambda b: setattr(b, "norm1", torch.nn.RMSNorm(8, dtype=torch.float64)), "'norm1'"),
+        (lambda b: setattr(b, "norm2", torch.nn.LayerNorm(8, bias=False, dtype=torch.float64)), "'norm2'"),
+        (lambda b: setattr(b, "norm1", torch.nn.LayerNorm((6, 8), dtype=torch.float64)), "'norm1'"),
+        (lambda b: setattr(b, "token_mixer", torch.nn.Identity()), "'token_mixer'"),
+        (lambda b: setattr(b.token_mixer, "proj", torch.nn.Linear(32, 8, bias=False).double()), "'token_mixer.proj'"),
+        (lambda b: torch.nn.utils.parametrizations.weight_norm(b.token_mixer.qkv), "'token_mixer.qkv'"),
+        (lambda b: b.token_mixer.attn_drop.register_forward_hook(lambda m, a, o: None), "'token_mixer.attn_drop'"),
+        (lambda b: setattr(b.mlp, "act", torch.nn.ReLU()), "'mlp.act'"),
+        (lambda b: setattr(b.mlp.fc2, "forward", lambda x: x), "'mlp.fc2'"),
+        (lambda b: setattr(b, "ls2", torch.nn.Identity()), "'ls2'"),
+        (lambda b: setattr(b, "drop_path2", torch.nn.Dropout()), "'drop_path2'"),
+    ],
+)
+def test_reasons_for_composing_a_token_block(change: Callable[[Meta3D], Any], reason: str) -> None:
+    meta3d = token_block()
+    change(meta3d)
+    assert reason in meta3d.why_composed()
+    meta3d.backend = "triton"
+    with pytest.raises(ops.UnsupportedError, match=reason):
+        meta3d(draw(1, 6, 8), 2, 3)
 
 
 def test_a_changed_slope_is_seen() -> None:

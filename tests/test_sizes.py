@@ -140,7 +140,7 @@ def test_fx_keeps_operations_whole_and_sizes_free(narrow: Narrow, overrides: dic
     traced = torch.fx.symbolic_trace(network)
     called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
     assert called.count(ops.meta4d) == 5
-    assert called.count(ops.bias_attention) == called.count(ops.expand_bias) == 1
+    assert called.count(ops.attention_mixer) == called.count(ops.linear_mlp) == called.count(ops.expand_bias) == 1
     for size in ((64, 64), (96, 160), (50, 47)):
         x = draw(2, 3, *size)
         assert torch.equal(traced(x), network(x))
