@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .NOTPARALLEL:
-.PHONY: demo test lint format types clean help
+.PHONY: demo test mutants lint format types clean help
 
 help:
 	@echo "make demo    features of a photograph, in an environment made for it"
 	@echo "make test    the test suite"
+	@echo "make mutants planted faults in the kernels, each of which the tests must catch (half an hour)"
 	@echo "make lint    ruff: style and format"
 	@echo "make types   mypy, on the package as it is installed"
 	@echo "make format  let ruff fix what it can"
@@ -32,7 +33,10 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/effformer run demo/astronaut.png
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
+
+mutants: $(VENV)/dev.stamp
+	$(BIN)/python tests/mutants.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -1,14 +1,17 @@
-"""Compile a launch without a GPU and read what came out: registers, spills, shared memory, instructions.
+"""Compile the kernels without a GPU and read what came out: registers, spills, shared memory, instructions.
 
+`python -m effformer.bench.offline` prints a table for every kernel of L1; --help tells of other models and targets.
 Needs a process that does not interpret (no TRITON_INTERPRET).
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels.launch import Launch
+from ..config import PRESETS
+from ..kernels.attention_mixer import attention_mixer_launches
+from ..kernels.config import AMPERE, BLACKWELL, HOPPER, Device, stand_in
+from ..kernels.launch import INTERPRETED, Launch
+from ..kernels.linear_mlp import linear_mlp_launches
+from ..kernels.meta4d import meta4d_launches
+
+DEVICES = {device.capability: device for device in (AMPERE, HOPPER, BLACKWELL)}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _TENSOR_CORES = ("HGMMA", "UTCHMMA", "HMMA")
@@ -115,3 +126,68 @@ def _hot_loop(code: list[tuple[int, str, str]]) -> Counter[str]:
         if not best or cores > most or (cores == most and body.total() < best.total()):
             best = body
     return best
+
+
+def network_launches(
+    name: str, dtype: torch.dtype, device: Device, *, batch: int = 256, size: int = 224
+) -> Iterator[tuple[str, Launch]]:
+    """(stage and operator, launch) of one block of each kind in each stage of a published model; nothing is allocated.
+
+    channels_last maps of [batch, C, size / 4, ...], on `device`.
+    """
+    config = PRESETS[name]
+
+    def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    with stand_in(device):
+        for stage, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
+            side, hidden = size // (4 << stage), int(width * config.mlp_ratio)
+            w1, w2 = empty(hidden, width, of=dtype), empty(width, hidden, of=dtype)
+            c, h = empty(width), empty(hidden)
+            last = stage == len(config.widths) - 1
+            if not last or depth > config.num_vit:
+                x = empty(batch, side, side, width, of=dtype).permute(0, 3, 1, 2)
+                for launch in meta4d_launches(x, c, w1, h, h, w2, c, c, config.act, out=torch.empty_like(x)):
+                    yield f"stage {stage + 1} meta4d", launch
+            if last and config.num_vit:
+                tokens, values = empty(batch, side**2, width, of=dtype), config.num_heads * config.value_dim
+                channels = values + 2 * config.num_heads * config.key_dim
+                qkv, proj = empty(channels, width, of=dtype), empty(width, values, of=dtype)
+                bias, out = empty(config.num_heads, side**2, side**2), torch.empty_like(tokens)
+                heads = (config.num_heads, config.key_dim)
+                vectors = (c, c, qkv, empty(channels), bias, proj, c, c)
+                for launch in attention_mixer_launches(tokens, *vectors, *heads, 1e-5, out=out):
+                    yield f"stage {stage + 1} attention_mixer", launch
+                for launch in linear_mlp_launches(tokens, c, c, w1, h, w2, c, c, config.act, 1e-5, out=out):
+                    yield f"stage {stage + 1} linear_mlp", launch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="efficientformer_l1", choices=sorted(PRESETS))
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90], choices=sorted(DEVICES), metavar="SM")
+    parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16", "float32"], choices=sorted(DTYPES))
+    arguments = parser.parse_args()
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: this process interprets, and compiles nothing")
+    print(f"triton {triton.__version__}, {arguments.model}, batch 256 at 224x224")
+    columns = ("target", "dtype", "operator", "kernel", "warps", "regs", "shared", "spills", "in loop")
+    widths = (6, 8, 23, 22, 5, 4, 6, 6, 7)
+    head = "  ".join(f"{column:<{width}}" for column, width in zip(columns, widths, strict=True))
+    print(f"{head}  tensor cores  instructions  in loop")
+    for target in arguments.targets:
+        for dtype in arguments.dtypes:
+            for operator, launch in network_launches(arguments.model, DTYPES[dtype], DEVICES[target]):
+                found = compile_launch(launch, target)
+                row = (
+                    *(f"sm_{target}", dtype, operator, launch.kernel.__name__, launch.num_warps),
+                    *(found.registers, found.shared_memory, found.spills, found.loop_spills),
+                )
+                text = "  ".join(f"{value:<{width}}" for value, width in zip(row, widths, strict=True))
+                core = f"{found.tensor_core[1]} {found.tensor_core[0]}"
+                print(f"{text}  {core:<12}  {found.instructions.total():<12}  {found.loop.total()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

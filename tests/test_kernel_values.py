@@ -106,6 +106,14 @@ def test_forms_by_dtype() -> None:
     assert activation.form("swish", torch.float16) == activation.form("silu", torch.float32) == "silu"
 
 
+def test_the_doubled_gelu_is_halved_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16's form, in float16: the interpreter has no bfloat16."""
+    monkeypatch.setitem(activation._GELU, torch.float16, "gelu_exp3_x2")
+    for channels in (48, 240):
+        check(meta4d_case(draw_map((2, channels, 9, 11), torch.float16), 2 * channels))
+    check(linear_mlp_case(torch.randn(2, 80, 48).half(), 100))
+
+
 # --- values ---------------------------------------------------------------------------------------------------------------
 
 

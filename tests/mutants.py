@@ -1,0 +1,154 @@
+"""Planted faults: each must turn the kernels' tests red. `make mutants` writes what happened to tests/mutants.txt.
+
+A mutant replaces one piece of text in a copy of the package; the kernels' tests run on it, up to the first failure.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TESTS = ("test_kernel_values.py", "test_operators.py", "test_kernel_shapes.py", "test_kernels.py")  # quick ones first
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, which stands once in `file`, becomes `new`."""
+
+    fault: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = (
+    # pooling
+    Mutant("padding counted, lines", "kernels/tiles.py", "lines = 3 - (h == 0)", "lines = 3 - 0 * (h == 0)"),
+    Mutant("padding counted, columns", "kernels/tiles.py", "- (w == W - 1).to(tl.int32)", ""),
+    Mutant("neighbour beyond the right edge read", "kernels/tiles.py", " & (w + dx < W)", ""),
+    Mutant("neighbour above the first line read", "kernels/tiles.py", "(h + dy >= 0) & ", ""),
+    Mutant("centre left out of the average", "kernels/tiles.py", "    total = x\n", "    total = x * 0.0\n"),
+    Mutant("layer scale not applied", "kernels/tiles.py", "layer_scale * (mean - x)", "(mean - x)"),
+    Mutant("pooling residual skipped", "kernels/tiles.py", "(x + layer_scale *", "(layer_scale *"),
+    # rows and channels
+    Mutant("lines and columns swapped", "kernels/tiles.py", "p // W, p % W", "p // H, p % H"),
+    Mutant("offset of an image in 32 bits", "kernels/tiles.py", "offsets = b * stride_b", "offsets = (b * stride_b).to(tl.int32)"),
+    Mutant("rows beyond the last not masked", "kernels/tiles.py", "inside = r < tl.minimum(rows - first, BLOCK_M).to(tl.int32)", "inside = r < BLOCK_M"),
+    Mutant("second tile written over the first", "kernels/tiles.py", "first = i_tile.to(tl.int64) * BLOCK_M", "first = i_tile.to(tl.int64) * 0"),
+    Mutant("channel mask missing at the last piece", "kernels/tiles.py", "return sum(widths[: piece + 1]) > size", "return False"),
+    Mutant("any strides taken for dense rows", "kernels/layout.py", "return rows and (", "return True or ("),
+    Mutant("memory format of the input lost", "kernels/layout.py", "x.stride(1) == 1 and not x.is_contiguous()", "False"),
+    Mutant("strided weights read as dense", "kernels/layout.py", "a.contiguous() if", "a if"),
+    # activations
+    Mutant("GELU's tail added", "kernels/activation.py", "y = 0.5 * (x + tl.abs(x)) - gelu_tail", "y = 0.5 * (x + tl.abs(x)) + gelu_tail"),
+    Mutant("a coefficient off by 1%", "kernels/activation.py", "-0.483782587", "-0.488620413"),
+    Mutant("infinity lost in GELU", "kernels/activation.py", "tl.minimum(tl.abs(x), EXP3_CAP)", "tl.abs(x)"),
+    Mutant("-inf becomes 0 in GELU", "kernels/activation.py", "y = 0.5 * (x + tl.abs(x)) -", "y = tl.maximum(x, 0.0) -"),
+    Mutant("tanh-like erf scale", "kernels/activation.py", "0.7071067811865476", "0.7978845608028654"),
+    Mutant("doubled GELU not halved", "kernels/activation.py", 'return 2.0 if form == "gelu_exp3_x2"', 'return 1.0 if form == "gelu_exp3_x2"'),
+    Mutant("relu swallows NaN", "kernels/activation.py", ", propagate_nan=tl.PropagateNan.ALL", ""),
+    Mutant("hard_swish unbounded", "kernels/activation.py", "tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0)", "tl.maximum(x + 3.0, 0.0)"),
+    # fused MLP
+    Mutant("scale1 not applied", "kernels/conv_mlp.py", "b_hidden * scale1[None, :] + shift1", "b_hidden + shift1"),
+    Mutant("shift1 dropped", "kernels/conv_mlp.py", "* scale1[None, :] + shift1[None, :]", "* scale1[None, :]"),
+    Mutant("last hidden chunk skipped", "kernels/conv_mlp.py", "tl.range(0, HIDDEN, BLOCK_H", "tl.range(0, HIDDEN - 1 - (HIDDEN - 1) % BLOCK_H, BLOCK_H"),
+    Mutant("hidden channels beyond the last read", "kernels/conv_mlp.py", "mask=(c < C) & (n < HIDDEN)", "mask=(c < C)"),
+    Mutant("scale2 not applied", "kernels/conv_mlp.py", "(b_acc[i] * scale2 +", "(b_acc[i] +"),
+    Mutant("shift2 dropped", "kernels/conv_mlp.py", " + load_vector(shift2_ptr, c, C, WIDTHS, i))", ")"),
+    Mutant("residual skipped", "kernels/conv_mlp.py", "result = residual.to(tl.float32) +", "result ="),
+    Mutant("second accumulator forgets", "kernels/conv_mlp.py", "tl.dot(b_act, b_w2, b_acc[i],", "tl.dot(b_act, b_w2, b_acc[i] * (i == 0),"),
+    Mutant("residual taken before pooling", "kernels/conv_mlp.py", "        if POOL and RELOAD:\n            residual = tl.load(p_out", "        if False:\n            residual = tl.load(p_out"),
+    # matrix products
+    Mutant("inputs beyond the last read", "kernels/linear.py", "inside[:, None] & (first + k < INPUTS)[None, :]", "inside[:, None]"),
+    Mutant("outputs beyond the last written", "kernels/linear.py", "mask = mask & there[None, :]", "mask = mask"),
+    Mutant("column tile ignored in the shift", "kernels/linear.py", "tl.load(shift_ptr + n,", "tl.load(shift_ptr + n - i_n * BLOCK_N,"),
+    Mutant("residual skipped", "kernels/linear.py", ".to(tl.float32) + value", ".to(tl.float32) * 0.0 + value"),
+    Mutant("gain of the hidden forgotten", "kernels/linear.py", "* (1.0 / X_GAIN)", ""),
+    Mutant("hidden rows lose the map's geometry", "kernels/layout.py", "(like.batch, like.height, like.width, channels)", "(1, 1, like.count, channels)"),
+    # norm
+    Mutant("eps dropped", "kernels/layer_norm.py", "variance + eps", "variance"),
+    Mutant("padding counted into the variance", "kernels/layer_norm.py", "centred = tl.where(there, b_x - (tl.sum(b_x, 1) / C)[:, None], 0.0)", "centred = b_x - (tl.sum(b_x, 1) / C)[:, None]"),
+    Mutant("norm's bias dropped", "kernels/layer_norm.py", "normalised * weight + bias", "normalised * weight"),
+    # attention
+    Mutant("bias dropped", "kernels/bias_attention.py", "b_s = b_s * (1.0 / SCALE)", "b_s = tl.where(b_s > -float('inf'), 0.0, b_s)"),
+    Mutant("bias not divided by the scale", "kernels/bias_attention.py", "b_s = b_s * (1.0 / SCALE)", "b_s = b_s"),
+    Mutant("bias index order swapped", "kernels/bias_attention.py", "(row * stride_bm)[:, None]", "(row * stride_bn)[:, None]"),
+    Mutant("bias of the first head for all", "kernels/bias_attention.py", "i_h.to(tl.int64) * stride_bh", "i_h.to(tl.int64) * 0"),
+    Mutant("values of the wrong head", "kernels/bias_attention.py", "p_values = p_head +", "p_values = qkv_ptr + i_b * stride_qb +"),
+    Mutant("keys read for queries", "kernels/bias_attention.py", "((KEY_DIM + c).to(tl.int64)", "(c.to(tl.int64)"),
+    Mutant("keys beyond the last not masked", "kernels/bias_attention.py", 'other=-float("inf"))', "other=0.0)"),
+    Mutant("sum not faded with the maximum", "kernels/bias_attention.py", "b_sum = b_sum * fade +", "b_sum = b_sum +"),
+    Mutant("values not faded with the maximum", "kernels/bias_attention.py", "faded = b_acc[i] * fade[:, None]", "faded = b_acc[i]"),
+    Mutant("a masked tile poisons its row", "kernels/bias_attention.py", 'tl.where(b_new == -float("inf"), 0.0, b_new * TO_BITS)', "b_new * TO_BITS"),
+    Mutant("no maximum subtracted", "kernels/bias_attention.py", "b_s * TO_BITS - (tl.max(b_s, 1) * TO_BITS)[:, None]", "b_s * TO_BITS"),
+    Mutant("values past 256 never written", "kernels/bias_attention.py", "v = i_v * BLOCK_V + c", "v = c"),
+    # registration and choice
+    Mutant("fake of another layout", "kernels/meta4d.py", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x)", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x.contiguous())"),
+    Mutant("gradients silently lost", "effformer/backend.py", "if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):", "if False:"),
+    Mutant("autocast ignored", "effformer/ops.py", "return torch.get_autocast_dtype(x.device.type) if autocast(x.device.type) else x.dtype", "return x.dtype"),
+    Mutant("unknown activations let through", "effformer/backend.py", "if activation not in TRITON_ACTIVATIONS:", "if False:"),
+)  # fmt: skip
+
+
+def plant(mutant: Mutant | None, place: Path) -> None:
+    """Lay the package out in `place` as it is installed, with the mutant in it."""
+    ignore = shutil.ignore_patterns("__pycache__", "results")
+    for folder, target in (("effformer", "effformer"), ("kernels", "effformer/kernels"), ("bench", "effformer/bench")):
+        shutil.copytree(ROOT / folder, place / target, ignore=ignore, dirs_exist_ok=True)
+    if mutant is None:
+        return
+    file = place / (mutant.file if mutant.file.startswith("effformer/") else "effformer/" + mutant.file)
+    text = file.read_text()
+    if text.count(mutant.old) != 1:
+        raise SystemExit(f"{mutant.fault}: stands {text.count(mutant.old)} times in {mutant.file}: {mutant.old!r}")
+    file.write_text(text.replace(mutant.old, mutant.new))
+
+
+def red(place: Path) -> str | None:
+    """The first test that fails on the package in `place`, None if all pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    done = subprocess.run(
+        [*command, "--hypothesis-seed=0", *(str(ROOT / "tests" / name) for name in TESTS)],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(place)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py\S*)", done.stdout, re.MULTILINE)
+    return failed[1] if failed else f"the process died ({done.returncode})"
+
+
+def main() -> None:
+    chosen = [mutant for mutant in MUTANTS if not sys.argv[1:] or any(word in mutant.fault for word in sys.argv[1:])]
+    with tempfile.TemporaryDirectory() as folder:
+        for mutant in chosen:  # all texts stand where they should, before the long part begins
+            plant(mutant, Path(folder))
+    lines, survived = [], 0
+    for mutant in chosen:
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            plant(mutant, Path(folder))
+            killer = red(Path(folder))
+        survived += killer is None
+        lines.append(f"{'SURVIVED' if killer is None else 'killed':8} {mutant.fault} ({mutant.file}): {killer or '-'}")
+        print(f"{lines[-1]}  [{time.monotonic() - begin:.0f} s]", flush=True)
+    lines.append(f"{len(chosen) - survived} of {len(chosen)} killed")
+    print(lines[-1])
+    if not sys.argv[1:]:
+        (ROOT / "tests" / "mutants.txt").write_text("\n".join(lines) + "\n")
+    sys.exit(survived > 0)
+
+
+if __name__ == "__main__":
+    main()
