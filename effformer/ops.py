@@ -340,5 +340,8 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
 
 
 def _products_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products are computed in: autocast's dtype, else x's."""
-    return torch.get_autocast_dtype(x.device.type) if autocast(x.device.type) else x.dtype
+    """What the kernels compute matrix products in: autocast's dtype, else x's."""
+    device = x.device.type
+    if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -93,7 +93,7 @@ MUTANTS = (
     # registration and choice
     Mutant("fake of another layout", "kernels/meta4d.py", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x)", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x.contiguous())"),
     Mutant("gradients silently lost", "effformer/backend.py", "if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):", "if False:"),
-    Mutant("autocast ignored", "effformer/ops.py", "return torch.get_autocast_dtype(x.device.type) if autocast(x.device.type) else x.dtype", "return x.dtype"),
+    Mutant("autocast ignored", "effformer/ops.py", "return torch.get_autocast_dtype(device)", "return x.dtype"),
     Mutant("unknown activations let through", "effformer/backend.py", "if activation not in TRITON_ACTIVATIONS:", "if False:"),
 )  # fmt: skip
 
