@@ -18,7 +18,7 @@ from .launch import Launch, dot_precision, run
 from .layout import map_rows, new_map, packed
 from .library import register
 from .linear import mlp_products
-from .tiles import channels_of, cut, load_vector, locate, pool_tile, row_offsets, split, tile_mask, width
+from .tiles import channel_mask, channels_of, cut, load_vector, locate, pool_tile, row_offsets, split, width
 
 
 @triton.jit
@@ -57,21 +57,22 @@ def mlp_kernel(
     NUM_STAGES: tl.constexpr,
 ):
     i_m = tl.program_id(0)
-    b, h, w, inside = locate(i_m, rows, H, W, BLOCK_M)
-    o_x = row_offsets(i_m, b, h, w, stride_xb, stride_xh, stride_xw, X_FLAT, BLOCK_M)
-    o_out = row_offsets(i_m, b, h, w, stride_ob, stride_oh, stride_ow, OUT_FLAT, BLOCK_M)
+    row, b, h, w, inside = locate(i_m, rows, H, W, BLOCK_M)
+    o_x = row_offsets(row, b, h, w, stride_xb, stride_xh, stride_xw, X_FLAT)
+    o_out = row_offsets(row, b, h, w, stride_ob, stride_oh, stride_ow, OUT_FLAT)
 
     b_y = ()  # the MLP's input, [BLOCK_M, width] for each piece of the channels
     b_acc = ()
     for i in tl.static_range(len(WIDTHS)):
         c = channels_of(WIDTHS, i)
-        mask = tile_mask(inside, c, C, WIDTHS, i)
+        mask = channel_mask(c, C, WIDTHS, i)
         p_x = x_ptr + o_x[:, None] + (c.to(tl.int64) * stride_xc)[None, :]
         if POOL:
             layer_scale = load_vector(layer_scale_ptr, c, C, WIDTHS, i)
             y = pool_tile(p_x, mask, h, w, H, W, stride_xh, stride_xw, layer_scale)
             if RELOAD:
-                tl.store(out_ptr + o_out[:, None] + (c.to(tl.int64) * stride_oc)[None, :], y, mask=mask)
+                p_out = out_ptr + o_out[:, None] + (c.to(tl.int64) * stride_oc)[None, :]
+                tl.store(p_out, y, mask=inside[:, None] & mask)
         else:
             y = tl.load(p_x, mask=mask, other=0.0)
         b_y = b_y + (y,)
@@ -105,7 +106,7 @@ def mlp_kernel(
         tl.debug_barrier()  # the residual was stored by other threads of this program
     for i in tl.static_range(len(WIDTHS)):
         c = channels_of(WIDTHS, i)
-        mask = tile_mask(inside, c, C, WIDTHS, i)
+        mask = channel_mask(c, C, WIDTHS, i)
         p_out = out_ptr + o_out[:, None] + (c.to(tl.int64) * stride_oc)[None, :]
         if POOL and RELOAD:
             residual = tl.load(p_out, mask=mask, other=0.0)
@@ -115,7 +116,7 @@ def mlp_kernel(
             residual = b_y[i]
         scale2 = load_vector(scale2_ptr, c, C, WIDTHS, i) * (1.0 / gain(ACTIVATION))
         result = residual.to(tl.float32) + (b_acc[i] * scale2 + load_vector(shift2_ptr, c, C, WIDTHS, i))
-        tl.store(p_out, result.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(p_out, result.to(out_ptr.dtype.element_ty), mask=inside[:, None] & mask)
 
 
 @triton.jit

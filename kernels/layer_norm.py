@@ -37,9 +37,9 @@ def layer_norm_kernel(
     BLOCK_C: tl.constexpr,
 ):
     i_m = tl.program_id(0)
-    b, h, w, inside = locate(i_m, rows, H, W, BLOCK_M)
-    o_x = row_offsets(i_m, b, h, w, stride_xb, stride_xh, stride_xw, X_FLAT, BLOCK_M)
-    o_out = row_offsets(i_m, b, h, w, stride_ob, stride_oh, stride_ow, OUT_FLAT, BLOCK_M)
+    row, b, h, w, inside = locate(i_m, rows, H, W, BLOCK_M)
+    o_x = row_offsets(row, b, h, w, stride_xb, stride_xh, stride_xw, X_FLAT)
+    o_out = row_offsets(row, b, h, w, stride_ob, stride_oh, stride_ow, OUT_FLAT)
     c = tl.arange(0, BLOCK_C)
     there = (c < C)[None, :]
     mask = inside[:, None] & there

@@ -58,9 +58,9 @@ def linear_kernel(
     # The column tiles of one row tile run side by side, so that its rows come from L2 but once from memory.
     i_n = tl.program_id(0) % tl.cdiv(OUTPUTS, BLOCK_N)
     i_m = tl.program_id(0) // tl.cdiv(OUTPUTS, BLOCK_N)
-    b, h, w, inside = locate(i_m, rows, H, W, BLOCK_M)
+    row, b, h, w, inside = locate(i_m, rows, H, W, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    o_x = row_offsets(i_m, b, h, w, stride_xb, stride_xh, stride_xw, X_FLAT, BLOCK_M)
+    o_x = row_offsets(row, b, h, w, stride_xb, stride_xh, stride_xw, X_FLAT)
     p_x = x_ptr + o_x[:, None] + (k.to(tl.int64) * stride_xc)[None, :]
 
     b_acc = ()
@@ -83,9 +83,9 @@ def linear_kernel(
         b_acc = b_next
         p_x += BLOCK_K * tl.cast(stride_xc, tl.int64)
 
-    o_out = row_offsets(i_m, b, h, w, stride_ob, stride_oh, stride_ow, OUT_FLAT, BLOCK_M)
+    o_out = row_offsets(row, b, h, w, stride_ob, stride_oh, stride_ow, OUT_FLAT)
     if HAS_RESIDUAL:
-        o_residual = row_offsets(i_m, b, h, w, stride_rb, stride_rh, stride_rw, RESIDUAL_FLAT, BLOCK_M)
+        o_residual = row_offsets(row, b, h, w, stride_rb, stride_rh, stride_rw, RESIDUAL_FLAT)
     for i in tl.static_range(len(WIDTHS)):
         n = i_n * BLOCK_N + start(WIDTHS, i) + tl.arange(0, width(WIDTHS, i))
         there = n < OUTPUTS

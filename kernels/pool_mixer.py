@@ -37,13 +37,13 @@ def pool_mixer_kernel(
 ):
     i_c = tl.program_id(0) % tl.cdiv(C, BLOCK_C)
     i_m = tl.program_id(0) // tl.cdiv(C, BLOCK_C)
-    b, h, w, inside = locate(i_m, rows, H, W, BLOCK_M)
+    row, b, h, w, inside = locate(i_m, rows, H, W, BLOCK_M)
     c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = inside[:, None]
     if C % BLOCK_C != 0:
         mask = mask & (c < C)[None, :]
-    o_x = row_offsets(i_m, b, h, w, stride_xb, stride_xh, stride_xw, X_FLAT, BLOCK_M)
-    o_out = row_offsets(i_m, b, h, w, stride_ob, stride_oh, stride_ow, OUT_FLAT, BLOCK_M)
+    o_x = row_offsets(row, b, h, w, stride_xb, stride_xh, stride_xw, X_FLAT)
+    o_out = row_offsets(row, b, h, w, stride_ob, stride_oh, stride_ow, OUT_FLAT)
     p_x = x_ptr + o_x[:, None] + (c.to(tl.int64) * stride_xc)[None, :]
     p_out = out_ptr + o_out[:, None] + (c.to(tl.int64) * stride_oc)[None, :]
     layer_scale = tl.load(layer_scale_ptr + c, mask=c < C, other=0.0)[None, :]

@@ -53,12 +53,12 @@ def channels_of(WIDTHS: tl.constexpr, PIECE: tl.constexpr):
 
 
 @triton.jit
-def tile_mask(inside, c, SIZE: tl.constexpr, WIDTHS: tl.constexpr, PIECE: tl.constexpr):
-    """[M, width or 1] for a tile of rows (inside [M]) by the channels c of one piece."""
+def channel_mask(c, SIZE: tl.constexpr, WIDTHS: tl.constexpr, PIECE: tl.constexpr):
+    """[1, width]: which of the channels c of one piece exist; a constant, and free, where all do."""
     if cut(WIDTHS, PIECE, SIZE):
-        mask = inside[:, None] & (c < SIZE)[None, :]
+        mask = (c < SIZE)[None, :]
     else:
-        mask = inside[:, None]
+        mask = tl.full((1, width(WIDTHS, PIECE)), True, tl.int1)
     return mask
 
 
@@ -74,27 +74,29 @@ def load_vector(ptr, c, SIZE: tl.constexpr, WIDTHS: tl.constexpr, PIECE: tl.cons
 
 @triton.jit
 def locate(i_tile, rows, H, W, BLOCK_M: tl.constexpr):
-    """Image (64 bits), line, column of each row of a tile, and whether it exists; each [BLOCK_M].
+    """Number, image (in the type of `rows`), line, column of each row of a tile, and whether it exists; each [BLOCK_M].
 
-    The tile's first row may lie beyond 2**31; from there on, 32 bits do.
+    Past the end the last row repeats, so that loads need no mask.
     """
-    first = i_tile.to(tl.int64) * BLOCK_M
+    first = tl.minimum(i_tile, rows) * BLOCK_M  # i_tile, but in 64 bits where there are 2**31 rows
     r = tl.arange(0, BLOCK_M)
-    inside = r < tl.minimum(rows - first, BLOCK_M).to(tl.int32)
+    last = tl.minimum(rows - first, BLOCK_M).to(tl.int32) - 1
+    inside = r <= last
+    r = tl.minimum(r, last)
     pixels = H * W
     p = (first % pixels).to(tl.int32) + r
     b = first // pixels + p // pixels
     p = p % pixels
-    return b, p // W, p % W, inside
+    return first + r, b, p // W, p % W, inside
 
 
 @triton.jit
-def row_offsets(i_tile, b, h, w, stride_b, stride_h, stride_w, FLAT: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Offset of each row of a tile in elements, 64 bits, [BLOCK_M]; b, h, w come from `locate`."""
+def row_offsets(row, b, h, w, stride_b, stride_h, stride_w, FLAT: tl.constexpr):
+    """Offset of each row of a tile in elements, 64 bits, [BLOCK_M]; row, b, h, w come from `locate`."""
     if FLAT:
-        offsets = (i_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)) * stride_w
+        offsets = row.to(tl.int64) * stride_w
     else:
-        offsets = b * stride_b + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
+        offsets = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
     return offsets
 
 
@@ -102,19 +104,31 @@ def row_offsets(i_tile, b, h, w, stride_b, stride_h, stride_w, FLAT: tl.constexp
 def pool_tile(ptrs, mask, h, w, H, W, stride_h, stride_w, layer_scale):
     """x + layer_scale * (avg_pool3x3(x) - x) for the pixels at `ptrs` [M, C], in float32.
 
-    h, w [M] are their lines and columns; what lies outside of the map counts neither into the sum nor into the number.
+    h, w [M] are their lines and columns. The mean is taken over columns, then over lines. Outside of the map the middle
+    one repeats, so that loads need no mask, and its weight makes up for it: 1/3 1/3 1/3 within, 1/2 0 1/2 at an edge.
     """
-    dtype = ptrs.dtype.element_ty
-    x = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    total = x
-    for dy in tl.static_range(-1, 2):
-        for dx in tl.static_range(-1, 2):
-            if dy != 0 or dx != 0:
-                there = (h + dy >= 0) & (h + dy < H) & (w + dx >= 0) & (w + dx < W)
-                offset = dy * tl.cast(stride_h, tl.int64) + dx * tl.cast(stride_w, tl.int64)
-                neighbour = tl.load(ptrs + offset, mask=mask & there[:, None], other=0.0)
-                total += neighbour.to(tl.float32)
-    lines = 3 - (h == 0).to(tl.int32) - (h == H - 1).to(tl.int32)
-    columns = 3 - (w == 0).to(tl.int32) - (w == W - 1).to(tl.int32)
-    mean = total * (1.0 / (lines * columns).to(tl.float32))[:, None]
-    return (x + layer_scale * (mean - x)).to(dtype)
+    up = ptrs + tl.where(h > 0, -stride_h, 0)[:, None]
+    down = ptrs + tl.where(h < H - 1, stride_h, 0)[:, None]
+    left, right = tl.where(w > 0, -stride_w, 0)[:, None], tl.where(w < W - 1, stride_w, 0)[:, None]
+    x = _load_float(ptrs, mask)
+    beside = _load_float(ptrs + left, mask) + _load_float(ptrs + right, mask)
+    upright = _load_float(up, mask) + _load_float(down, mask)
+    corners = _load_float(up + left, mask) + _load_float(up + right, mask)
+    corners += _load_float(down + left, mask) + _load_float(down + right, mask)
+    outer_h, outer_w = _outer_weight(h, H)[:, None], _outer_weight(w, W)[:, None]
+    middle_h, middle_w = 1 - 2 * outer_h, 1 - 2 * outer_w
+    change = (middle_h * middle_w - 1) * x + middle_h * outer_w * beside
+    change += outer_h * middle_w * upright + outer_h * outer_w * corners
+    return (x + layer_scale * change).to(ptrs.dtype.element_ty)
+
+
+@triton.jit
+def _load_float(ptrs, mask):
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _outer_weight(i, SIZE):
+    """One over the number of lines, or columns, that a window around i covers."""
+    before, after = i > 0, i < SIZE - 1
+    return tl.where(before & after, 1 / 3, tl.where(before | after, 0.5, 1.0))
