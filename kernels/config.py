@@ -108,12 +108,14 @@ def mlp_config(channels: int, dtype: torch.dtype, device: Device) -> MlpConfig |
     if channels > 224:
         return None
     if device.large:
-        if channels <= 64:  # 128 registers with pooling: two programs a multiprocessor hide each other's loads
-            return MlpConfig(128, 64, reload=channels > 48, num_warps=8, num_stages=1)
+        if channels <= 48:  # at most 128 registers: two programs a multiprocessor hide each other's loads
+            return MlpConfig(128, 64, reload=False, num_warps=8, num_stages=1)
         if channels <= 96:
             return MlpConfig(128, 128 if channels % 32 == 0 else 64, reload=False, num_warps=8, num_stages=2)
         return MlpConfig(128, 64, reload=True, num_warps=8, num_stages=2)
-    return MlpConfig(64, 64 if channels <= 96 else 32, reload=channels > 96, num_warps=4, num_stages=2)
+    if channels <= 96:
+        return MlpConfig(64, 64, reload=False, num_warps=4, num_stages=2)
+    return MlpConfig(64, 32, reload=True, num_warps=4, num_stages=1 if channels > 192 else 2)
 
 
 def linear_config(outputs: int, inputs: int, dtype: torch.dtype, device: Device) -> LinearConfig:

@@ -102,33 +102,37 @@ def row_offsets(row, b, h, w, stride_b, stride_h, stride_w, FLAT: tl.constexpr):
 
 @triton.jit
 def pool_tile(ptrs, mask, h, w, H, W, stride_h, stride_w, layer_scale):
-    """x + layer_scale * (avg_pool3x3(x) - x) for the pixels at `ptrs` [M, C], in float32.
+    """x + layer_scale * (avg_pool3x3(x) - x) for the pixels at `ptrs` [M, C], h and w [M] their lines and columns.
 
-    h, w [M] are their lines and columns. The mean is taken over columns, then over lines. Outside of the map the middle
-    one repeats, so that loads need no mask, and its weight makes up for it: 1/3 1/3 1/3 within, 1/2 0 1/2 at an edge.
+    Where the map ends, the middle line or column is read again, so that loads need no mask; both readings share its
+    weight. None is 0: the neighbour of an infinity is infinite, not NaN. In float32; the result has the pixels' dtype.
     """
+    w_up, w_middle, w_down = _weights(h, H)
     up = ptrs + tl.where(h > 0, -stride_h, 0)[:, None]
     down = ptrs + tl.where(h < H - 1, stride_h, 0)[:, None]
-    left, right = tl.where(w > 0, -stride_w, 0)[:, None], tl.where(w < W - 1, stride_w, 0)[:, None]
-    x = _load_float(ptrs, mask)
-    beside = _load_float(ptrs + left, mask) + _load_float(ptrs + right, mask)
-    upright = _load_float(up, mask) + _load_float(down, mask)
-    corners = _load_float(up + left, mask) + _load_float(up + right, mask)
-    corners += _load_float(down + left, mask) + _load_float(down + right, mask)
-    outer_h, outer_w = _outer_weight(h, H)[:, None], _outer_weight(w, W)[:, None]
-    middle_h, middle_w = 1 - 2 * outer_h, 1 - 2 * outer_w
-    change = (middle_h * middle_w - 1) * x + middle_h * outer_w * beside
-    change += outer_h * middle_w * upright + outer_h * outer_w * corners
-    return (x + layer_scale * change).to(ptrs.dtype.element_ty)
+    x = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    mean = w_middle[:, None] * _mean_of_line(ptrs, mask, w, W, stride_w)
+    mean += w_up[:, None] * _mean_of_line(up, mask, w, W, stride_w)
+    mean += w_down[:, None] * _mean_of_line(down, mask, w, W, stride_w)
+    return (x + layer_scale * (mean - x)).to(ptrs.dtype.element_ty)
 
 
 @triton.jit
-def _load_float(ptrs, mask):
-    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+def _mean_of_line(ptrs, mask, w, W, stride_w):
+    """Mean of the pixels at `ptrs` and their neighbours to both sides."""
+    w_left, w_middle, w_right = _weights(w, W)
+    left = tl.where(w > 0, -stride_w, 0)[:, None]
+    right = tl.where(w < W - 1, stride_w, 0)[:, None]
+    mean = w_middle[:, None] * tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    mean += w_left[:, None] * tl.load(ptrs + left, mask=mask, other=0.0).to(tl.float32)
+    return mean + w_right[:, None] * tl.load(ptrs + right, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _outer_weight(i, SIZE):
-    """One over the number of lines, or columns, that a window around i covers."""
+def _weights(i, SIZE):
+    """Of the line (or column) before, the middle one and the one after: those that exist count alike, 1 together."""
     before, after = i > 0, i < SIZE - 1
-    return tl.where(before & after, 1 / 3, tl.where(before | after, 0.5, 1.0))
+    both = before == after  # a map of one line is read three times
+    w_before = tl.where(both, 1 / 3, tl.where(before, 0.5, 0.25))
+    w_after = tl.where(both, 1 / 3, tl.where(after, 0.5, 0.25))
+    return w_before, tl.where(both, 1 / 3, 0.25), w_after

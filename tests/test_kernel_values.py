@@ -140,6 +140,17 @@ def test_special_values_in_maps(channels: int, dtype: torch.dtype) -> None:
         check(case)
 
 
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_infinity_at_every_place_of_a_small_map(value: float) -> None:
+    """At an edge, nothing may be multiplied by a weight of zero: the neighbours of an infinity are infinite, not NaN."""
+    for height, width in ((3, 4), (1, 3), (2, 1)):
+        x = draw_map((height * width, 16, height, width), torch.float16)
+        for place in range(height * width):
+            x[place, 5, place // width, place % width] = value
+        check(pool_mixer_case(x))
+        check(meta4d_case(x, 20))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values_in_tokens(dtype: torch.dtype) -> None:
     x = spoil(torch.randn(4, 40, 48).to(dtype))
