@@ -12,7 +12,7 @@ from torch import Tensor
 from .bias_attention import bias_attention_launch, new_values
 from .launch import Launch, run
 from .layer_norm import layer_norm_launch
-from .layout import new_tokens, packed, token_rows
+from .layout import dense_tokens, new_tokens, packed, token_rows
 from .library import register
 from .linear import linear_launch
 
@@ -48,7 +48,7 @@ def attention_mixer_launches(
 
 def _implementation(x: Tensor, *arguments: Any) -> Tensor:
     out = new_tokens(x, x.shape[2])
-    run(*attention_mixer_launches(x, *packed(*arguments), out=out))
+    run(*attention_mixer_launches(dense_tokens(x), *packed(*arguments), out=out))
     return out
 
 

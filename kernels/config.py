@@ -143,9 +143,12 @@ def attention_config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dty
     return AttentionConfig(64, 64, num_warps=4, num_stages=2)
 
 
-def pool_config(channels: int) -> RowsConfig:
-    """Tiles of pixels by channels."""
-    block_c = _power(channels, 64)
+def pool_config(channels: int, *, dense: bool) -> RowsConfig:
+    """Tiles of pixels by channels, `dense` where channels lie next to each other, and pixels do not."""
+    if not dense:
+        return RowsConfig(128, 8, num_warps=4)  # an address for each element: registers bound the tile
+    without_waste = max(channels & -channels, 16)  # the largest power of two in it
+    block_c = min(without_waste, 64)
     return RowsConfig(2048 // block_c, block_c, num_warps=4)
 
 

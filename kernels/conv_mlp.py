@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .activation import activate, form, gain
 from .config import MlpConfig, device_of, mlp_config
-from .launch import Launch, dot_precision, run
-from .layout import map_rows, new_map, packed
+from .launch import Launch, dot_precision
+from .layout import filled_map, map_rows, new_map, packed
 from .library import register
 from .linear import mlp_products
 from .tiles import channel_mask, channels_of, cut, load_vector, locate, pool_tile, row_offsets, split, width
@@ -38,11 +38,9 @@ def mlp_kernel(
     stride_xb,
     stride_xh,
     stride_xw,
-    stride_xc,
     stride_ob,
     stride_oh,
     stride_ow,
-    stride_oc,
     C: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -66,12 +64,12 @@ def mlp_kernel(
     for i in tl.static_range(len(WIDTHS)):
         c = channels_of(WIDTHS, i)
         mask = channel_mask(c, C, WIDTHS, i)
-        p_x = x_ptr + o_x[:, None] + (c.to(tl.int64) * stride_xc)[None, :]
+        p_x = x_ptr + o_x[:, None] + c[None, :]
         if POOL:
             layer_scale = load_vector(layer_scale_ptr, c, C, WIDTHS, i)
             y = pool_tile(p_x, mask, h, w, H, W, stride_xh, stride_xw, layer_scale)
             if RELOAD:
-                p_out = out_ptr + o_out[:, None] + (c.to(tl.int64) * stride_oc)[None, :]
+                p_out = out_ptr + o_out[:, None] + c[None, :]
                 tl.store(p_out, y, mask=inside[:, None] & mask)
         else:
             y = tl.load(p_x, mask=mask, other=0.0)
@@ -107,11 +105,11 @@ def mlp_kernel(
     for i in tl.static_range(len(WIDTHS)):
         c = channels_of(WIDTHS, i)
         mask = channel_mask(c, C, WIDTHS, i)
-        p_out = out_ptr + o_out[:, None] + (c.to(tl.int64) * stride_oc)[None, :]
+        p_out = out_ptr + o_out[:, None] + c[None, :]
         if POOL and RELOAD:
             residual = tl.load(p_out, mask=mask, other=0.0)
         elif RELOAD:
-            residual = tl.load(x_ptr + o_x[:, None] + (c.to(tl.int64) * stride_xc)[None, :], mask=mask, other=0.0)
+            residual = tl.load(x_ptr + o_x[:, None] + c[None, :], mask=mask, other=0.0)
         else:
             residual = b_y[i]
         scale2 = load_vector(scale2_ptr, c, C, WIDTHS, i) * (1.0 / gain(ACTIVATION))
@@ -147,7 +145,8 @@ def mlp_launch(
 ) -> Launch:
     """The fused kernel; with a `layer_scale` the pooling token mixer comes first.
 
-    x and out [B, C, H, W] of any strides, not the same memory; weights [hidden, C] and [C, hidden], contiguous.
+    x and out [B, C, H, W], not the same memory, of any strides but with channels next to each other (`dense_map`);
+    weights [hidden, C] and [C, hidden], vectors [hidden] and [C], contiguous.
     """
     source, target = map_rows(x), map_rows(out)
     return Launch(
@@ -209,9 +208,7 @@ def conv_mlp_launches(
 
 
 def _implementation(x: Tensor, *arguments: Any) -> Tensor:
-    out = new_map(x)
-    run(*conv_mlp_launches(x, *packed(*arguments), out=out))
-    return out
+    return filled_map(x, lambda source, out: conv_mlp_launches(source, *packed(*arguments), out=out))
 
 
 def _fake(x: Tensor, *arguments: Any) -> Tensor:

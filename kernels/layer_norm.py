@@ -25,11 +25,9 @@ def layer_norm_kernel(
     stride_xb,
     stride_xh,
     stride_xw,
-    stride_xc,
     stride_ob,
     stride_oh,
     stride_ow,
-    stride_oc,
     C: tl.constexpr,
     X_FLAT: tl.constexpr,
     OUT_FLAT: tl.constexpr,
@@ -43,13 +41,13 @@ def layer_norm_kernel(
     c = tl.arange(0, BLOCK_C)
     there = (c < C)[None, :]
     mask = inside[:, None] & there
-    b_x = tl.load(x_ptr + o_x[:, None] + (c.to(tl.int64) * stride_xc)[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_x = tl.load(x_ptr + o_x[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
     centred = tl.where(there, b_x - (tl.sum(b_x, 1) / C)[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / C
     normalised = centred * (1.0 / tl.sqrt_rn(variance + eps))[:, None]
     weight = tl.load(weight_ptr + c, mask=c < C, other=0.0)[None, :]
     bias = tl.load(bias_ptr + c, mask=c < C, other=0.0)[None, :]
-    p_out = out_ptr + o_out[:, None] + (c.to(tl.int64) * stride_oc)[None, :]
+    p_out = out_ptr + o_out[:, None] + c[None, :]
     tl.store(p_out, (normalised * weight + bias).to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .launch import Launch, run
+
 
 @dataclass(frozen=True)
 class Rows:
-    """A map [B, C, H, W] or tokens [B, N, C] as rows of channels, H = 1 and W = N for tokens.
+    """A map [B, C, H, W] or tokens [B, N, C] as rows of channels that lie next to each other; tokens have H = 1, W = N.
 
-    The channels of row (b, h, w) start at b * stride_b + h * stride_h + w * stride_w, `stride_c` apart (in elements).
+    Row (b, h, w) starts at b * stride_b + h * stride_h + w * stride_w (in elements).
     `flat`: row r, counted over all three, starts at r * stride_w.
     """
 
@@ -26,20 +28,14 @@ class Rows:
     stride_b: int
     stride_h: int
     stride_w: int
-    stride_c: int
 
     @property
     def count(self) -> int:
         return self.batch * self.height * self.width
 
     def strides(self, name: str) -> dict[str, Tensor | int | float | None]:
-        """Arguments stride_<name>b, h, w, c of a kernel."""
-        return {
-            f"stride_{name}b": self.stride_b,
-            f"stride_{name}h": self.stride_h,
-            f"stride_{name}w": self.stride_w,
-            f"stride_{name}c": self.stride_c,
-        }
+        """Arguments stride_<name>b, h, w of a kernel."""
+        return {f"stride_{name}b": self.stride_b, f"stride_{name}h": self.stride_h, f"stride_{name}w": self.stride_w}
 
     @property
     def flat(self) -> bool:
@@ -48,22 +44,36 @@ class Rows:
 
 
 def map_rows(x: Tensor) -> Rows:
-    """Rows of a map [B, C, H, W], whatever its strides."""
+    """Rows of a map [B, C, H, W] (whose channels lie apart: rows that start where these do)."""
     (batch, channels, height, width), strides = x.shape, x.stride()
-    return Rows(x, batch, height, width, channels, strides[0], strides[2], strides[3], strides[1])
+    return Rows(x, batch, height, width, channels, strides[0], strides[2], strides[3])
 
 
 def token_rows(x: Tensor) -> Rows:
-    """Rows of tokens [B, N, C], whatever their strides."""
+    """Rows of tokens [B, N, C]."""
     (batch, tokens, channels), strides = x.shape, x.stride()
-    return Rows(x, batch, 1, tokens, channels, strides[0], 0, strides[1], strides[2])
+    return Rows(x, batch, 1, tokens, channels, strides[0], 0, strides[1])
 
 
 def new_rows(like: Rows, channels: int, dtype: torch.dtype) -> Rows:
     """Empty flat rows over the same images, lines and columns."""
     shape = (like.batch, like.height, like.width, channels)
     tensor = torch.empty(shape, dtype=dtype, device=like.tensor.device)
-    return Rows(tensor, *shape, *tensor.stride())
+    return Rows(tensor, *shape, *tensor.stride()[:3])
+
+
+def dense_map(x: Tensor) -> Tensor:
+    """The map x [B, C, H, W], copied once if its channels do not lie next to each other.
+
+    A matrix product that gathers its channels from all over the map is worse than a copy: the compiler keeps an address
+    for each element, and spills them by the hundred.
+    """
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(memory_format=torch.channels_last)
+
+
+def dense_tokens(x: Tensor) -> Tensor:
+    """The tokens x [B, N, C], copied once if their channels do not lie next to each other."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
 def new_map(x: Tensor) -> Tensor:
@@ -79,6 +89,14 @@ def new_map(x: Tensor) -> Tensor:
         device=x.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
+
+
+def filled_map(x: Tensor, launches: Callable[[Tensor, Tensor], list[Launch]]) -> Tensor:
+    """What `launches(dense x, dense out)` write to out, in the layout of `new_map(x)`."""
+    out, source = new_map(x), dense_map(x)
+    target = out if dense_map(out) is out else new_map(source)
+    run(*launches(source, target))
+    return out if target is out else out.copy_(target)
 
 
 def new_tokens(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:

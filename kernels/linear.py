@@ -30,15 +30,12 @@ def linear_kernel(
     stride_xb,
     stride_xh,
     stride_xw,
-    stride_xc,
     stride_rb,
     stride_rh,
     stride_rw,
-    stride_rc,
     stride_ob,
     stride_oh,
     stride_ow,
-    stride_oc,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -61,7 +58,7 @@ def linear_kernel(
     row, b, h, w, inside = locate(i_m, rows, H, W, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     o_x = row_offsets(row, b, h, w, stride_xb, stride_xh, stride_xw, X_FLAT)
-    p_x = x_ptr + o_x[:, None] + (k.to(tl.int64) * stride_xc)[None, :]
+    p_x = x_ptr + o_x[:, None] + k[None, :]
 
     b_acc = ()
     for i in tl.static_range(len(WIDTHS)):
@@ -81,7 +78,7 @@ def linear_kernel(
                 b_weight = tl.load(p_weight, mask=(n < OUTPUTS)[None, :] & (first + k < INPUTS)[:, None], other=0.0)
             b_next = b_next + (tl.dot(b_x.to(b_weight.dtype), b_weight, b_acc[i], input_precision=PRECISION),)
         b_acc = b_next
-        p_x += BLOCK_K * tl.cast(stride_xc, tl.int64)
+        p_x += BLOCK_K
 
     o_out = row_offsets(row, b, h, w, stride_ob, stride_oh, stride_ow, OUT_FLAT)
     if HAS_RESIDUAL:
@@ -100,9 +97,9 @@ def linear_kernel(
         if OUTPUTS % BLOCK_N != 0:
             mask = mask & there[None, :]
         if HAS_RESIDUAL:
-            p_residual = residual_ptr + o_residual[:, None] + (n.to(tl.int64) * stride_rc)[None, :]
+            p_residual = residual_ptr + o_residual[:, None] + n[None, :]
             value = tl.load(p_residual, mask=mask, other=0.0).to(tl.float32) + value
-        p_out = out_ptr + o_out[:, None] + (n.to(tl.int64) * stride_oc)[None, :]
+        p_out = out_ptr + o_out[:, None] + n[None, :]
         tl.store(p_out, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 

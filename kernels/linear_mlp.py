@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .launch import Launch, run
 from .layer_norm import layer_norm_launch
-from .layout import new_tokens, packed, token_rows
+from .layout import dense_tokens, new_tokens, packed, token_rows
 from .library import register
 from .linear import mlp_products
 
@@ -38,7 +38,7 @@ def linear_mlp_launches(
 
 def _implementation(x: Tensor, *arguments: Any) -> Tensor:
     out = new_tokens(x, x.shape[2])
-    run(*linear_mlp_launches(x, *packed(*arguments), out=out))
+    run(*linear_mlp_launches(dense_tokens(x), *packed(*arguments), out=out))
     return out
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .config import device_of, mlp_config
 from .conv_mlp import mlp_launch
-from .launch import Launch, run
-from .layout import map_rows, new_map, packed
+from .launch import Launch
+from .layout import filled_map, map_rows, new_map, packed
 from .library import register
 from .linear import mlp_products
 from .pool_mixer import pool_mixer_launch
@@ -43,9 +43,7 @@ def meta4d_launches(
 
 
 def _implementation(x: Tensor, *arguments: Any) -> Tensor:
-    out = new_map(x)
-    run(*meta4d_launches(x, *packed(*arguments), out=out))
-    return out
+    return filled_map(x, lambda source, out: meta4d_launches(source, *packed(*arguments), out=out))
 
 
 def _fake(x: Tensor, *arguments: Any) -> Tensor:

@@ -52,7 +52,7 @@ def pool_mixer_kernel(
 
 def pool_mixer_launch(x: Tensor, layer_scale: Tensor, out: Tensor) -> Launch:
     """x and out [B, C, H, W] of any strides, layer_scale [C] float32."""
-    config = pool_config(x.shape[1])
+    config = pool_config(x.shape[1], dense=x.stride(1) == 1)
     source, target = map_rows(x), map_rows(out)
     return Launch(
         pool_mixer_kernel,
@@ -65,7 +65,9 @@ def pool_mixer_launch(x: Tensor, layer_scale: Tensor, out: Tensor) -> Launch:
             "H": source.height,
             "W": source.width,
             **source.strides("x"),
+            "stride_xc": x.stride(1),
             **target.strides("o"),
+            "stride_oc": out.stride(1),
         },
         {
             "C": source.channels,

@@ -31,13 +31,14 @@ class Mutant:
 
 MUTANTS = (
     # pooling
-    Mutant("padding counted, columns", "kernels/tiles.py", "_share(left, right)", "(1 / 3)"),
-    Mutant("padding counted, lines", "kernels/tiles.py", "_share(above, below)", "(1 / 3)"),
-    Mutant("neighbour beyond the right edge read", "kernels/tiles.py", "left if dx < 0 else right\n", "left if dx < 0 else w >= 0\n"),
-    Mutant("neighbour above the first line read", "kernels/tiles.py", "above if dy < 0 else below\n", "h >= 0 if dy < 0 else below\n"),
-    Mutant("a neighbour left out", "kernels/tiles.py", "            if dy != 0 or dx != 0:\n", "            if dy != 0:\n"),
-    Mutant("difference to the centre dropped", "kernels/tiles.py", "differences = -8.0 * x", "differences = 0.0 * x"),
-    Mutant("layer scale not applied", "kernels/tiles.py", "layer_scale * share[:, None]", "share[:, None]"),
+    Mutant("padding counted, columns", "kernels/tiles.py", "w_left, w_middle, w_right = _weights(w, W)", "w_left, w_middle, w_right = _weights(w * 0 + 1, W + 2)"),
+    Mutant("padding counted, lines", "kernels/tiles.py", "w_up, w_middle, w_down = _weights(h, H)", "w_up, w_middle, w_down = _weights(h * 0 + 1, H + 2)"),
+    Mutant("neighbour beyond the right edge read", "kernels/tiles.py", "tl.where(w < W - 1, stride_w, 0)", "tl.where(w < W, stride_w, 0)"),
+    Mutant("neighbour above the first line read", "kernels/tiles.py", "tl.where(h > 0, -stride_h, 0)", "tl.where(h >= 0, -stride_h, 0)"),
+    Mutant("weights of the first line and the last swapped", "kernels/tiles.py", "return w_before, tl.where(both, 1 / 3, 0.25), w_after", "return w_after, tl.where(both, 1 / 3, 0.25), w_before"),
+    Mutant("a weight of zero at the edges", "kernels/tiles.py", "return w_before, tl.where(both, 1 / 3, 0.25), w_after", "return tl.maximum(w_before, tl.where(both, 0.0, 0.5)), tl.where(both, 1 / 3, 0.0), tl.maximum(w_after, tl.where(both, 0.0, 0.5))"),
+    Mutant("difference to the centre dropped", "kernels/tiles.py", "layer_scale * (mean - x)", "layer_scale * mean"),
+    Mutant("layer scale not applied", "kernels/tiles.py", "layer_scale * (mean - x)", "(mean - x)"),
     Mutant("pooling residual skipped", "kernels/tiles.py", "(x + layer_scale *", "(layer_scale *"),
     # rows and channels
     Mutant("lines and columns swapped", "kernels/tiles.py", "p // W, p % W", "p // H, p % H"),
@@ -48,6 +49,9 @@ MUTANTS = (
     Mutant("channel mask missing at the last piece", "kernels/tiles.py", "return sum(widths[: piece + 1]) > size", "return False"),
     Mutant("any strides taken for dense rows", "kernels/layout.py", "return rows and (", "return True or ("),
     Mutant("memory format of the input lost", "kernels/layout.py", "x.stride(1) == 1 and not x.is_contiguous()", "False"),
+    Mutant("channels that lie apart read as if together", "kernels/layout.py", "x if x.stride(1) == 1 or x.shape[1] == 1 else", "x if True else"),
+    Mutant("tokens that lie apart read as if together", "kernels/layout.py", "x if x.stride(2) == 1 or x.shape[2] == 1 else", "x if True else"),
+    Mutant("result left in the copy", "kernels/layout.py", "return out if target is out else out.copy_(target)", "return out"),
     Mutant("strided weights read as dense", "kernels/layout.py", "a.contiguous() if", "a if"),
     # activations
     Mutant("GELU's tail added", "kernels/activation.py", "y = 0.5 * (x + tl.abs(x)) - gelu_tail", "y = 0.5 * (x + tl.abs(x)) + gelu_tail"),
