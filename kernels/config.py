@@ -131,13 +131,16 @@ def linear_config(outputs: int, inputs: int, dtype: torch.dtype, device: Device)
 
 
 def attention_config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: Device) -> AttentionConfig:
-    """Tiles of queries and keys."""
-    wide = dtype == torch.float32 or max(key_dim, value_dim) > 128
-    if tokens <= (32 if wide else 64):
+    """Tiles of queries and keys; `value_dim` is what one program computes of it."""
+    widest = max(key_dim, value_dim)
+    if widest > 256:
+        return AttentionConfig(16, 16, num_warps=4, num_stages=1)
+    if dtype == torch.float32 or widest > 128:
+        block = _power(tokens, 32)
+        return AttentionConfig(block, block, num_warps=block // 4, num_stages=1)
+    if tokens <= 64:
         block = _power(tokens, 64)
         return AttentionConfig(block, block, num_warps=4, num_stages=1)
-    if wide:
-        return AttentionConfig(32, 32, num_warps=4, num_stages=1)
     if device.large:
         return AttentionConfig(128, 64, num_warps=8, num_stages=2)
     return AttentionConfig(64, 64, num_warps=4, num_stages=2)

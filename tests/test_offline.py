@@ -9,6 +9,38 @@ import sys
 
 import pytest
 
+ODD = """
+import torch
+from effformer.bench.offline import compile_launch
+from effformer.kernels.bias_attention import bias_attention_launch
+from effformer.kernels.conv_mlp import conv_mlp_launches
+from effformer.kernels.meta4d import meta4d_launches
+from effformer.kernels.pool_mixer import pool_mixer_launch
+
+def empty(*shape, of=torch.float32):
+    return torch.empty(shape, dtype=of, device="meta")
+
+half = torch.float16
+maps = [empty(b, h, w, c, of=half).permute(0, 3, 1, 2) for b, c, h, w in ((1, 1, 1, 1), (1, 48, 1, 7), (3, 5, 7, 1), (1, 300, 1, 1))]
+maps.append(empty(1, 5, 5, 48, of=half).permute(0, 3, 1, 2).expand(4, -1, -1, -1))
+maps.append(empty(2**33, of=half).as_strided((2, 48, 4096, 4096), (2**32, 1, 2**31 + 8, 2**18)))
+maps.append(empty(2**12, 2**10, 2**10, 3, of=half).permute(0, 3, 1, 2))  # 2**32 rows
+launches = [pool_mixer_launch(x, empty(48), x) for x in (empty(2, 48, 7, 7, of=half), empty(2, 48, 7, 1, of=half))]
+for x in maps:
+    c = empty(x.shape[1])
+    h = empty(2 * x.shape[1] - 1)
+    out = empty(x.shape[0], *x.shape[2:], x.shape[1], of=half).permute(0, 3, 1, 2)
+    mlp = (empty(len(h), len(c), of=half), h, h, empty(len(c), len(h), of=half), c, c, "gelu")
+    launches += meta4d_launches(x, c, *mlp, out=out) + conv_mlp_launches(x, *mlp, out=out)
+    launches.append(pool_mixer_launch(x, c, out))
+for tokens, heads, key, value in ((1, 1, 1, 1), (2, 3, 5, 7), (70, 1, 300, 20), (40, 1, 48, 320)):
+    qkv = empty(1, tokens, heads * (2 * key + value), of=half)
+    launches.append(bias_attention_launch(qkv, empty(heads, tokens, tokens), heads, key, empty(1, tokens, heads * value, of=half)))
+for launch in launches:
+    assert compile_launch(launch, 90).shared_memory <= 232448, launch
+print(len(launches))
+"""
+
 COMPILE = """
 import json, sys, torch
 from effformer.bench.offline import DEVICES, compile_launch, network_launches
@@ -44,3 +76,11 @@ def test_l1_compiles_without_spills_in_loops(target: int, dtype: str, core: str)
             assert record["core"] == core, record
         # ptxas that serialises asynchronous products waits about twice for each
         assert record["waits"] <= record["products"], record
+
+
+def test_odd_sizes_compile() -> None:
+    """An argument of 1 becomes a constant, one beyond 2**31 takes 64 bits: the interpreter knows neither."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", ODD], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 25
