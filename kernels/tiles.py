@@ -76,7 +76,7 @@ def load_vector(ptr, c, SIZE: tl.constexpr, WIDTHS: tl.constexpr, PIECE: tl.cons
 def locate(i_tile, rows, H, W, BLOCK_M: tl.constexpr):
     """Number, image (in the type of `rows`), line, column of each row of a tile, and whether it exists; each [BLOCK_M].
 
-    Past the end the last row repeats, so that loads need no mask.
+    Past the end the last row repeats, so that loads need no mask. Stores do: one may read again what another wrote.
     """
     first = tl.minimum(i_tile, rows) * BLOCK_M  # i_tile, but in 64 bits where there are 2**31 rows
     r = tl.arange(0, BLOCK_M)
