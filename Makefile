@@ -33,7 +33,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/effformer run demo/astronaut.png
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/mutants.py

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("test_kernel_values.py", "test_operators.py", "test_kernel_shapes.py", "test_kernels.py")  # quick ones first
+TESTS = ("test_kernel_values.py", "test_kernels.py", "test_operators.py", "test_kernel_shapes.py")
 
 
 @dataclass(frozen=True)

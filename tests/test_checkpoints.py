@@ -477,7 +477,7 @@ def test_pretrained_comes_from_the_hub(
     repository: Path, tmp_path: Path, l1: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """huggingface_hub itself, offline, over a cache that holds timm's repository."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     cache = tmp_path / "cache" / "models--timm--efficientformer_l1.snap_dist_in1k"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("0" * 40)
