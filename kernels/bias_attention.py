@@ -132,7 +132,10 @@ def _scores(
     there = n < N
     column = n.to(tl.int64)
     b_s = tl.load(p_bias + (column * stride_bn)[None, :], mask=inside[:, None] & there[None, :], other=-float("inf"))
-    b_s = b_s * (1.0 / SCALE)
+    # A finite mask such as float32's lowest stays finite: only -inf takes a key away for good.
+    LIMIT: tl.constexpr = 1e38 * SCALE
+    b_finite = tl.minimum(tl.maximum(b_s, -LIMIT), LIMIT)
+    b_s = tl.where(tl.abs(b_s) < float("inf"), b_finite, b_s) * (1.0 / SCALE)
     for i in tl.static_range(len(KEY_WIDTHS)):
         c = channels_of(KEY_WIDTHS, i)
         p_k = p_head + (column * stride_qn)[None, :] + ((KEY_DIM + c).to(tl.int64) * stride_qc)[:, None]

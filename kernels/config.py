@@ -131,8 +131,15 @@ def linear_config(outputs: int, inputs: int, dtype: torch.dtype, device: Device)
 
 
 def attention_config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: Device) -> AttentionConfig:
-    """Tiles of queries and keys; `value_dim` is what one program computes of it."""
+    """Tiles of queries and keys; `value_dim` is what one program computes of it.
+
+    Raises:
+        ValueError: for queries and keys that do not fit on chip.
+    """
     widest = max(key_dim, value_dim)
+    if 64 * widest * dtype.itemsize > device.shared_memory:
+        allowed = device.shared_memory // (64 * dtype.itemsize)
+        raise ValueError(f"key_dim: got {key_dim}, allowed are up to {allowed} in {dtype} on this GPU")
     if widest > 256:
         return AttentionConfig(16, 16, num_warps=4, num_stages=1)
     if dtype == torch.float32 or widest > 128:
@@ -156,8 +163,14 @@ def pool_config(channels: int, *, dense: bool) -> RowsConfig:
 
 
 def norm_config(channels: int) -> RowsConfig:
-    """Whole rows, several where they are short."""
-    block_c = _power(channels, 1 << 20)
+    """Whole rows, several where they are short.
+
+    Raises:
+        ValueError: for rows too long to be kept on chip.
+    """
+    if channels > 1 << 15:
+        raise ValueError(f"x: got {channels} channels, allowed are {1 << 15} for LayerNorm on the kernels")
+    block_c = _power(channels, 1 << 15)
     return RowsConfig(max(1, 2048 // block_c), block_c, num_warps=4 if block_c <= 4096 else 8)
 
 

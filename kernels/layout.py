@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .launch import Launch, run
 
+MOST_PIXELS = 2**31 - 4096  # of an image: kernels count them in 32 bits, images and elements in 64
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -46,6 +48,8 @@ class Rows:
 def map_rows(x: Tensor) -> Rows:
     """Rows of a map [B, C, H, W] (whose channels lie apart: rows that start where these do)."""
     (batch, channels, height, width), strides = x.shape, x.stride()
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"x: got a map of {height}x{width}, allowed are {MOST_PIXELS} pixels an image")
     return Rows(x, batch, height, width, channels, strides[0], strides[2], strides[3])
 
 
@@ -68,7 +72,11 @@ def dense_map(x: Tensor) -> Tensor:
     A matrix product that gathers its channels from all over the map is worse than a copy: the compiler keeps an address
     for each element, and spills them by the hundred.
     """
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(memory_format=torch.channels_last)
+    return x if _together(x) else x.contiguous(memory_format=torch.channels_last)
+
+
+def _together(x: Tensor) -> bool:
+    return x.stride(1) == 1 or x.shape[1] == 1
 
 
 def dense_tokens(x: Tensor) -> Tensor:
@@ -94,7 +102,7 @@ def new_map(x: Tensor) -> Tensor:
 def filled_map(x: Tensor, launches: Callable[[Tensor, Tensor], list[Launch]]) -> Tensor:
     """What `launches(dense x, dense out)` write to out, in the layout of `new_map(x)`."""
     out, source = new_map(x), dense_map(x)
-    target = out if dense_map(out) is out else new_map(source)
+    target = out if _together(out) else new_map(source)
     run(*launches(source, target))
     return out if target is out else out.copy_(target)
 

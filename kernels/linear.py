@@ -119,6 +119,7 @@ def linear_launch(
     weight [outputs, inputs] contiguous, its dtype being the product's; scale and shift [outputs] float32.
     `x_gain` is what x was multiplied by on the way; it needs a scale.
     """
+    assert scale is not None or x_gain == 1
     outputs, inputs = weight.shape
     config = linear_config(outputs, inputs, weight.dtype, device_of(weight.device))
     block_n = sum(config.widths)

@@ -10,8 +10,7 @@ import triton.language as tl
 from effformer.bench import fit_gelu
 from effformer.kernels import activation
 from effformer.kernels.activation import activate
-from effformer.kernels.bias_attention import bias_attention_launch
-from effformer.kernels.config import AMPERE, BLACKWELL, HOPPER, mlp_config, stand_in
+from effformer.kernels.config import AMPERE, BLACKWELL, HOPPER, attention_config, mlp_config, norm_config, stand_in
 from effformer.kernels.conv_mlp import mlp_launch
 from effformer.kernels.launch import run
 from effformer.kernels.layout import map_rows
@@ -182,6 +181,17 @@ def test_bias_may_mask(tokens: int) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, -1e38])
+@pytest.mark.parametrize("tokens", [49, 150])
+def test_finite_masks_stay_finite(tokens: int, mask: float) -> None:
+    """A query for which all keys are masked by a large finite number attends to all of them alike."""
+    case = bias_attention_case(2, tokens, torch.float32, num_heads=2, key_dim=16, value_dim=24)
+    case.arguments[1][1, 3] = mask
+    case.arguments[1][0, :, 5:9] = mask
+    assert case.exact().isfinite().all()
+    check(case)
+
+
 def test_large_scores_do_not_overflow() -> None:
     case = bias_attention_case(2, 150, torch.float16, num_heads=2, key_dim=16, value_dim=24)
     case.arguments[1].mul_(1e4)
@@ -234,15 +244,65 @@ def test_offsets_beyond_32_bits() -> None:
     assert torch.equal(out, 2 * near)
 
 
-def test_attention_offsets_beyond_32_bits() -> None:
-    case = bias_attention_case(2, 49, torch.float16, num_heads=2, key_dim=16, value_dim=24)
+@pytest.mark.parametrize("far", ["lines", "columns", "channels", "dense rows"])
+def test_any_stride_may_be_far(far: str) -> None:
+    """The last of the lines, columns, channels or rows lies beyond 2**31 elements."""
+    shape = (2, 3, 6, 5) if far != "dense rows" else (1, 3, 1, 40)
+    near = draw_map(shape, torch.float16)
+    _, channels, height, width = shape
+    strides = {
+        "lines": (FAR // (height - 1), channels, 1),
+        "columns": (channels, FAR // (width - 1), 1),
+        "channels": (width, 1, FAR // (channels - 1)),
+        "dense rows": (0, FAR // (width - 1), 1),
+    }[far]
+    step = 200 if far != "dense rows" else 0
+    storage = torch.empty(FAR + 1000, dtype=torch.float16)
+    x = storage.as_strided(shape, (step, strides[2], strides[0], strides[1]))
+    x.copy_(near)
+    for case in (pool_mixer_case(near), meta4d_case(near, 9)):
+        assert torch.equal(
+            Case(case.operation, (x, *case.arguments[1:]), case.options).run("triton"), case.run("triton")
+        )
+
+
+@pytest.mark.parametrize("far", ["images", "tokens", "channels"])
+@pytest.mark.parametrize("tokens", [49, 80])
+def test_attention_offsets_beyond_32_bits(tokens: int, far: str) -> None:
+    case = bias_attention_case(2, tokens, torch.float16, num_heads=2, key_dim=16, value_dim=24)
     near, bias = case.arguments
-    storage = torch.empty(FAR + near[0].numel(), dtype=torch.float16)
-    far = storage.as_strided(near.shape, (FAR, near.shape[2], 1))
-    far.copy_(near)
-    out = torch.full((2, 49, 48), NAN, dtype=torch.float16)
-    run(bias_attention_launch(far, bias, 2, 16, out))
-    assert torch.equal(out, case.run("triton"))
+    channels = near.shape[2]
+    strides = {
+        "images": (FAR, channels, 1),
+        "tokens": (channels, FAR // (tokens - 1), 1),
+        "channels": (tokens, 1, FAR // (channels - 1)),
+    }[far]
+    storage = torch.empty(FAR + near.numel(), dtype=torch.float16)
+    x = storage.as_strided(near.shape, strides)
+    x.copy_(near)
+    assert torch.equal(Case("bias_attention", (x, bias), case.options).run("triton"), case.run("triton"))
+
+
+def test_bias_offsets_beyond_32_bits() -> None:
+    case = bias_attention_case(1, 9, torch.float32, num_heads=3, key_dim=4, value_dim=6)
+    qkv, bias = case.arguments
+    storage = torch.empty(FAR + 100, dtype=torch.float32)
+    for strides in ((FAR // 2, 9, 1), (100, FAR // 8 - 100, 1)):
+        far = storage.as_strided(bias.shape, strides)
+        far.copy_(bias)
+        assert torch.equal(Case("bias_attention", (qkv, far), case.options).run("triton"), case.run("triton"))
+
+
+# --- limits that are errors -----------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_named() -> None:
+    with pytest.raises(ValueError, match="x: got a map of 65536x32768, allowed are 2147479552 pixels an image"):
+        map_rows(torch.empty(1, device="meta").expand(1, 1, 65536, 32768))
+    with pytest.raises(ValueError, match="x: got 40000 channels, allowed are 32768 for LayerNorm"):
+        norm_config(40_000)
+    with pytest.raises(ValueError, match="key_dim: got 2000, allowed are up to 1816 in torch.float16"):
+        attention_config(49, 2000, 32, torch.float16, HOPPER)
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------------

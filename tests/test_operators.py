@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +162,25 @@ def test_gradients_of_the_input_alone_are_seen_too(monkeypatch: pytest.MonkeyPat
             assert recorder.seen[f"effformer::{case.operation}"] == 1
 
 
+def test_forward_mode_gradients_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dual tensor does not say that a gradient is needed."""
+    for case in cases(torch.float32).values():
+        x, *rest = case.arguments
+
+        def call(x: Tensor, backend: str, case: Case = case, rest: list[Tensor] = rest) -> Tensor:
+            result: Tensor = getattr(ops, case.operation)(x, *rest, **case.options, backend=backend)
+            return result
+
+        tangent = torch.randn_like(x)
+        with pretend_gpu(monkeypatch):
+            auto = torch.func.jvp(lambda x: call(x, "auto"), (x,), (tangent,))[1]
+            eager = torch.func.jvp(lambda x: call(x, "eager"), (x,), (tangent,))[1]
+            assert torch.equal(auto, eager)
+            assert eager.abs().max() > 0
+            with pytest.raises(ops.UnsupportedError, match="a gradient is needed"):
+                torch.func.jvp(lambda x: call(x, "triton"), (x,), (tangent,))
+
+
 def test_an_operator_called_by_hand_is_not_silent() -> None:
     case = cases(torch.float32)["pool_mixer"]
     x = case.arguments[0].clone().requires_grad_()
@@ -191,6 +211,17 @@ def test_autocast_computes_products_in_its_dtype(narrow: Callable[..., Efficient
             assert 1e-5 < found < 2e-2, case.operation  # float16's error, not float32's
 
 
+def test_autocasts_dtype_is_looked_at_too() -> None:
+    """On a CPU, autocast means bfloat16, which the interpreter does not compute."""
+    for case in cases(torch.float32).values():
+        with torch.autocast("cpu"):
+            if case.operation == "pool_mixer":
+                case.run("triton")
+            else:
+                with pytest.raises(ops.UnsupportedError, match="interpreter does not compute torch.bfloat16"):
+                    case.run("triton")
+
+
 # --- compilers --------------------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +248,16 @@ def test_compile_traces_through_the_operators(narrow: Callable[..., EfficientFor
 
 
 @pytest.mark.usefixtures("_no_compiled_code")
+@pytest.mark.parametrize("choice", ["eager", "triton"])
+def test_compile_under_autocast(narrow: Callable[..., EfficientFormer], choice: str) -> None:
+    network = narrow(dtype=torch.float32, backend=choice, depths=(1, 1, 1, 1))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(x).float(), network(x).float(), rtol=0, atol=1e-2)
+
+
+@pytest.mark.usefixtures("_no_compiled_code")
 def test_inductor_keeps_the_operators_layouts(narrow: Callable[..., EfficientFormer]) -> None:
     network = narrow(dtype=torch.float32, depths=(1, 1, 1, 1), backend="triton").to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 64, 96).to(memory_format=torch.channels_last)
@@ -235,6 +276,20 @@ def test_export_traces_the_operators(narrow: Callable[..., EfficientFormer]) -> 
             x = torch.randn(shape)
             assert torch.allclose(program.module()(x), network(x), rtol=0, atol=1e-5)
     assert any(str(node.target) == "effformer.meta4d.default" for node in program.graph.nodes)
+
+
+def test_a_saved_export_loads_where_the_operators_are_registered(tmp_path: Path) -> None:
+    class Pool(torch.nn.Module):
+        def forward(self, x: Tensor, layer_scale: Tensor) -> Tensor:
+            return ops.pool_mixer(x, layer_scale, backend="triton")
+
+    example = (torch.randn(1, 3, 4, 5), torch.rand(3))
+    torch.export.save(torch.export.export(Pool(), example), tmp_path / "pool.pt2")
+    code = "import effformer.kernels.operators, sys, torch; print(torch.export.load(sys.argv[1]).graph)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "pool.pt2")], capture_output=True, text=True, check=True
+    )
+    assert "effformer.pool_mixer.default" in done.stdout
 
 
 def test_fx_keeps_operations_whole(narrow: Callable[..., EfficientFormer]) -> None:

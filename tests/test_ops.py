@@ -71,6 +71,8 @@ def mixed(index: int, value: Tensor) -> tuple[Tensor, ...]:
         (lambda: ops.bias_attention(QKV, BIAS, num_heads=3, key_dim=5), ValueError, "value_dim of 1 or more"),
         (lambda: ops.bias_attention(QKV, BIAS[:, :5], num_heads=3, key_dim=3), ValueError, r"bias: got shape \[3, 5, 6\]"),
         (lambda: ops.bias_attention(QKV, BIAS.half(), num_heads=3, key_dim=3), TypeError, "bias: got torch.float16"),
+        (lambda: ops.pool_mixer(X, torch.ones(4, device="meta")), ValueError, "layer_scale: got a tensor on meta, allowed is x's device cpu"),
+        (lambda: ops.conv_mlp(X, *replaced(W2, torch.ones(4, 8, device="meta"))), ValueError, "weight2: got a tensor on meta"),
         (lambda: ops.attention_mixer(TOKENS[0], *MIXER, **HEADS), ValueError, r"x: got shape \[6, 4\], allowed is \[B, N, channels\]"),
         (lambda: ops.attention_mixer(TOKENS, *mixed(0, torch.ones(5)), **HEADS), ValueError, r"norm_weight: got shape \[5\], allowed is \[4\]"),
         (lambda: ops.attention_mixer(TOKENS, *mixed(2, torch.ones(30, 5)), **HEADS), ValueError, r"qkv_weight: got shape \[30, 5\], allowed is \[qkv channels, 4\]"),

@@ -1,0 +1,12 @@
+"""All operators: importing this registers torch.ops.effformer, which a saved export needs to be loaded."""
+
+from __future__ import annotations
+
+from .attention_mixer import attention_mixer
+from .bias_attention import bias_attention
+from .conv_mlp import conv_mlp
+from .linear_mlp import linear_mlp
+from .meta4d import meta4d
+from .pool_mixer import pool_mixer
+
+__all__ = ["attention_mixer", "bias_attention", "conv_mlp", "linear_mlp", "meta4d", "pool_mixer"]
