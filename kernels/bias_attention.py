@@ -1,7 +1,7 @@
 """Attention with a learned bias: softmax(q · kᵀ * key_dim**-0.5 + bias) · v; paper section 4, MB3D.
 
 One program takes a tile of queries of one head. The scores start from the bias, divided by the scale, as accumulator
-of q · kᵀ: they stay in the layout of matrix products, and one multiplication scales both, inside the exponent.
+of q · kᵀ: they stay in the layout of matrix products, and one multiplication scales both, on the way to the exponent.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def bias_attention_kernel(
         b_s = _scores(
             b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn, KEY_DIM, KEY_WIDTHS, SCALE, PRECISION
         )
-        b_p = tl.math.exp2(b_s * TO_BITS - (tl.max(b_s, 1) * TO_BITS)[:, None])
+        # The difference first: a fused b_s * TO_BITS - maximum would leave the maximum's rounding error, of any size.
+        b_p = tl.math.exp2((b_s - tl.max(b_s, 1)[:, None]) * TO_BITS)
         b_sum = tl.sum(b_p, 1)
         b_acc = ()
         for i in tl.static_range(len(VALUE_WIDTHS)):
@@ -86,25 +87,13 @@ def bias_attention_kernel(
         for first in tl.range(0, N, BLOCK_N, num_stages=NUM_STAGES):
             n = first + tl.arange(0, BLOCK_N)
             b_s = _scores(
-                b_q,
-                p_head,
-                p_bias,
-                inside,
-                n,
-                N,
-                stride_qn,
-                stride_qc,
-                stride_bn,
-                KEY_DIM,
-                KEY_WIDTHS,
-                SCALE,
-                PRECISION,
-            )
+                b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn, KEY_DIM, KEY_WIDTHS, SCALE, PRECISION
+            )  # fmt: skip
             b_new = tl.maximum(b_max, tl.max(b_s, 1))
             # A row that has seen -inf alone has no maximum yet to subtract.
-            shift = tl.where(b_new == -float("inf"), 0.0, b_new * TO_BITS)
-            b_p = tl.math.exp2(b_s * TO_BITS - shift[:, None])
-            fade = tl.math.exp2(b_max * TO_BITS - shift)
+            shift = tl.where(b_new == -float("inf"), 0.0, b_new)
+            b_p = tl.math.exp2((b_s - shift[:, None]) * TO_BITS)
+            fade = tl.math.exp2((b_max - shift) * TO_BITS)
             b_sum = b_sum * fade + tl.sum(b_p, 1)
             b_max = b_new
             b_next = ()

@@ -100,8 +100,8 @@ MUTANTS = (
     Mutant("keys beyond the last not masked", "kernels/bias_attention.py", 'other=-float("inf"))', "other=0.0)"),
     Mutant("sum not faded with the maximum", "kernels/bias_attention.py", "b_sum = b_sum * fade +", "b_sum = b_sum +"),
     Mutant("values not faded with the maximum", "kernels/bias_attention.py", "faded = b_acc[i] * fade[:, None]", "faded = b_acc[i]"),
-    Mutant("a masked tile poisons its row", "kernels/bias_attention.py", 'tl.where(b_new == -float("inf"), 0.0, b_new * TO_BITS)', "b_new * TO_BITS"),
-    Mutant("no maximum subtracted", "kernels/bias_attention.py", "b_s * TO_BITS - (tl.max(b_s, 1) * TO_BITS)[:, None]", "b_s * TO_BITS"),
+    Mutant("a masked tile poisons its row", "kernels/bias_attention.py", 'tl.where(b_new == -float("inf"), 0.0, b_new)', "b_new"),
+    Mutant("no maximum subtracted", "kernels/bias_attention.py", "(b_s - tl.max(b_s, 1)[:, None]) * TO_BITS", "b_s * TO_BITS"),
     Mutant("values past 256 never written", "kernels/bias_attention.py", "v = i_v * BLOCK_V + c", "v = c"),
     # registration and choice
     Mutant("fake of another layout", "kernels/meta4d.py", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x)", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x.contiguous())"),
