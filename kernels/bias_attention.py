@@ -87,7 +87,8 @@ def bias_attention_kernel(
         for first in tl.range(0, N, BLOCK_N, num_stages=NUM_STAGES):
             n = first + tl.arange(0, BLOCK_N)
             b_s = _scores(
-                b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn, KEY_DIM, KEY_WIDTHS, SCALE, PRECISION
+                b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn,
+                KEY_DIM, KEY_WIDTHS, SCALE, PRECISION,
             )  # fmt: skip
             b_new = tl.maximum(b_max, tl.max(b_s, 1))
             # A row that has seen -inf alone has no maximum yet to subtract.
