@@ -66,7 +66,6 @@ MUTANTS = (
     Mutant("-inf becomes 0 in GELU", "kernels/activation.py", "y = 0.5 * (x + tl.abs(x)) -", "y = tl.maximum(x, 0.0) -"),
     Mutant("tanh-like erf scale", "kernels/activation.py", "0.7071067811865476", "0.7978845608028654"),
     Mutant("doubled GELU not halved", "kernels/activation.py", 'return 2.0 if form == "gelu_exp3_x2"', 'return 1.0 if form == "gelu_exp3_x2"'),
-    Mutant("relu swallows NaN", "kernels/activation.py", ", propagate_nan=tl.PropagateNan.ALL", ""),
     Mutant("hard_swish unbounded", "kernels/activation.py", "tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0)", "tl.maximum(x + 3.0, 0.0)"),
     # fused MLP
     Mutant("scale1 not applied", "kernels/conv_mlp.py", "b_hidden * scale1[None, :] + shift1", "b_hidden + shift1"),
