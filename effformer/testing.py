@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import ops, reference
 from .blocks import Attention, LayerScale
 
-LAYOUTS = ("channels_last", "contiguous", "sliced", "expanded")
+LAYOUTS = ("channels_last", "cropped", "contiguous", "sliced", "expanded")
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,14 @@ class Case:
 def draw_map(shape: Sequence[int], dtype: torch.dtype, layout: str = "channels_last") -> Tensor:
     """A normally distributed [B, C, H, W] in one of `LAYOUTS`.
 
-    "sliced" is every other channel, and all but the first line and column, of something larger; "expanded" is one
-    image for the whole batch.
+    "cropped" is all but the first line and column of a larger channels_last map; "sliced" of a larger contiguous one,
+    and every other channel; "expanded" is one image for the whole batch.
     """
     batch, channels, height, width = shape
     if layout == "channels_last":
         return torch.randn(batch, height, width, channels).to(dtype).permute(0, 3, 1, 2)
+    if layout == "cropped":
+        return torch.randn(batch, height + 1, width + 1, channels).to(dtype).permute(0, 3, 1, 2)[:, :, 1:, 1:]
     if layout == "contiguous":
         return torch.randn(batch, channels, height, width).to(dtype)
     if layout == "sliced":
