@@ -192,8 +192,9 @@ def test_finite_masks_stay_finite(tokens: int, mask: float) -> None:
     check(case)
 
 
-def test_large_scores_do_not_overflow() -> None:
-    case = bias_attention_case(2, 150, torch.float16, num_heads=2, key_dim=16, value_dim=24)
+@pytest.mark.parametrize("tokens", [49, 150])
+def test_large_scores_do_not_overflow(tokens: int) -> None:
+    case = bias_attention_case(2, tokens, torch.float16, num_heads=2, key_dim=16, value_dim=24)
     case.arguments[1].mul_(1e4)
     assert case.exact().isfinite().all()
     check(case)
