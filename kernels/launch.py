@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +31,34 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
 
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What was chosen and not given: tiles, what is read again, warps, pipeline stages."""
+        tiles = {name: value for name, value in self.constants.items() if name.startswith("BLOCK_")}
+        chosen = {name: self.constants[name] for name in ("WIDTHS", "RELOAD", "ONE_TILE") if name in self.constants}
+        return tiles | chosen | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
     def run(self) -> None:
+        for record in _records:
+            record.append(self)
         if self.grid:
             self.kernel[(self.grid,)](
                 **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
             )
+
+
+_records: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Every launch of this process within it, in order, whatever thread it comes from; its tensors are kept alive."""
+    record: list[Launch] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records[:] = [other for other in _records if other is not record]
 
 
 def run(*launches: Launch) -> None:
