@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from ..config import PRESETS
 from ..kernels.attention_mixer import attention_mixer_launches
-from ..kernels.config import AMPERE, BLACKWELL, HOPPER, Device, stand_in
+from ..kernels.device import AMPERE, BLACKWELL, HOPPER, Device, stand_in
 from ..kernels.launch import INTERPRETED, Launch
 from ..kernels.linear_mlp import linear_mlp_launches
 from ..kernels.meta4d import meta4d_launches
