@@ -34,12 +34,12 @@ def mlp_config(operation: str, channels: int, rows: int, dtype: torch.dtype, dev
     `operation` is "meta4d" or "conv_mlp". The accumulator holds all channels of a row: in 16 bit it spills, or leaves
     shared memory, beyond 224.
     """
-    return _find(operation, dtype, device, channels, rows)
+    return answer(operation, dtype, device, channels, rows)
 
 
 def linear_config(outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: Device) -> LinearConfig:
     """Tiles of a [rows, inputs] x [inputs, outputs] product, no larger than it needs."""
-    found: LinearConfig = _find("linear", dtype, device, outputs, inputs, rows)
+    found: LinearConfig = answer("linear", dtype, device, outputs, inputs, rows)
     whole = sum(found.widths)
     widths = found.widths if outputs >= whole else (_power(outputs, 1 << (whole - 1).bit_length()),)
     return LinearConfig(found.block_m, widths, _power(inputs, found.block_k), found.num_warps, found.num_stages)
@@ -55,7 +55,7 @@ def attention_config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dty
     if 64 * widest * dtype.itemsize > device.shared_memory:
         allowed = device.shared_memory // (64 * dtype.itemsize)
         raise ValueError(f"key_dim: got {key_dim}, allowed are up to {allowed} in {dtype} on this GPU")
-    found: AttentionConfig = _find("bias_attention", dtype, device, tokens, widest)
+    found: AttentionConfig = answer("bias_attention", dtype, device, tokens, widest)
     block_m, block_n = _power(tokens, found.block_m), _power(tokens, found.block_n)
     return AttentionConfig(block_m, block_n, found.num_warps, found.num_stages)
 
@@ -65,7 +65,7 @@ def pool_config(channels: int, rows: int, dtype: torch.dtype, device: Device, *,
 
     No more channels than the largest power of two in their number: none are padded.
     """
-    found: PoolConfig = _find("pool_mixer", dtype, device, channels, int(dense), rows)
+    found: PoolConfig = answer("pool_mixer", dtype, device, channels, int(dense), rows)
     block_c = min(max(channels & -channels, 16), found.block_c)
     return max(1, found.elements // block_c), block_c, found.num_warps
 
@@ -78,7 +78,7 @@ def norm_config(channels: int, rows: int, dtype: torch.dtype, device: Device) ->
     """
     if channels > 1 << 15:
         raise ValueError(f"x: got {channels} channels, allowed are {1 << 15} for LayerNorm on the kernels")
-    found: NormConfig = _find("layer_norm", dtype, device, channels, rows)
+    found: NormConfig = answer("layer_norm", dtype, device, channels, rows)
     block_c = _power(channels, 1 << 15)
     return max(1, found.elements // block_c), block_c, found.num_warps
 
@@ -105,7 +105,7 @@ def fingerprint() -> dict[str, str]:
     return {"kernels": digest.hexdigest()[:16], "triton": metadata.version("triton")}
 
 
-def read_userparse(path: Path) -> list[Entry]:
+def read_user_entries(path: Path) -> list[Entry]:
     """The entries of a user's file; none, with a warning, if other kernels or another Triton were tuned.
 
     Raises:
@@ -126,7 +126,7 @@ def read_userparse(path: Path) -> list[Entry]:
     return parse(found["entries"], path)
 
 
-def write_userparse(path: Path, entries: Iterable[Entry]) -> None:
+def write_user_entries(path: Path, entries: Iterable[Entry]) -> None:
     """Write a user's file, whole or not at all."""
     text = json.dumps({"fingerprint": fingerprint(), "entries": [entry.as_json() for entry in entries]}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,22 +142,28 @@ def shipped_table() -> Table:
 
 @functools.cache
 def _tuned_table() -> Table:
-    return Table([*read_userparse(user_file()), *shipped_table().entries])
+    return Table([*read_user_entries(user_file()), *shipped_table().entries])
 
 
 _override = contextvars.ContextVar[Table | None]("override", default=None)
 
 
 @contextlib.contextmanager
-def preferring(*entries: Entry) -> Iterator[None]:
+def preferring(*entries: Entry) -> Iterator[Table]:
     """Within it these entries come before the shipped ones, and a user's are left out: to try them."""
-    token = _override.set(Table([*entries, *shipped_table().entries]))
+    table = Table([*entries, *shipped_table().entries])
+    token = _override.set(table)
     try:
-        yield
+        yield table
     finally:
         _override.reset(token)
 
 
-def _find(operation: str, dtype: torch.dtype, device: Device, *sizes: int) -> Any:
+def answer(operation: str, dtype: torch.dtype, device: Device, *sizes: int) -> Any:
+    """The configuration for an operation of these sizes (`DIMENSIONS[operation]`), as the table has it.
+
+    Raises:
+        LookupError: if the table has none.
+    """
     table = _override.get() or (_tuned_table() if device.name else shipped_table())
     return table.find(operation, dtype, device, *sizes).use

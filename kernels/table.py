@@ -178,7 +178,7 @@ def read_entry(found: Mapping[str, Any], source: str) -> Entry:
         allowed("device", found["device"], CLASSES),
         tuple(DTYPES[name] for name in allowed("dtype", found["dtype"], DTYPES)),
         tuple(where),
-        _read_config(found["use"], kinds.pop(), source),
+        read_config(found["use"], operations[0], source),
         found.get("gpu"),
         source,
     )
@@ -188,7 +188,13 @@ def _listed(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _read_config(found: Any, kind: type[Config], source: str) -> Config | None:
+def read_config(found: Any, operation: str, source: str) -> Config | None:
+    """An entry's `use` from JSON.
+
+    Raises:
+        ValueError: for a field that is missing, unknown or of no allowed value; it names `source`.
+    """
+    kind = OPERATIONS[operation]
     if found is None and kind is MlpConfig:
         return None
     names = [field.name for field in fields(kind)]
@@ -210,16 +216,18 @@ def _read_config(found: Any, kind: type[Config], source: str) -> Config | None:
 
 
 class Table:
-    """Entries in the order of precedence."""
+    """Entries in the order of precedence. `used`: those that were an answer, with (device class, dtype)."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.entries = tuple(entries)
+        self.used: set[tuple[Entry, str, torch.dtype]] = set()
         self.find = functools.lru_cache(maxsize=4096)(self._find)
 
     def _find(self, operation: str, dtype: torch.dtype, device: Device, *sizes: int) -> Entry:
         shape = dict(zip(DIMENSIONS[operation], sizes, strict=True))
         for entry in self.entries:
             if entry.applies(operation, dtype, device, shape):
+                self.used.add((entry, device_class(device), dtype))
                 return entry
         raise LookupError(f"no configuration for {operation} of {shape}, {dtype}, on {device} ({device_class(device)})")
 
