@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ from .dialects import TARGETS, CheckpointError, convert_state_dict, normalise
 from .factory import create_model
 from .model import EfficientFormer
 from .ops import BACKENDS, UnsupportedError
+from .outcome import VERDICTS, Outcome, Table, conclusion
 from .summary import describe_backend, devices, summarise, versions
+from .verification import OPERATIONS, checks, verify, why_not_verified
 from .version import __version__
 from .weights import load_checkpoint, read_state_dict, settings_for
 
@@ -78,6 +81,33 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--labels", type=Path, metavar="FILE", help="class names for the top 5, one a line")
     run.set_defaults(command=_run)
 
+    proof = commands.add_parser(
+        "verify",
+        help="do the kernels compute what they should?",
+        formatter_class=formatter,
+        description=(
+            "Run the kernels on this machine, each fused operation at the shapes that it has in a network and the\n"
+            "network itself, and compare with float64. An error may be twice that of eager PyTorch in the same dtype\n"
+            "(its mean 1.5 times) plus 2 ulp of the output's scale; NaN and infinities must stand where float64 has\n"
+            "them; further runs must give the same bits. Weights and inputs are random. On a CPU the kernels are\n"
+            "interpreted, which takes minutes, and bfloat16 cannot be.\n"
+            "Exit status: 0 if kernels ran and all passed, 1 if one failed or raised, or if none can run here."
+        ),
+        epilog="examples:\n  effformer verify\n"
+        "  effformer verify --op meta4d --op network --dtype float16 --size 512x640 --json > report.json",
+    )
+    proof.add_argument("--model", action="append", choices=[*PRESETS, "all"], help="may be repeated, default: l1")
+    proof.add_argument("--op", action="append", choices=[*OPERATIONS, "all"], help="may be repeated, default: all")
+    proof.add_argument("--dtype", action="append", choices=[*_DTYPES, "all"], help="may be repeated, default: all")
+    proof.add_argument("--size", type=_size, default=(224, 224), metavar="HxW", help="of the images, default: 224x224")
+    proof.add_argument("--batch-size", type=_positive, metavar="N", help="default: 8 on a GPU, 2 on a CPU")
+    proof.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    proof.add_argument("--seed", type=_count, default=0, metavar="N", help="of all that is drawn, default: 0")
+    proof.add_argument("--repeats", type=_count, metavar="N", help="further runs that must give the same "
+                       "bits; default: 3 on a GPU, 0 on a CPU, where programs run one after another")  # fmt: skip
+    proof.add_argument("--json", action="store_true", help="one JSON document on stdout, for programs")
+    proof.set_defaults(command=_verify)
+
     info = commands.add_parser(
         "info",
         help="models, versions, devices, backend",
@@ -111,9 +141,19 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
+    if not _is_number(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a whole number of 1 or more")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if not _is_number(text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a whole number of 0 or more")
+    return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
@@ -271,6 +311,77 @@ def _top5(logits: torch.Tensor, labels: Sequence[str] | None) -> list[str]:
     probabilities, classes = logits.float().softmax(dim=0).topk(min(5, logits.numel()))
     names = [f"class {index}" if labels is None else labels[index] for index in classes.tolist()]
     return [f"{probability:6.2%}  {name}" for probability, name in zip(probabilities.tolist(), names, strict=True)]
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    device = _device(arguments.device)
+    if device.type == "cpu" and "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+    on_gpu = device.type == "cuda"
+    batch_size = arguments.batch_size or (8 if on_gpu else 2)
+    repeats = arguments.repeats if arguments.repeats is not None else 3 if on_gpu else 0
+    todo = checks(
+        _chosen(arguments.model, PRESETS, ["efficientformer_l1"]),
+        _chosen(arguments.op, OPERATIONS, OPERATIONS),
+        [_DTYPES[name] for name in _chosen(arguments.dtype, _DTYPES, _DTYPES)],
+        size=arguments.size,
+        batch_size=batch_size,
+    )
+    reason, table = why_not_verified(device), Table(todo)
+    facts: dict[str, Any] = {
+        "versions": versions(),
+        "device": str(device),
+        "device_name": devices()[str(device)],
+        "interpreted": reason is None and not on_gpu,
+        "backend": describe_backend("auto", device),
+        "size": [*arguments.size],
+        "batch_size": batch_size,
+        "seed": arguments.seed,
+        "repeats": repeats,
+    }
+    if not arguments.json:
+        height, width = arguments.size
+        print("  ".join(f"{name} {version}" for name, version in versions().items()))
+        print(f"device:   {device} ({facts['device_name']}){', by interpretation' if facts['interpreted'] else ''}")
+        print(f"backend:  {facts['backend']}; verified here: {'none' if reason else 'triton'}")
+        print(f"input:    {batch_size}x3x{height}x{width}, seed {arguments.seed}, {repeats} further runs\n")
+        if reason is None:
+            print(table.head())
+    outcomes = []
+    followed, write = _followed(verify(todo, device, seed=arguments.seed, repeats=repeats), len(todo))
+    for outcome in followed:
+        outcomes.append(outcome)
+        if not arguments.json and not outcome.skipped:
+            write(table.line(outcome))
+
+    counts = {verdict: sum(outcome.verdict == verdict for outcome in outcomes) for verdict in VERDICTS}
+    passed = counts["pass"] > 0 and counts["fail"] == 0
+    if arguments.json:
+        facts |= {"passed": passed, "counts": counts, "why_no_kernel": reason}
+        facts["checks"] = [outcome.facts() for outcome in outcomes]
+        print(json.dumps(facts, indent=2, allow_nan=False))
+    else:
+        if reason is None:
+            print()
+        print("\n".join(conclusion(outcomes)))
+    return 0 if passed else 1
+
+
+def _chosen(named: list[str] | None, allowed: Iterable[str], default: Iterable[str]) -> list[str]:
+    """What an option that may be repeated, or be "all", stands for."""
+    return [*default] if named is None else [*allowed] if "all" in named else named
+
+
+def _followed(outcomes: Iterator[Outcome], total: int) -> tuple[Iterable[Outcome], Callable[[str], object]]:
+    """`outcomes` with a bar where tqdm is installed and stderr is a terminal, and what prints beside it."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # it belongs to the extra `image`
+        return outcomes, print
+    return tqdm(outcomes, total=total, unit="check", disable=None, leave=False), tqdm.write
 
 
 # --- info -------------------------------------------------------------------------------------------------------------

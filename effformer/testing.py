@@ -87,6 +87,10 @@ class Case:
     arguments: tuple[Tensor, ...]
     options: dict[str, Any] = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> Case:
+        """The same call with its tensors on `device`: what the seed draws on a CPU is the same on every machine."""
+        return Case(self.operation, tuple(argument.to(device) for argument in self.arguments), self.options)
+
     @torch.no_grad()
     def run(self, backend: str) -> Tensor:
         """The result by this backend."""

@@ -1,0 +1,424 @@
+"""`effformer verify`: what it checks, what it says, and that it catches what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from effformer.kernels import launch
+from torch import Tensor
+
+from effformer import backend, create_model, list_models, ops, reference, verification
+from effformer.cli import main
+from effformer.config import PRESETS, EfficientFormerConfig
+from effformer.outcome import Check
+from effformer.testing import Case, draw_map, pool_mixer_case
+from effformer.verification import DTYPES, NETWORK, OPERATIONS, checks, verify, why_not_verified
+
+CPU = torch.device("cpu")
+SMALL = ("--device", "cpu", "--size", "32x64", "--batch-size", "1", "--dtype", "float16")
+NARROW = ("--model", "narrow", *SMALL)
+L1, L3, L7 = list_models()
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network with the same kernels in it as L1, and less to interpret: one kernel in a 4D block, and three."""
+    widths, heads = (16, 32, 48, 240), {"num_heads": 2, "key_dim": 16, "value_ratio": 1}
+    config = EfficientFormerConfig(depths=(1, 1, 1, 2), widths=widths, num_vit=1, mlp_ratio=1, **heads)
+    monkeypatch.setitem(PRESETS, "narrow", config)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = main(["verify", *arguments])
+    return status, capsys.readouterr().out
+
+
+def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    status, out = run(capsys, "--json", *arguments)
+    return status, json.loads(out)
+
+
+def failing(found: dict[str, Any]) -> set[str]:
+    """Names of the operations of which a check fails."""
+    return {check["operation"] for check in found["checks"] if check["verdict"] == "fail"}
+
+
+# --- what is checked ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(224, 224), (65, 130)])
+@pytest.mark.parametrize("name", [L1, L3, L7])
+def test_every_shape_that_a_network_has(name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded while the network runs; the MLP and the pooling alone, and attention alone, have those of their blocks."""
+    called: dict[str, list[tuple[int, ...]]] = {}
+
+    def spy(operation: str) -> Callable[..., Tensor]:
+        original = getattr(ops, operation)
+
+        def call(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+            called.setdefault(operation, []).append((*x.shape, *(a.shape[0] for a in arguments if a.ndim == 2)))
+            return original(x, *arguments, **options)
+
+        return call
+
+    for operation in ("meta4d", "attention_mixer", "linear_mlp"):
+        monkeypatch.setattr(ops, operation, spy(operation))
+    network = create_model(name, device="meta", backend="eager").eval()
+    with torch.no_grad():
+        network(torch.empty(2, 3, *size, device="meta"))
+
+    found = checks([name], dtypes=[torch.float16], size=size, batch_size=2)
+    drawn: dict[str, list[tuple[int, ...]]] = {operation: [] for operation in OPERATIONS}
+    for check in found:
+        case = verification._draw(check, CPU, 0) if check.operation != NETWORK and size == (65, 130) else None
+        if case is None:
+            drawn[check.operation].append(check.shape)
+            continue
+        x, *others = case.arguments  # type: ignore[attr-defined]
+        assert x.shape == check.shape
+        drawn[check.operation].append((*x.shape, *(a.shape[0] for a in others if a.ndim == 2)))
+    for operation, calls in called.items():
+        want = [shape if size == (65, 130) else shape[: 4 if operation == "meta4d" else 3] for shape in calls]
+        assert drawn[operation] == list(dict.fromkeys(want)), operation
+    assert drawn["conv_mlp"] == drawn["meta4d"]
+    assert [shape[:4] for shape in drawn["pool_mixer"]] == [shape[:4] for shape in drawn["meta4d"]]
+    batch, tokens = drawn["attention_mixer"][0][:2]
+    assert drawn["bias_attention"] == [(batch, tokens, 8 * (32 + 32 + 128))]
+    assert drawn[NETWORK] == [(2, 3, *size)]
+
+
+def test_equal_shapes_are_checked_once() -> None:
+    found = checks([L1, L3, L7], size=(64, 64), batch_size=3)
+    assert len({(check.operation, check.shape, check.dtype, *check.options.items()) for check in found}) == len(found)
+    shared = [check for check in found if check.operation == "bias_attention"]
+    assert len(shared) == 3
+    for check in shared:
+        assert check.where == tuple(f"{name} stage 4" for name in (L1, L3, L7))
+    assert [check.name for check in found if check.operation == NETWORK][::3] == [L1, L3, L7]
+
+
+def test_options_choose(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[Check]] = []
+
+    def nothing(todo: list[Check], *_: Any, **__: Any) -> list[Any]:
+        asked.append(todo)
+        return []
+
+    monkeypatch.setattr("effformer.cli.verify", nothing)
+    run(capsys)
+    assert {check.operation for check in asked[-1]} == set(OPERATIONS)
+    assert {check.dtype for check in asked[-1]} == {torch.float16, torch.bfloat16, torch.float32}
+    assert {where.split()[0] for check in asked[-1] for where in check.where} == {"efficientformer_l1"}
+    assert asked[-1][-1].shape[2:] == (224, 224)
+    operations, models = ("--op", "network", "--op", "meta4d"), ("--model", L1, "--model", L7)
+    options = (*operations, *models, "--dtype", "float16", "--dtype", "float32")
+    run(capsys, *options, "--size", "32x48", "--batch-size", "5")
+    assert [check.operation for check in asked[-1]].count(NETWORK) == 4
+    assert {check.operation for check in asked[-1]} == {NETWORK, "meta4d"}
+    assert {check.dtype for check in asked[-1]} == {torch.float16, torch.float32}
+    assert asked[-1][-1].shape == (5, 3, 32, 48)
+    run(capsys, "--model", "all", "--op", "all", "--dtype", "all")
+    assert set(asked[-1]) == set(checks(PRESETS, OPERATIONS, DTYPES))
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        checks(batch_size=0)
+    with pytest.raises(ValueError, match="operations: got 'softmax'"):
+        checks(operations=["softmax"])
+
+
+# --- what is said -------------------------------------------------------------------------------------------------------
+
+
+def test_all_of_l1(capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = report(capsys, *SMALL, "--seed", "3", "--dtype", "bfloat16")
+    assert status == 0
+    assert found["passed"] is True
+    assert found["counts"] == {"pass": 16, "fail": 0, "skipped": 16}
+    assert found["why_no_kernel"] is None
+    assert found["versions"]["torch"] == torch.__version__
+    assert (found["device"], found["interpreted"]) == ("cpu", True)
+    assert (found["size"], found["batch_size"], found["seed"], found["repeats"]) == ([32, 64], 1, 3, 0)
+    keys = found["checks"][0].keys()
+    for check in found["checks"]:
+        assert check.keys() == keys
+        if check["dtype"] == "bfloat16":
+            assert (check["verdict"], check["backend"], check["ran"]) == ("skipped", "eager", [])
+            assert check["skipped"] == "Triton's interpreter does not compute torch.bfloat16"
+            assert check["max_error"] is None
+            continue
+        assert (check["verdict"], check["backend"], check["problems"]) == ("pass", "triton", [])
+        assert check["max_error"] > 0
+        assert check["ratio"] == check["max_error"] / check["eager_max_error"]
+        assert check["mean_ratio"] == check["mean_error"] / check["eager_mean_error"]
+        assert check["misplaced"] == 0
+        assert all(ran["times"] and ran["configuration"]["num_warps"] for ran in check["ran"])
+    by_name = {(check["operation"], check["shape"][1], check["dtype"]): check for check in found["checks"]}
+    (ran,) = by_name["meta4d", 48, "float16"]["ran"]
+    assert (ran["kernel"], ran["times"], ran["configuration"]["BLOCK_H"]) == ("mlp", 1, 64)
+    assert [ran["kernel"] for ran in by_name["linear_mlp", 2, "float16"]["ran"]] == ["layer_norm", "linear"]
+    assert by_name["linear_mlp", 2, "float16"]["ran"][1]["times"] == 2
+
+
+def test_all_of_a_network_in_float32(capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = report(capsys, "--model", "narrow", "--device", "cpu", "--size", "32x64", "--dtype", "float32")
+    assert status == 0
+    assert found["counts"] == {"pass": 16, "fail": 0, "skipped": 0}
+    assert found["batch_size"] == 2
+
+
+def test_the_numbers_are_those_of_the_drawn_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = report(capsys, *SMALL, "--op", "pool_mixer", "--seed", "5")
+    torch.manual_seed(5)
+    x, layer_scale = pool_mixer_case(draw_map((1, 96, 4, 8), torch.float16)).arguments
+    exact = reference.pool_mixer(x.double(), layer_scale.double())
+    errors = (ops.pool_mixer(x, layer_scale, backend="triton").double() - exact).abs()
+    eager = (reference.pool_mixer(x, layer_scale).double() - exact).abs()
+    check = found["checks"][1]
+    assert check["shape"] == [1, 96, 4, 8]
+    for name, want in (("max_error", errors.max()), ("mean_error", errors.mean())):
+        assert math.isclose(check[name], want.item(), rel_tol=1e-12)
+    for name, want in (("eager_max_error", eager.max()), ("eager_mean_error", eager.mean())):
+        assert math.isclose(check[name], want.item(), rel_tol=1e-12)
+    _, other = report(capsys, *SMALL, "--op", "pool_mixer", "--seed", "6")
+    assert other["checks"][1]["mean_error"] != check["mean_error"]
+
+
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = run(capsys, *SMALL, "--op", "meta4d", "--dtype", "bfloat16")
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[-1] == "4 of 4 pass; 4 not run: Triton's interpreter does not compute torch.bfloat16"
+    (line,) = (line for line in lines if "1x48x8x16" in line)
+    assert line.split()[:3] == ["meta4d", "1x48x8x16", "float16"]
+    assert line.split()[8:] == ["pass", "triton", "mlp", "M=128", "H=64", "widths=32+16", "warps=8", "stages=1"]
+    assert len([line for line in lines if line.startswith("meta4d")]) == 4
+
+
+def test_in_a_process_of_its_own_without_tqdm() -> None:
+    """The command itself tells Triton to interpret."""
+    code = "import sys; sys.modules['tqdm'] = None\nfrom effformer.cli import main\nsys.exit(main(sys.argv[1:]))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, "verify", *SMALL, "--size", "32", "--op", "bias_attention", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["counts"] == {"pass": 1, "fail": 0, "skipped": 0}
+    assert done.stderr == ""
+
+
+# --- where no kernel can run --------------------------------------------------------------------------------------------
+
+
+def test_without_triton(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    status, out = run(capsys, "--device", "cpu")
+    assert status == 1
+    assert out.splitlines()[-1] == "no kernel was verified: Triton is not installed"
+    assert "pool_mixer" not in out
+    status, found = report(capsys, "--device", "cpu")
+    assert status == 1
+    assert found["why_no_kernel"] == "Triton is not installed"
+    assert found["counts"] == {"pass": 0, "fail": 0, "skipped": 48}
+
+
+def test_where_triton_was_imported_to_compile(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    status, out = run(capsys, "--device", "cpu")
+    assert status == 1
+    assert "no kernel was verified: 'cpu' is no NVIDIA GPU, and Triton interprets only" in out.splitlines()[-1]
+
+
+def test_only_what_the_interpreter_cannot_do(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = run(capsys, "--device", "cpu", "--dtype", "bfloat16", "--op", "meta4d")
+    assert status == 1
+    assert out.splitlines()[-1] == "no kernel was verified: Triton's interpreter does not compute torch.bfloat16"
+
+
+def test_a_gpu_is_not_verified_by_interpretation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "why_not_triton", lambda *_, **__: None)
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    assert "TRITON_INTERPRET is set" in str(why_not_verified(torch.device("cuda", 0), torch.float16))
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert why_not_verified(torch.device("cuda", 0), torch.float16) is None
+
+
+# --- faults -------------------------------------------------------------------------------------------------------------
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, change: Callable[[launch.Launch], launch.Launch]) -> None:
+    """Have every launch run as `change` makes it."""
+    original = launch.Launch.run
+    monkeypatch.setattr(launch.Launch, "run", lambda self: original(change(self)))
+
+
+def argument(kernel: str, name: str, value: Callable[[Any], Any]) -> Callable[[launch.Launch], launch.Launch]:
+    def change(one: launch.Launch) -> launch.Launch:
+        if one.kernel.__name__ != kernel or one.arguments[name] is None:
+            return one
+        return replace(one, arguments=one.arguments | {name: value(one.arguments[name])})
+
+    return change
+
+
+def constant(kernel: str, name: str, value: Any) -> Callable[[launch.Launch], launch.Launch]:
+    def change(one: launch.Launch) -> launch.Launch:
+        return replace(one, constants=one.constants | {name: value}) if one.kernel.__name__ == kernel else one
+
+    return change
+
+
+def fewer_programs(one: launch.Launch) -> launch.Launch:
+    return replace(one, grid=one.grid - 1) if one.kernel.__name__ == "layer_norm_kernel" else one
+
+
+ATTENTION, TOKENS = {"bias_attention", "attention_mixer"}, {"attention_mixer", "linear_mlp"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "caught"),
+    [
+        (argument("bias_attention_kernel", "bias_ptr", torch.zeros_like), {*ATTENTION, NETWORK}),
+        (argument("bias_attention_kernel", "bias_ptr", lambda bias: bias.flip(0)), {*ATTENTION, NETWORK}),
+        (constant("bias_attention_kernel", "SCALE", 1.0), {*ATTENTION, NETWORK}),
+        (argument("mlp_kernel", "layer_scale_ptr", torch.ones_like), {"meta4d", NETWORK}),
+        (argument("mlp_kernel", "shift1_ptr", torch.zeros_like), {"conv_mlp", "meta4d", NETWORK}),
+        (argument("linear_kernel", "residual_ptr", lambda x: 2 * x), {"conv_mlp", "meta4d", *TOKENS, NETWORK}),
+        (argument("pool_mixer_kernel", "layer_scale_ptr", torch.zeros_like), {"pool_mixer", "meta4d", NETWORK}),
+        (constant("mlp_kernel", "ACTIVATION", "relu"), {"conv_mlp", "meta4d", NETWORK}),
+        (fewer_programs, {*TOKENS, NETWORK}),
+    ],
+    ids=["bias", "heads", "scale", "layer scale", "shift", "residual", "pooling", "activation", "programs"],
+)
+def test_faults_are_caught(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[launch.Launch], launch.Launch],
+    caught: set[str],
+) -> None:
+    plant(monkeypatch, fault)
+    status, found = report(capsys, *NARROW)
+    assert status == 1
+    assert found["passed"] is False
+    assert failing(found) == caught
+
+
+def test_what_was_not_written_shows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, lambda one: replace(one, grid=one.grid - 1))
+    status, found = report(capsys, *NARROW, "--op", "pool_mixer")
+    assert status == 1
+    assert all(check["misplaced"] > 0 for check in found["checks"])
+    status, out = run(capsys, *NARROW, "--op", "pool_mixer")
+    assert "FAIL pool_mixer 1x16x8x16 float16: inaccurate: max" in out
+    assert out.splitlines()[-1] == "0 of 4 pass"
+
+
+def test_results_that_differ_from_run_to_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, runs = launch.Launch.run, []
+
+    def noisy(self: launch.Launch) -> None:
+        original(self)
+        runs.append(self)
+        out = self.arguments["out_ptr"]
+        assert isinstance(out, Tensor)
+        if len(runs) == 3:  # the last element moves by one bit
+            out[-1, -1, -1, -1] = torch.nextafter(out[-1, -1, -1, -1].float(), torch.tensor(9.0)).item()
+            out.view(torch.int16)[-1, -1, -1, -1] += 1
+
+    monkeypatch.setattr(launch.Launch, "run", noisy)
+    status, out = run(capsys, *NARROW, "--op", "pool_mixer", "--repeats", "3")
+    assert status == 1
+    assert "FAIL pool_mixer 1x16x8x16 float16: 1 of 3 more runs gave another result" in out
+    assert out.splitlines()[-1] == "3 of 4 pass"
+    assert len(runs) == 16
+
+
+def test_an_error_is_one_checks_outcome(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = launch.Launch.run
+
+    def broken(self: launch.Launch) -> None:
+        if self.kernel.__name__ == "bias_attention_kernel":
+            launch.Launch.run = original  # the next one works
+            for record in launch._records:
+                record.append(self)
+            raise RuntimeError("out of resource: shared memory")
+        original(self)
+
+    monkeypatch.setattr(launch.Launch, "run", broken)
+    status, found = report(capsys, *NARROW, "--op", "bias_attention", "--op", "attention_mixer")
+    assert status == 1
+    first, second = found["checks"]
+    assert first["raised"] == "RuntimeError: out of resource: shared memory"
+    assert [ran["kernel"] for ran in first["ran"]] == ["bias_attention"]
+    assert first["max_error"] is None
+    assert (first["verdict"], second["verdict"]) == ("fail", "pass")
+
+    monkeypatch.setattr(launch.Launch, "run", broken)
+    _, out = run(capsys, *NARROW, "--op", "bias_attention", "--op", "attention_mixer")
+    assert "FAIL bias_attention 1x2x96 float16: RuntimeError: out of resource: shared memory" in out
+    assert out.splitlines()[-1] == "1 of 2 pass"
+
+
+def test_eager_does_not_pass_for_the_kernels(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Case.run
+    monkeypatch.setattr(Case, "run", lambda self, backend: original(self, "eager"))
+    status, out = run(capsys, *NARROW, "--op", "meta4d")
+    assert status == 1
+    assert "FAIL meta4d 1x16x8x16 float16: no kernel was launched" in out
+
+
+# --- how it runs --------------------------------------------------------------------------------------------------------
+
+
+def test_settings_while_it_runs_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels and eager PyTorch without TF32, the caller's random numbers and settings as they were."""
+
+    def settings() -> tuple[object, ...]:
+        matmul, conv = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+        return matmul, conv, torch.are_deterministic_algorithms_enabled()
+
+    seen: dict[str, tuple[object, ...]] = {}
+    original = Case.run
+
+    def run(self: Case, backend: str) -> Tensor:
+        seen[backend] = settings()
+        return original(self, backend)
+
+    monkeypatch.setattr(Case, "run", run)
+    before, state = settings(), torch.random.get_rng_state()
+    todo = checks(operations=["pool_mixer"], dtypes=[torch.float16], size=(32, 32))
+    assert all(outcome.verdict == "pass" for outcome in verify(todo, CPU))
+    assert seen == {"triton": ("ieee", "ieee", True), "eager": ("ieee", "ieee", False)}
+    assert settings() == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert "ieee" not in before
+
+
+def test_drawn_networks_are_worth_checking() -> None:
+    (check,) = checks(operations=[NETWORK], dtypes=[torch.float16], size=(32, 64))
+    subject = verification._draw(check, CPU, 0)
+    exact = subject.exact()
+    assert exact.dtype == torch.float64
+    assert exact.shape == (2, 2, 448)
+    assert exact.std() > 0.1
+    assert subject.run("eager").dtype == torch.float16
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = report(capsys, "--device", "cuda", "--size", "96x128")
+    assert status == 0, [check["problems"] for check in found["checks"] if check["problems"]]
+    assert found["counts"] == {"pass": 48, "fail": 0, "skipped": 0}
+    assert all(check["repeated"] == 3 for check in found["checks"])
