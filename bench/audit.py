@@ -8,11 +8,12 @@ compiler serialises, and configurations that are missing or were never compiled.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -192,15 +193,23 @@ def _faults(job: Job, compiled: Compiled, limit: int, core: str) -> Iterator[str
         yield f"serialised products: {compiled.waits} waits for {compiled.products} in the loop"
 
 
+@contextlib.contextmanager
+def compilers(workers: int) -> Iterator[Executor]:
+    """Processes that do not interpret, even where this one does."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        interpret = os.environ.pop("TRITON_INTERPRET", None)
+        try:
+            pool.submit(os.getpid).result()  # all are started with the first task, and inherit the environment
+        finally:
+            if interpret is not None:
+                os.environ["TRITON_INTERPRET"] = interpret
+        yield pool
+
+
 def audit_all(jobs: Sequence[Job], workers: int, cache: Path | None) -> Iterator[Record]:
-    """Records in the order of the jobs, compiled in processes of their own that do not interpret."""
-    interpret = os.environ.pop("TRITON_INTERPRET", None)  # the processes inherit the environment
-    try:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            yield from pool.map(audit, jobs, [cache] * len(jobs))
-    finally:
-        if interpret is not None:
-            os.environ["TRITON_INTERPRET"] = interpret
+    """Records in the order of the jobs."""
+    with compilers(workers) as pool:
+        yield from pool.map(audit, jobs, [cache] * len(jobs))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
