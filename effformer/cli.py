@@ -123,8 +123,8 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         from tqdm import tqdm
 
-        from .extract import Extraction, default_workers
-        from .images import Preprocessing, find_images
+        from .extract import Extraction
+        from .images import Preprocessing, default_workers, find_images
     except ImportError as error:
         raise ImportError(f"{error}: install effformer[image] to run on images") from error
     from .bench.timing import measure
@@ -157,7 +157,7 @@ def _run(arguments: argparse.Namespace) -> int:
         paths,
         preprocessing,
         batch_size=min(arguments.batch_size, len(paths)),
-        workers=default_workers(len(paths)),
+        workers=default_workers(),
         has_head=has_head,
     )
     metadata = {"model": name, "weights": weights, "effformer": __version__}
