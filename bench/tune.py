@@ -47,9 +47,9 @@ from ..kernels.table import (
     read_config,
 )
 from ..ops import why_not_triton
-from ..outcome import NETWORK
+from ..outcome import NETWORK, Check
 from ..testing import accuracy
-from ..verification import OPERATIONS, Check, checks, draw
+from ..verification import OPERATIONS, checks, draw
 from .audit import Job, audit, compilers
 from .timing import kernel_time
 
@@ -79,6 +79,7 @@ def question_of(launch: Launch) -> Question:
     """The question whose answer gave this launch its tiles."""
     constants, arguments = launch.constants, launch.arguments
     rows = arguments.get("rows")
+    sizes: tuple[Any, ...]
     match launch.kernel.fn.__name__:
         case "mlp_kernel":
             operation, source, sizes = (
@@ -97,7 +98,7 @@ def question_of(launch: Launch) -> Question:
             operation, source, sizes = "layer_norm", "x_ptr", (constants["C"], rows)
     tensor = arguments[source]
     assert isinstance(tensor, Tensor)
-    return Question(operation, tensor.dtype, sizes)  # type: ignore[arg-type]
+    return Question(operation, tensor.dtype, sizes)
 
 
 def candidates(question: Question) -> Iterator[Config | None]:

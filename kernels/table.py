@@ -200,7 +200,7 @@ def read_config(found: Any, operation: str, source: str) -> Config | None:
     names = [field.name for field in fields(kind)]
     if not isinstance(found, Mapping) or set(found) != set(names):
         raise ValueError(f"{source}: use: got {found!r}, allowed are exactly the fields {', '.join(names)}")
-    values = {name: _listed(value) if name == "widths" else value for name, value in found.items()}
+    values: dict[str, Any] = {name: _listed(value) if name == "widths" else value for name, value in found.items()}
     for name, value in values.items():
         for number in _listed(value):
             if name == "reload":

@@ -15,7 +15,7 @@ from effformer.kernels import config
 from effformer.kernels.config import shipped_table
 from effformer.kernels.device import CONSUMER, HOPPER, Device
 from effformer.kernels.launch import Launch, recorded
-from effformer.kernels.table import Config, MlpConfig, as_text, read_table
+from effformer.kernels.table import AttentionConfig, Config, MlpConfig, as_text, read_table
 
 from effformer import list_models
 from effformer.verification import Check
@@ -145,7 +145,9 @@ def test_rows_become_bounds(tmp_path: Path) -> None:
         outcome(96, 7, fast, 1.0),
     ):
         state.add(tuned)
-    state.add(tune.Tuned(Question("bias_attention", torch.float16, (49, 128)), None, 2.0, 2.0, 1, {}))
+    state.add(
+        tune.Tuned(Question("bias_attention", torch.float16, (49, 128)), AttentionConfig(64, 64, 4, 1), 2.0, 2.0, 1, {})
+    )
     entries = State(state.path, H200).entries(None)
     assert [(entry.where, entry.use) for entry in entries] == [
         ((("channels", "=", 48), ("rows", "<=", 90)), slow),
