@@ -77,9 +77,10 @@ class Question:
 
 def question_of(launch: Launch) -> Question:
     """The question whose answer gave this launch its tiles."""
-    constants, arguments = launch.constants, launch.arguments
-    rows = arguments.get("rows")
-    sizes: tuple[Any, ...]
+    constants = launch.constants
+    arguments: dict[str, Any] = dict(launch.arguments)
+    rows: int = arguments.get("rows", 0)
+    sizes: tuple[int, ...]
     match launch.kernel.fn.__name__:
         case "mlp_kernel":
             operation, source, sizes = (
