@@ -415,7 +415,9 @@ def test_errors_of_folders(
     classes: str | None,
     message: str,
 ) -> None:
-    monkeypatch.setattr("effformer.cli._network", lambda *_: (narrow(num_classes=2), "narrow", {}, "weights"))
+    monkeypatch.setattr(
+        "effformer.commands.evaluate.network_of", lambda *_: (narrow(num_classes=2), "narrow", {}, "weights")
+    )
     folder, names = tmp_path / "images", tmp_path / "names"
     for file in ("", *files):
         (folder / file).parent.mkdir(exist_ok=True)

@@ -113,7 +113,7 @@ def test_options_choose(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         asked.append(todo)
         return []
 
-    monkeypatch.setattr("effformer.cli.verify", nothing)
+    monkeypatch.setattr("effformer.commands.verify.verify", nothing)
     run(capsys)
     assert {check.operation for check in asked[-1]} == set(OPERATIONS)
     assert {check.dtype for check in asked[-1]} == {torch.float16, torch.bfloat16, torch.float32}
@@ -331,9 +331,8 @@ def test_results_that_differ_from_run_to_run(
         runs.append(self)
         out = self.arguments["out_ptr"]
         assert isinstance(out, Tensor)
-        if len(runs) == 3:  # the last element moves by one bit
-            out[-1, -1, -1, -1] = torch.nextafter(out[-1, -1, -1, -1].float(), torch.tensor(9.0)).item()
-            out.view(torch.int16)[-1, -1, -1, -1] += 1
+        if len(runs) == 3:
+            out.view(torch.int16)[-1, -1, -1, -1] += 1  # one element, by one bit
 
     monkeypatch.setattr(launch.Launch, "run", noisy)
     status, out = run(capsys, *NARROW, "--op", "pool_mixer", "--repeats", "3")
