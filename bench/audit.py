@@ -195,15 +195,18 @@ def _faults(job: Job, compiled: Compiled, limit: int, core: str) -> Iterator[str
 
 @contextlib.contextmanager
 def compilers(workers: int) -> Iterator[Executor]:
-    """Processes that do not interpret, even where this one does."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        interpret = os.environ.pop("TRITON_INTERPRET", None)
-        try:
-            pool.submit(os.getpid).result()  # all are started with the first task, and inherit the environment
-        finally:
-            if interpret is not None:
-                os.environ["TRITON_INTERPRET"] = interpret
+    """Processes that do not interpret, even where this one does. What they have not begun at the end is dropped."""
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        pool.submit(os.getpid).result()  # all are started with the first task, and inherit the environment
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+    try:
         yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def audit_all(jobs: Sequence[Job], workers: int, cache: Path | None) -> Iterator[Record]:

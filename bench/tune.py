@@ -13,26 +13,21 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..kernels import config
 from ..kernels.config import (
     fingerprint,
     preferring,
-    read_user_entries,
-    shipped_table,
-    user_file,
-    write_user_entries,
 )
 from ..kernels.device import Device, device_class, device_of
-from ..kernels.launch import INTERPRETED, Launch, recorded
+from ..kernels.launch import Launch, recorded
 from ..kernels.table import (
     DIMENSIONS,
     DTYPES,
@@ -43,14 +38,12 @@ from ..kernels.table import (
     MlpConfig,
     NormConfig,
     PoolConfig,
-    as_text,
     read_config,
 )
-from ..ops import why_not_triton
-from ..outcome import NETWORK, Check
+from ..outcome import Check
 from ..testing import accuracy
-from ..verification import OPERATIONS, checks, draw
-from .audit import Job, audit, compilers
+from ..verification import draw
+from .audit import Job, Record, audit, compilers
 from .timing import kernel_time
 
 REPEATS = 10
@@ -281,10 +274,13 @@ class _Search:
         tried = list(dict.fromkeys([own, *proposed]))
         refused: Counter[str] = Counter()
         times: dict[Config | None, float] = {}
-        for use, faults in zip(tried, self._audited(question, tried), strict=True):
-            if time.monotonic() > self.deadline:
+        audited = self._audited(question, tried)
+        for use in tried:
+            try:
+                faults = [record.result(self.deadline - time.monotonic()).faults for record in audited[use]]
+            except TimeoutError:
                 return None
-            if faults and use != own:
+            if any(faults) and use != own:
                 refused["refused by the audit"] += 1
             elif reason := self._wrong(question, use):
                 refused[reason] += 1
@@ -304,18 +300,16 @@ class _Search:
             return launches, result
         return [launch for launch in launches if question_of(launch) == question], result
 
-    def _audited(self, question: Question, tried: Sequence[Config | None]) -> Iterator[bool]:
+    def _audited(self, question: Question, tried: Sequence[Config | None]) -> dict[Config | None, list[Future[Record]]]:
+        """The records that are being made of the launches that each of `tried` leads to."""
         dtype = str(question.dtype).removeprefix("torch.")
-        groups = [
-            [
-                Job.of(question.operation, [str(question)], dtype, self.device, launch)
+        return {
+            use: [
+                self.pool.submit(audit, Job.of(question.operation, [str(question)], dtype, self.device, launch))
                 for launch in self._launches(question, use, run=False)[0]
             ]
             for use in tried
-        ]
-        records = [[self.pool.submit(audit, job) for job in group] for group in groups]
-        for group in records:
-            yield any(record.result().faults for record in group)
+        }
 
     def _wrong(self, question: Question, use: Config | None) -> str | None:
         """Why the results with `use` are not to be had, or None."""
@@ -326,7 +320,12 @@ class _Search:
             for _ in range(REPEATS):
                 if not torch.equal(self._launches(question, use, run=True)[1], result):
                     return "not repeatable"
-        except RuntimeError as error:  # what Triton raises for want of resources is one
+        except Exception as error:  # Triton raises many kinds
+            if self.torch_device.type == "cuda":
+                try:
+                    torch.cuda.synchronize(self.torch_device)
+                except RuntimeError:  # the device is lost to this process: nothing after this would mean anything
+                    raise RuntimeError(f"{question}: {use} broke the device: {error}") from error
             return f"failing ({type(error).__name__})"
         return None
 
@@ -345,50 +344,3 @@ def merged(entries: Iterable[Entry], table: Iterable[Entry]) -> list[Entry]:
     entries = list(entries)
     new = {replace(entry, use=None, source="") for entry in entries}
     return entries + [entry for entry in table if replace(entry, use=None, source="") not in new]
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
-def command(
-    models: Sequence[str],
-    dtypes: Sequence[torch.dtype],
-    batch_sizes: Sequence[int],
-    size: tuple[int, int],
-    device: torch.device,
-    *,
-    minutes: float,
-    in_place: Path | None,
-) -> int:
-    """`effformer bench tune`: 0 when all is tuned, 75 (try again) when the time was over first.
-
-    Raises:
-        ValueError: if `device` is no GPU that the kernels run on.
-    """
-    if reason := (why_not_triton(device) or ("Triton interprets here" if INTERPRETED else None)):
-        raise ValueError(f"--device: got {device}, allowed is a GPU that the kernels run on: {reason}")
-    found = device_of(device)
-    state = State(user_file().with_name("tuning.jsonl"), found)
-    operations = [name for name in OPERATIONS if name != NETWORK]
-    todo = [
-        check
-        for batch in sorted(batch_sizes, reverse=True)
-        for check in checks(models, operations, dtypes, size=size, batch_size=batch)
-    ]
-    print(f"{found.name}, {device_class(found)}, triton {triton.__version__}; outcomes go to {state.path}", flush=True)
-    done = True
-    for tuned in tune(todo, device, state, seconds=60 * minutes):
-        done = tuned is not None
-        print(tuned if tuned else "the time is over: the same command goes on from here", flush=True)
-    if in_place is None:
-        write_user_entries(user_file(), _other_cards(found) + state.entries(found.name))
-        print(f"written: {user_file()}")
-    else:
-        in_place.write_text(as_text(merged(state.entries(None), shipped_table().entries)), encoding="utf-8")
-        print(f"written: {in_place}")
-    return 0 if done else os.EX_TEMPFAIL
-
-
-def _other_cards(device: Device) -> list[Entry]:
-    """What the user's file holds for other cards of this machine."""
-    return [entry for entry in read_user_entries(user_file()) if entry.gpu != device.name]

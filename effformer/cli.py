@@ -113,6 +113,33 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="for programs")
     evaluate.set_defaults(command="evaluate")
 
+    bench = commands.add_parser("bench", help="search for the fastest tiles").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    tune = bench.add_parser(
+        "tune",
+        help="search for the fastest tiles on this GPU",
+        formatter_class=formatter,
+        description=(
+            "Time the kernels with other tiles than the table's, at the shapes that they have in a network, and write\n"
+            "the fastest down. Tiles that spill, leave the tensor cores, or take more shared memory than there is are\n"
+            "not run; what runs must be accurate and give the same bits each time. An outcome is kept as soon as it\n"
+            "is there: the same command goes on where it stopped.\n"
+            "Exit status: 0 when all is tuned, 75 when the time was over first."
+        ),
+        epilog="example:\n  effformer bench tune --model efficientformer_l3 --dtype bfloat16 --batch-size 256 1",
+    )
+    tune.add_argument("--model", nargs="+", choices=PRESETS, default=["efficientformer_l1"], help="default: l1")
+    tune.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float16"], help="default: both of 16 "
+                      "bit")  # fmt: skip
+    tune.add_argument("--batch-size", nargs="+", type=_positive, default=[256, 1], metavar="N", help="default: 256 1")
+    tune.add_argument("--size", type=_size, default=(224, 224), metavar="HxW", help="of the images, default: 224x224")
+    tune.add_argument("--device", default="auto", help="cuda, cuda:1, ...; default: cuda")
+    tune.add_argument("--minutes", type=_minutes, default=9.0, metavar="M", help="up to 10, default: %(default)s")
+    tune.add_argument("--in-place", nargs="?", const="", metavar="FILE", help="write a table for every card of this "
+                      "class, the shipped one or FILE, instead of the file of this user and card")  # fmt: skip
+    tune.set_defaults(command="tune")
+
     info = commands.add_parser(
         "info",
         help="models, versions, devices, backend",
@@ -162,6 +189,16 @@ def _count(text: str) -> int:
     if not _is_number(text):
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a whole number of 0 or more")
     return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes <= 10:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are minutes, more than 0, up to 10")
+    return minutes
 
 
 def _is_number(text: str) -> bool:

@@ -89,13 +89,16 @@ def search(state: State, proposed: list[Config | None], times: dict[tuple[int, i
 
 
 def test_the_fastest_that_is_sound_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused before they are timed: one off the tensor cores, one that is wrong, one that gives other bits each time."""
+    """Refused before they are timed: one that raises, one off the tensor cores, one that is wrong, one that gives other bits each time."""
     wrong, moving = MlpConfig(64, 16, True, 4, 1), MlpConfig(32, 32, True, 4, 1)
+    raising = MlpConfig(32, 16, True, 4, 1)
     run = Launch.run
 
     def broken(self: Launch) -> None:
-        run(self)
         tiles = self.configuration["BLOCK_M"], self.configuration.get("BLOCK_H")
+        if tiles == (32, 16):
+            raise MemoryError
+        run(self)
         if tiles == (64, 16):
             self.arguments["out_ptr"].mul_(1.25)  # type: ignore[union-attr]
         if tiles == (32, 32):
@@ -106,12 +109,17 @@ def test_the_fastest_that_is_sound_wins(tmp_path: Path, monkeypatch: pytest.Monk
     state = State(tmp_path / "state.jsonl", H200)
     (tuned,) = search(
         state,
-        [None, GOOD, wrong, moving, REFUSED],
+        [None, GOOD, wrong, moving, raising, REFUSED],
         {(128, 64): 2.0, (64, 32): 1.0, (64, 16): 0.1, (32, 32): 0.1, (64, 64): 0.1},
     )
     assert tuned is not None
     assert (tuned.use, tuned.ms, tuned.table_ms, tuned.tried) == (GOOD, 1.0, 2.0, 3)
-    assert tuned.refused == {"inaccurate": 1, "not repeatable": 1, "refused by the audit": 1}
+    assert tuned.refused == {
+        "inaccurate": 1,
+        "not repeatable": 1,
+        "failing (MemoryError)": 1,
+        "refused by the audit": 1,
+    }
     assert str(tuned).startswith("meta4d float16, channels 32, rows 144: 2000.0 -> 1000.0 us, MlpConfig(block_m=64")
 
     # Nothing is asked twice, in a later process either; other kernels or another card ask again.
