@@ -11,7 +11,7 @@ import torch
 from effformer.bench import tune
 from effformer.bench.shapes import network_launches, unusual_launches
 from effformer.bench.tune import Question, State, candidates, merged, question_of
-from effformer.kernels import config
+from effformer.kernels import config, launch
 from effformer.kernels.config import shipped_table
 from effformer.kernels.device import CONSUMER, HOPPER, Device
 from effformer.kernels.launch import Launch, recorded
@@ -32,18 +32,18 @@ def test_the_question_is_what_the_launch_asked() -> None:
     """Its answer is the launch's configuration, at every shape of the networks."""
     for device in (HOPPER, CONSUMER):
         for dtype in (torch.float16, torch.float32):
-            launches = [launch for *_, launch in unusual_launches(dtype, device)]
+            launches = [one for *_, one in unusual_launches(dtype, device)]
             for name in list_models():
-                launches += [launch for *_, launch in network_launches(name, dtype, device, batch=3)]
-            for launch in launches:
-                question = question_of(launch)
+                launches += [one for *_, one in network_launches(name, dtype, device, batch=3)]
+            for one in launches:
+                question = question_of(one)
                 found = config.answer(question.operation, question.dtype, device, *question.sizes)
                 if isinstance(found, MlpConfig):
-                    of = launch.configuration
+                    of = one.configuration
                     assert of["BLOCK_M"], of["BLOCK_H"] == (found.block_m, found.block_h)
                     assert of["RELOAD"] == found.reload
-                assert launch.num_warps == found.num_warps
-                assert launch.num_stages == getattr(found, "num_stages", launch.num_stages)
+                assert one.num_warps == found.num_warps
+                assert one.num_stages == getattr(found, "num_stages", one.num_stages)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_the_fastest_that_is_sound_wins(tmp_path: Path, monkeypatch: pytest.Monk
 
     def broken(self: Launch) -> None:
         tiles = self.configuration["BLOCK_M"], self.configuration.get("BLOCK_H")
-        if tiles == (32, 16):
+        if tiles == (32, 16) and all(runs for _, runs in launch._recorders):
             raise MemoryError
         run(self)
         if tiles == (64, 16):
