@@ -15,7 +15,7 @@ from effformer.kernels import config, launch
 from effformer.kernels.config import shipped_table
 from effformer.kernels.device import CONSUMER, HOPPER, Device
 from effformer.kernels.launch import Launch, recorded
-from effformer.kernels.table import AttentionConfig, Config, MlpConfig, as_text, read_table
+from effformer.kernels.table import AttentionConfig, Config, LinearConfig, MlpConfig, as_text, read_table
 
 from effformer import list_models
 from effformer.verification import Check
@@ -40,8 +40,10 @@ def test_the_question_is_what_the_launch_asked() -> None:
                 found = config.answer(question.operation, question.dtype, device, *question.sizes)
                 if isinstance(found, MlpConfig):
                     of = one.configuration
-                    assert of["BLOCK_M"], of["BLOCK_H"] == (found.block_m, found.block_h)
+                    assert (of["BLOCK_M"], of["BLOCK_H"]) == (found.block_m, found.block_h)
                     assert of["RELOAD"] == found.reload
+                if isinstance(found, LinearConfig):
+                    assert one.configuration["BLOCK_M"] == found.block_m
                 assert one.num_warps == found.num_warps
                 assert one.num_stages == getattr(found, "num_stages", one.num_stages)
 
