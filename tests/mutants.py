@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("test_kernel_values.py", "test_kernels.py", "test_operators.py", "test_kernel_shapes.py")
+# What concerns these files is looked for first.
+CONFIGURATIONS = ("kernels/config.py", "kernels/device.py", "kernels/table.py")
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,15 @@ MUTANTS = (
     Mutant("tangents silently lost", "effformer/backend.py", "forward_ad._current_level >= 0", "False"),
     Mutant("autocast ignored", "effformer/arguments.py", "return torch.get_autocast_dtype(x.device.type) if", "return x.dtype if"),
     Mutant("autocast's dtype not looked at", "effformer/backend.py", "if reason is None and products and", "if False and"),
+    # configurations
+    Mutant("a class beyond the device's shared memory", "kernels/device.py", "if known.shared_memory <= device.shared_memory and", "if"),
+    Mutant("a class newer than the device", "kernels/device.py", "and known.capability <= device.capability", ""),
+    Mutant("another card's tiles taken", "kernels/table.py", "self.gpu in (None, device.name)", "True"),
+    Mutant("bounds of a shape ignored", "kernels/table.py", "return size <= number", "return True"),
+    Mutant("multiples ignored", "kernels/table.py", "return size % number == 0", "return True"),
+    Mutant("tiles of other kernels taken", "kernels/config.py", 'if found["fingerprint"] != fingerprint():', "if False:"),
+    Mutant("what was tuned here forgotten", "kernels/config.py", "_tuned_table() if device.name else", ""),
+    Mutant("tiles wider than the product", "kernels/config.py", "found.widths if outputs >= whole else", "found.widths if True else"),
     Mutant("unknown activations let through", "effformer/backend.py", "if activation not in TRITON_ACTIVATIONS:", "if False:"),
 )  # fmt: skip
 
@@ -126,11 +137,11 @@ def plant(mutant: Mutant | None, place: Path) -> None:
     file.write_text(text.replace(mutant.old, mutant.new))
 
 
-def red(place: Path) -> str | None:
-    """The first test that fails on the package in `place`, None if all pass."""
+def red(place: Path, tests: tuple[str, ...]) -> str | None:
+    """The first of `tests` that fails on the package in `place`, None if all pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:randomly"]
     done = subprocess.run(
-        [*command, "--hypothesis-seed=0", *(str(ROOT / "tests" / name) for name in TESTS)],
+        [*command, "--hypothesis-seed=0", *(str(ROOT / "tests" / name) for name in tests)],
         cwd=place,
         env={**os.environ, "PYTHONPATH": str(place)},
         capture_output=True,
@@ -153,7 +164,8 @@ def main() -> None:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             plant(mutant, Path(folder))
-            killer = red(Path(folder))
+            first = ("test_configurations.py",) if mutant.file in CONFIGURATIONS else ()
+            killer = red(Path(folder), first + TESTS)
         survived += killer is None
         lines.append(f"{'SURVIVED' if killer is None else 'killed':8} {mutant.fault} ({mutant.file}): {killer or '-'}")
         print(f"{lines[-1]}  [{time.monotonic() - begin:.0f} s]", flush=True)
