@@ -277,14 +277,20 @@ def test_wrong_calls_are_status_2(arguments: list[str]) -> None:
     assert error.value.code == 2
 
 
-def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     status, out, _ = run(capsys, "info")
     assert status == 0
+    assert "tuned" not in out
+    tuned = tmp_path / "effformer" / "configurations.json"
+    tuned.parent.mkdir()
+    tuned.touch()
     for part in ("12.29 M", "31.41 M", "82.23 M", "1.29 G", "448x7x7", torch.__version__, "device cpu", "eager"):
         assert part in out
     status, out, _ = run(capsys, "info", "--size", "512x640", "--json")
     facts = json.loads(out)
     assert facts["size"] == [512, 640]
+    assert facts["tuned_configurations"] == str(tuned)
     assert facts["models"][0]["features"][-1] == [448, 16, 20]
     assert facts["models"][0]["parameters"] == 12_289_928
     assert facts["backends"]["cpu"] == "eager (\"auto\": 'cpu' is no NVIDIA GPU)"

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import torch
 
 from ..config import PRESETS
+from ..kernels.config import user_file
 from ..summary import describe_backend, devices, summarise, versions
 
 
@@ -16,9 +17,11 @@ def main(arguments: argparse.Namespace) -> int:
     height, width = arguments.size
     models = [summarise(name, height, width) for name in PRESETS]
     backends = {name: describe_backend("auto", torch.device(name)) for name in devices()}
+    tuned = str(user_file()) if user_file().exists() else None
     if arguments.json:
         facts = {
             "versions": versions(),
+            "tuned_configurations": tuned,
             "devices": devices(),
             "backends": backends,
             "size": [height, width],
@@ -29,6 +32,8 @@ def main(arguments: argparse.Namespace) -> int:
     print("  ".join(f"{name} {version}" for name, version in versions().items()))
     for name, description in devices().items():
         print(f"device {name}: {description}\n  backend: {backends[name]}")
+    if tuned:
+        print(f"tiles tuned here: {tuned}")
     print(f"\n{'model':<20}{'parameters':>12}{'MACs':>10}   feature maps of an image of {height}x{width}")
     for model in models:
         maps = "  ".join("x".join(map(str, shape)) for shape in model.features)
