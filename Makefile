@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .NOTPARALLEL:
-.PHONY: demo test mutants lint format types clean help
+.PHONY: demo test mutants audit lint format types clean help
 
 help:
 	@echo "make demo    features of a photograph, in an environment made for it"
 	@echo "make test    the test suite"
 	@echo "make mutants planted faults in the kernels, each of which the tests must catch (half an hour)"
+	@echo "make audit   every kernel compiled for every GPU it is for, and held to rules (half an hour, then from a cache)"
 	@echo "make lint    ruff: style and format"
 	@echo "make types   mypy, on the package as it is installed"
 	@echo "make format  let ruff fix what it can"
@@ -37,6 +38,9 @@ test: $(VENV)/dev.stamp
 
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/mutants.py
+
+audit: $(VENV)/dev.stamp
+	$(BIN)/python -m effformer.bench.audit --output bench/results/audit.jsonl
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -1,18 +1,20 @@
 """Compile the kernels without a GPU and read what came out: registers, spills, shared memory, instructions.
 
-`python -m effformer.bench.offline` prints a table for every kernel of L1; --help tells of other models and targets.
-Needs a process that does not interpret (no TRITON_INTERPRET).
+Compiling needs a process that does not interpret (no TRITON_INTERPRET); describing what to compile does not.
 """
 
 from __future__ import annotations
 
-import argparse
+import hashlib
+import importlib
+import inspect
+import json
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,37 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..config import PRESETS
-from ..kernels.attention_mixer import attention_mixer_launches
-from ..kernels.config import AMPERE, BLACKWELL, HOPPER, Device, stand_in
-from ..kernels.launch import INTERPRETED, Launch
-from ..kernels.linear_mlp import linear_mlp_launches
-from ..kernels.meta4d import meta4d_launches
+from ..kernels.launch import Launch
 
-DEVICES = {device.capability: device for device in (AMPERE, HOPPER, BLACKWELL)}
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# By device class. Those of Hopper and Blackwell need tiles of 64 rows; smaller ones take HMMA there, too.
+TENSOR_CORES = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_TENSOR_CORES = ("HGMMA", "UTCHMMA", "HMMA")
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)([^;]*);")
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that a compiled kernel depends on, beside its code: plain data.
+
+    Attributes:
+        kernel: "module:name".
+        types, constants, attributes: what Triton specialises it for; see `source_of`.
+        capability: of the target, 90 for sm_90.
+    """
+
+    kernel: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    num_warps: int
+    num_stages: int
+    capability: int
+
+    @property
+    def without_attributes(self) -> str:
+        """What tells kernels apart whose arguments differ in divisibility alone: equal for those."""
+        return json.dumps([self.kernel, self.types, self.constants, self.num_warps, self.num_stages, self.capability])
 
 
 @dataclass(frozen=True)
@@ -44,25 +64,41 @@ class Compiled:
     Attributes:
         registers: a thread.
         shared_memory: bytes a program.
-        spills: store and load instructions to local memory; `loop_spills` those within the hot loop.
-        tensor_core: name and number of the matrix instructions (the whole kernel).
-        instructions, loop: of the whole kernel, and of its hot loop by name (empty without one).
+        spill_stores, spill_loads: instructions to and from local memory; `loop_spills` both within the hot loop.
+        tensor_cores: name -> number of matrix instructions, in the whole kernel.
+        waits, products: WARPGROUP and HGMMA instructions of the hot loop; see `serialised`.
+        instructions, loop_instructions: of the whole kernel, and of its hot loop (0 without one).
+        loop_mufu: of these, those of the multi-function unit (exponentials, reciprocals).
     """
 
     registers: int
     shared_memory: int
-    spills: int
+    spill_stores: int
+    spill_loads: int
     loop_spills: int
-    tensor_core: tuple[str, int]
-    instructions: Counter[str]
-    loop: Counter[str]
+    tensor_cores: dict[str, int]
+    waits: int
+    products: int
+    instructions: int
+    loop_instructions: int
+    loop_mufu: int
+
+    @property
+    def spills(self) -> int:
+        return self.spill_stores + self.spill_loads
+
+    @property
+    def serialised(self) -> bool:
+        """Whether ptxas waits for each asynchronous product of Hopper's before the next: two waits for one then."""
+        return self.waits > self.products
 
 
-def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
-    """Types, constants and attributes that Triton specialises this launch for; pointers count as aligned."""
+def source_of(launch: Launch, capability: int) -> Source:
+    """What Triton would compile for this launch on sm_<capability>; pointers count as aligned."""
     types: dict[str, str] = {}
     constants, attributes = dict(launch.constants), dict[tuple[int, ...], list[list[Any]]]()
-    for index, name in enumerate(launch.kernel.arg_names):
+    function = launch.kernel.fn
+    for index, name in enumerate(inspect.signature(function).parameters):
         if name in launch.constants:
             types[name] = "constexpr"
             continue
@@ -78,32 +114,58 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
             types[name], divisible = ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return types, constants, attributes
+    kernel = f"{function.__module__}:{function.__name__}"
+    return Source(kernel, types, constants, attributes, launch.num_warps, launch.num_stages, capability)
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
     """Compile for sm_<capability>. Raises what Triton raises, where it cannot."""
-    types, constants, attributes = signature(launch)
-    source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compile_source(source_of(launch, capability))
+
+
+def compile_source(source: Source, cache: Path | None = None) -> Compiled:
+    """Compile, or read what an earlier call found, from files in the folder `cache`. Raises what Triton raises."""
+    module, _, name = source.kernel.partition(":")
+    kernel = getattr(importlib.import_module(module), name)
+    if cache is None:
+        return _compile(kernel, source)
+    reader = inspect.getsource(_compile) + inspect.getsource(_hot_loop) + _INSTRUCTION.pattern
+    key = [kernel.cache_key, repr(source), triton.__version__, reader]
+    file = cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
+    if file.exists():
+        return Compiled(**json.loads(file.read_text(encoding="utf-8")))
+    compiled = _compile(kernel, source)
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(asdict(compiled)), encoding="utf-8")
+    partial.replace(file)
+    return compiled
+
+
+def _compile(kernel: Any, source: Source) -> Compiled:
+    code = ASTSource(fn=kernel, signature=source.types, constexprs=source.constants, attrs=source.attributes)
+    options = {"num_warps": source.num_warps, "num_stages": source.num_stages}
+    compiled = triton.compile(code, target=GPUTarget("cuda", source.capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         (registers,) = re.findall(r"REG:(\d+)", _cuobjdump("--dump-resource-usage", file.name))
         listing = _cuobjdump("-sass", file.name)
-    code = [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, listing.splitlines()) if m]
-    whole = Counter(name for _, name, _ in code)
-    loop = _hot_loop(code)
-    core = next(((name, whole[name]) for name in _TENSOR_CORES if whole[name]), ("none", 0))
+    instructions = [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, listing.splitlines()) if m]
+    whole = Counter(name for _, name, _ in instructions)
+    loop = _hot_loop(instructions)
     return Compiled(
-        int(registers),
-        compiled.metadata.shared,
-        whole["STL"] + whole["LDL"],
-        loop["STL"] + loop["LDL"],
-        core,
-        whole,
-        loop,
+        registers=int(registers),
+        shared_memory=compiled.metadata.shared,
+        spill_stores=whole["STL"],
+        spill_loads=whole["LDL"],
+        loop_spills=loop["STL"] + loop["LDL"],
+        tensor_cores={name: whole[name] for name in sorted(set(TENSOR_CORES.values())) if whole[name]},
+        waits=loop["WARPGROUP"],
+        products=loop["HGMMA"],
+        instructions=whole.total(),
+        loop_instructions=loop.total(),
+        loop_mufu=loop["MUFU"],
     )
 
 
@@ -112,82 +174,19 @@ def _cuobjdump(*arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _hot_loop(code: list[tuple[int, str, str]]) -> Counter[str]:
+def _hot_loop(instructions: list[tuple[int, str, str]]) -> Counter[str]:
     """The instructions of the innermost loop with the most tensor-core instructions."""
+
+    def cores(body: Counter[str]) -> int:
+        return sum(body[name] for name in set(TENSOR_CORES.values()))
+
     best: Counter[str] = Counter()
-    for address, name, operands in code:
+    for address, name, operands in instructions:
         target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
         first = int(target[1], 16) if target else address
         if first >= address:
             continue
-        body = Counter(other for at, other, _ in code if first <= at <= address)
-        cores = sum(body[core] for core in _TENSOR_CORES)
-        most = sum(best[core] for core in _TENSOR_CORES)
-        if not best or cores > most or (cores == most and body.total() < best.total()):
+        body = Counter(other for at, other, _ in instructions if first <= at <= address)
+        if not best or cores(body) > cores(best) or (cores(body) == cores(best) and body.total() < best.total()):
             best = body
     return best
-
-
-def network_launches(
-    name: str, dtype: torch.dtype, device: Device, *, batch: int = 256, size: int = 224
-) -> Iterator[tuple[str, Launch]]:
-    """(stage and operator, launch) of one block of each kind in each stage of a published model; nothing is allocated.
-
-    channels_last maps of [batch, C, size / 4, ...], on `device`.
-    """
-    config = PRESETS[name]
-
-    def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    with stand_in(device):
-        for stage, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
-            side, hidden = size // (4 << stage), int(width * config.mlp_ratio)
-            w1, w2 = empty(hidden, width, of=dtype), empty(width, hidden, of=dtype)
-            c, h = empty(width), empty(hidden)
-            last = stage == len(config.widths) - 1
-            if not last or depth > config.num_vit:
-                x = empty(batch, side, side, width, of=dtype).permute(0, 3, 1, 2)
-                for launch in meta4d_launches(x, c, w1, h, h, w2, c, c, config.act, out=torch.empty_like(x)):
-                    yield f"stage {stage + 1} meta4d", launch
-            if last and config.num_vit:
-                tokens, values = empty(batch, side**2, width, of=dtype), config.num_heads * config.value_dim
-                channels = values + 2 * config.num_heads * config.key_dim
-                qkv, proj = empty(channels, width, of=dtype), empty(width, values, of=dtype)
-                bias, out = empty(config.num_heads, side**2, side**2), torch.empty_like(tokens)
-                heads = (config.num_heads, config.key_dim)
-                vectors = (c, c, qkv, empty(channels), bias, proj, c, c)
-                for launch in attention_mixer_launches(tokens, *vectors, *heads, 1e-5, out=out):
-                    yield f"stage {stage + 1} attention_mixer", launch
-                for launch in linear_mlp_launches(tokens, c, c, w1, h, w2, c, c, config.act, 1e-5, out=out):
-                    yield f"stage {stage + 1} linear_mlp", launch
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="efficientformer_l1", choices=sorted(PRESETS))
-    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90], choices=sorted(DEVICES), metavar="SM")
-    parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16", "float32"], choices=sorted(DTYPES))
-    arguments = parser.parse_args()
-    if INTERPRETED:
-        parser.error("TRITON_INTERPRET is set: this process interprets, and compiles nothing")
-    print(f"triton {triton.__version__}, {arguments.model}, batch 256 at 224x224")
-    columns = ("target", "dtype", "operator", "kernel", "warps", "regs", "shared", "spills", "in loop")
-    widths = (6, 8, 23, 22, 5, 4, 6, 6, 7)
-    head = "  ".join(f"{column:<{width}}" for column, width in zip(columns, widths, strict=True))
-    print(f"{head}  tensor cores  instructions  in loop")
-    for target in arguments.targets:
-        for dtype in arguments.dtypes:
-            for operator, launch in network_launches(arguments.model, DTYPES[dtype], DEVICES[target]):
-                found = compile_launch(launch, target)
-                row = (
-                    *(f"sm_{target}", dtype, operator, launch.kernel.__name__, launch.num_warps),
-                    *(found.registers, found.shared_memory, found.spills, found.loop_spills),
-                )
-                text = "  ".join(f"{value:<{width}}" for value, width in zip(row, widths, strict=True))
-                core = f"{found.tensor_core[1]} {found.tensor_core[0]}"
-                print(f"{text}  {core:<12}  {found.instructions.total():<12}  {found.loop.total()}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -46,3 +46,14 @@ def measure(
         times.append(time.perf_counter() - start)
     deciles = statistics.quantiles(times, n=10, method="inclusive")
     return Timing(1e3 * deciles[1], 1e3 * deciles[4], 1e3 * deciles[7], len(times))
+
+
+def kernel_time(call: Callable[[], object], device: torch.device) -> float:
+    """Median milliseconds of `call`; on a GPU device time by CUDA events, with nothing of an earlier run in L2."""
+    if device.type != "cuda":
+        return measure(call, device).p50
+    from triton.testing import do_bench
+
+    with torch.cuda.device(device):
+        found: float = do_bench(call, warmup=10, rep=50, return_mode="median")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -72,10 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "weights from the hub), 'none' (random weights, seed 0), or 'auto': pretrained if they can be had, else none, "
         "and says so (the default)",
     )
-    run.add_argument("--size", type=_size, metavar="HxW", help="input size, default: the checkpoint's, or 224x224")
-    run.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="default: %(default)s")
-    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
-    run.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: %(default)s")
+    _add_input_options(run)
     run.add_argument("--backend", choices=BACKENDS, default="auto", help="of the fused operations, default: auto")
     run.add_argument("--output", type=Path, metavar="FOLDER", help="write there instead of beside the images")
     run.add_argument("--labels", type=Path, metavar="FILE", help="class names for the top 5, one a line")
@@ -108,6 +106,29 @@ def _parser() -> argparse.ArgumentParser:
     proof.add_argument("--json", action="store_true", help="one JSON document on stdout, for programs")
     proof.set_defaults(command=_verify)
 
+    evaluate = commands.add_parser(
+        "eval",
+        help="accuracy on labelled images",
+        formatter_class=formatter,
+        description=(
+            "Top-1 and top-5 on DIR/class/*.jpg, with eager PyTorch and with Triton (on a CPU with TRITON_INTERPRET=1\n"
+            "alone), the predictions that differ between both, and images per second of the network alone, on batches\n"
+            "that lie on the device. The folders, sorted by name, are the classes 0, 1, ...; every folder and every\n"
+            "image counts. An image that cannot be read is named, the rest goes on, and the exit status is 1."
+        ),
+        epilog="example:\n  effformer eval imagenette2/val --checkpoint pretrained --classes synsets.txt --limit 500",
+    )
+    evaluate.add_argument("folder", type=Path, metavar="DIR", help="holds a folder of images for each class")
+    evaluate.add_argument("--model", choices=PRESETS, help="default: the checkpoint's, or efficientformer_l1")
+    evaluate.add_argument("--checkpoint", required=True, metavar="WEIGHTS", help="file, folder, hub id owner/name, or "
+                          "'pretrained'; with classification heads")  # fmt: skip
+    _add_input_options(evaluate)
+    evaluate.add_argument("--limit", type=_positive, metavar="N", help="N images, evenly spaced over the dataset")
+    evaluate.add_argument("--classes", type=Path, metavar="FILE", help="folder names, one a line, in the order of the "
+                          "network's classes; DIR may lack some of them")  # fmt: skip
+    evaluate.add_argument("--json", action="store_true", help="for programs")
+    evaluate.set_defaults(command=_eval)
+
     info = commands.add_parser(
         "info",
         help="models, versions, devices, backend",
@@ -133,6 +154,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--force", action="store_true", help="replace TARGET if it exists")
     convert.set_defaults(command=_convert)
     return parser
+
+
+def _add_input_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=_size, metavar="HxW", help="input size, default: the checkpoint's, or 224x224")
+    parser.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="default: %(default)s")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -163,8 +191,8 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         from tqdm import tqdm
 
-        from .extract import Extraction, default_workers
-        from .images import Preprocessing, find_images
+        from .extract import Extraction
+        from .images import Preprocessing, default_workers, find_images
     except ImportError as error:
         raise ImportError(f"{error}: install effformer[image] to run on images") from error
     from .bench.timing import measure
@@ -172,7 +200,7 @@ def _run(arguments: argparse.Namespace) -> int:
     paths = find_images(arguments.paths)
     if not paths:
         raise FileNotFoundError(f"no image below {', '.join(map(str, arguments.paths))}")
-    labels = None if arguments.labels is None else _read_labels(arguments.labels)
+    labels = None if arguments.labels is None else _read_lines("--labels", arguments.labels)
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         _refuse_collisions(paths)
@@ -197,7 +225,7 @@ def _run(arguments: argparse.Namespace) -> int:
         paths,
         preprocessing,
         batch_size=min(arguments.batch_size, len(paths)),
-        workers=default_workers(len(paths)),
+        workers=default_workers(),
         has_head=has_head,
     )
     metadata = {"model": name, "weights": weights, "effformer": __version__}
@@ -279,11 +307,11 @@ def _network(name: str | None, checkpoint: str, backend: str) -> tuple[Efficient
     return network, found, hub_config, source
 
 
-def _read_labels(path: Path) -> list[str]:
+def _read_lines(option: str, path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"--labels: {path} is not UTF-8 text ({error})") from error
+        raise ValueError(f"{option}: {path} is not UTF-8 text ({error})") from error
 
 
 def _describe_weights(weights: str, has_head: bool) -> str:
@@ -382,6 +410,71 @@ def _followed(outcomes: Iterator[Outcome], total: int) -> tuple[Iterable[Outcome
     except ImportError:  # it belongs to the extra `image`
         return outcomes, print
     return tqdm(outcomes, total=total, unit="check", disable=None, leave=False), tqdm.write
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    try:
+        from tqdm import tqdm
+
+        from .evaluation import TIMED, evaluate, find_labelled
+        from .images import Preprocessing
+    except ImportError as error:
+        raise ImportError(f"{error}: install effformer[image] to evaluate on images") from error
+
+    if arguments.checkpoint in ("auto", "none"):
+        raise ValueError(f"--checkpoint: got {arguments.checkpoint!r}, allowed are trained weights")
+    classes = None if arguments.classes is None else _read_lines("--classes", arguments.classes)
+    device = _device(arguments.device)
+    with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        network, name, hub_config, weights = _network(arguments.model, arguments.checkpoint, "auto")
+    if not network.num_classes:
+        raise ValueError(f"--checkpoint: got {weights} without classification heads, allowed is one that has both")
+    found = find_labelled(arguments.folder, network.num_classes, classes)
+    images = found if arguments.limit is None else found.spread(arguments.limit)
+    network = network.to(device, _DTYPES[arguments.dtype]).eval()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads lack it
+    preprocessing = Preprocessing.from_config(hub_config)
+    if arguments.size is not None:
+        preprocessing = replace(preprocessing, size=arguments.size)
+    with tqdm(total=len(images.paths), unit="image") as bar:
+        result = evaluate(network, images, preprocessing, batch_size=arguments.batch_size, progress=bar.update)
+
+    for path, reason in result.failures.items():
+        print(f"effformer: {path}: {reason}", file=sys.stderr)
+    if result.failures:
+        print(f"effformer: {len(result.failures)} of {len(images.paths)} images failed", file=sys.stderr)
+    facts = {
+        "model": name,
+        "weights": weights,
+        "device": str(device),
+        "device_name": devices()[str(device)],
+        "dtype": arguments.dtype,
+        "size": list(preprocessing.size),
+        "folder": str(arguments.folder),
+        "class_folders": images.folders,
+        "images_found": len(found.paths),
+        "ignored": list(map(str, found.ignored)),
+        "versions": versions(),
+        "timed": TIMED,
+        **asdict(result),
+        "failures": {str(path): reason for path, reason in result.failures.items()},
+        "changed_share": result.changed_share,
+    }
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return 1 if result.failures else 0
+    height, width = preprocessing.size
+    print(f"model:    {name}, weights: {weights}")
+    print(f"device:   {device} ({facts['device_name']}), {arguments.dtype}")
+    print(f"input:    {height}x{width}, {preprocessing.interpolation}, centre crop {preprocessing.crop_pct}")
+    print(f"images:   {result.images} of {len(found.paths)}, from {images.folders} class folders")
+    if found.ignored:
+        print(f"ignored:  {len(found.ignored)} files that are no images by their names, as {found.ignored[0]}")
+    print(result)
+    return 1 if result.failures else 0
 
 
 # --- info -------------------------------------------------------------------------------------------------------------

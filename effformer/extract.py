@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +9,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from .images import PICTURE_SUFFIX, ImageFiles, Preprocessing, collate, draw_features, open_image
+from .images import PICTURE_SUFFIX, Preprocessing, draw_features, open_image, read_batches
 from .model import EfficientFormer
 
 FEATURES_SUFFIX = ".features.safetensors"
@@ -63,7 +61,7 @@ class Extraction:
 
     Attributes:
         batch_size: images in a forward.
-        workers: processes that decode images.
+        workers: threads that decode images.
         has_head: whether the network's heads are trained, and logits worth returning.
         failures: file -> why it could not be read, or its features not written.
     """
@@ -72,19 +70,14 @@ class Extraction:
     paths: Sequence[Path]
     preprocessing: Preprocessing
     batch_size: int = 16
-    workers: int = 0
+    workers: int = 1
     has_head: bool = False
     failures: dict[Path, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[list[ImageFeatures]]:
         """The features of each batch's readable images, on the network's device."""
-        loader = DataLoader(
-            ImageFiles(self.paths, self.preprocessing),
-            batch_size=self.batch_size,
-            num_workers=self.workers,
-            collate_fn=collate,
-        )
-        for indices, batch, failures in loader:
+        batches = read_batches(self.paths, self.preprocessing, self.batch_size, self.workers)
+        for indices, batch, failures in batches:
             self.failures |= {self.paths[index]: reason for index, reason in failures.items()}
             yield [] if batch is None else self._forward(indices, batch)
 
@@ -111,8 +104,3 @@ class Extraction:
             )
             for row, index in enumerate(indices)
         ]
-
-
-def default_workers(images: int) -> int:
-    """Decoding processes for a run over `images` files: none for a handful, where starting them costs more."""
-    return 0 if images < 32 else min(8, os.cpu_count() or 1)

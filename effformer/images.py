@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,29 +154,45 @@ def open_image(path: Path) -> Image.Image:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-class ImageFiles(torch.utils.data.Dataset[tuple[int, Tensor | str]]):
-    """(index, input [3, H, W]) of each file, or (index, why it cannot be read)."""
+def default_workers() -> int:
+    """Decoding threads: Pillow and torch leave the interpreter while they work, so one a core, and not more than 8."""
+    return min(8, os.cpu_count() or 1)
 
-    def __init__(self, paths: Sequence[Path], preprocessing: Preprocessing) -> None:
-        self.paths = paths
-        self.preprocessing = preprocessing
 
-    def __len__(self) -> int:
-        return len(self.paths)
+def read_batches(
+    paths: Sequence[Path], preprocessing: Preprocessing, batch_size: int, workers: int
+) -> Iterator[tuple[list[int], Tensor | None, dict[int, str]]]:
+    """Images as a network's input, decoded in `workers` threads, two batches ahead of the caller.
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+    Yields:
+        for each `batch_size` paths, in their order: (indices of the images that could be read, batch [B, 3, H, W] or
+        None if none could, index -> reason of those that could not).
+    """
+
+    def read(path: Path) -> Tensor | str:
         try:
-            return index, self.preprocessing(open_image(self.paths[index]))
+            return preprocessing(open_image(path))
         except OSError as error:
-            return index, str(error)
+            return str(error)
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    ahead: deque[tuple[int, list[Future[Tensor | str]]]] = deque()
+    try:
+        for start in range(0, len(paths), batch_size):
+            ahead.append((start, [pool.submit(read, path) for path in paths[start : start + batch_size]]))
+            if len(ahead) > 2:
+                yield _collate(*ahead.popleft())
+        while ahead:
+            yield _collate(*ahead.popleft())
+    finally:  # a caller that stops early must not wait for what it will not see
+        pool.shutdown(cancel_futures=True)
 
 
-def collate(items: list[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
-    """(indices, batch [B, 3, H, W] or None if none could be read, reasons of those that could not)."""
-    readable = [(index, item) for index, item in items if isinstance(item, Tensor)]
-    failures = {index: item for index, item in items if isinstance(item, str)}
-    batch = torch.stack([item for _, item in readable]) if readable else None
-    return [index for index, _ in readable], batch, failures
+def _collate(start: int, reads: Sequence[Future[Tensor | str]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
+    items = {start + offset: read.result() for offset, read in enumerate(reads)}
+    readable = {index: item for index, item in items.items() if isinstance(item, Tensor)}
+    failures = {index: item for index, item in items.items() if isinstance(item, str)}
+    return list(readable), torch.stack(list(readable.values())) if readable else None, failures
 
 
 def draw_features(image: Image.Image, maps: Sequence[Tensor]) -> Image.Image:

@@ -23,7 +23,8 @@ from .config import check_choice, check_count, preset
 from .factory import create_model
 from .model import EfficientFormer, set_backend
 from .ops import why_not_triton
-from .outcome import NETWORK, Check, Outcome, Ran
+from .outcome import NETWORK, Outcome, Ran
+from .outcome import Check as Check
 from .testing import (
     Case,
     accuracy,
@@ -173,7 +174,8 @@ class _Network:
         return exact.forward_features(self.images.double())
 
 
-def _draw(check: Check, device: torch.device, seed: int) -> _Subject:
+def draw(check: Check, device: torch.device, seed: int = 0) -> Case | _Network:
+    """What `check` is about, drawn: it runs on any backend, and in float64."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         if check.operation == NETWORK:
@@ -196,7 +198,7 @@ def _outcome(check: Check, device: torch.device, seed: int, repeats: int) -> Out
     ran: tuple[Ran, ...] = ()
     found, differing, raised = None, 0, None
     try:
-        subject = _draw(check, device, seed)
+        subject = draw(check, device, seed)
         with _float32_as_such():
             with _unwritten_is_nan():
                 with recorded() as launches:

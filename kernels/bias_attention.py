@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import attention_config, device_of
+from .config import attention_config
+from .device import device_of
 from .launch import Launch, dot_precision, run
 from .layout import new_tokens
 from .library import register

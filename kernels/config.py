@@ -1,133 +1,48 @@
-"""Which tile sizes a kernel runs with, by operation, shape, dtype and device. Launchers ask here and nowhere else."""
+"""Which tiles a kernel runs with. Launchers, and with them the audit, the tuner and the tests, ask here alone.
+
+The answers come from a table, `configurations.json`, preceded on a GPU by what `effformer bench tune` measured on that
+very card (`user_file`). Of the entries for an operation the first whose conditions hold counts; tiles shrink to shapes
+that are smaller.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from .device import Device
+from .table import AttentionConfig, Entry, LinearConfig, MlpConfig, NormConfig, PoolConfig, Table, read_json, read_table
+from .table import entries as parse
 
-@dataclass(frozen=True)
-class Device:
-    """What a configuration depends on: compute capability (90 for 9.0), shared memory of a block in bytes."""
-
-    capability: int
-    shared_memory: int
-
-    @property
-    def large(self) -> bool:
-        """A data-centre GPU from Hopper on: 227 KiB of shared memory, and matrix products of whole warpgroups."""
-        return self.shared_memory >= 200_000
+SHIPPED = Path(__file__).with_name("configurations.json")
 
 
-AMPERE = Device(80, 166_912)  # A100
-HOPPER = Device(90, 232_448)  # H100, H200: what is interpreted where there is no GPU
-BLACKWELL = Device(100, 232_448)  # B200
-
-
-@functools.cache
-def _cuda_device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    return Device(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
-
-
-_stand_in = contextvars.ContextVar("stand_in", default=HOPPER)
-
-
-@contextlib.contextmanager
-def stand_in(device: Device) -> Iterator[None]:
-    """Within it, tensors that are on no GPU (interpreted, or meta for compilation) count as being on `device`."""
-    token = _stand_in.set(device)
-    try:
-        yield
-    finally:
-        _stand_in.reset(token)
-
-
-def device_of(device: torch.device) -> Device:
-    """The configuration's view of a torch device."""
-    return _cuda_device(device.index or 0) if device.type == "cuda" else _stand_in.get()
-
-
-@dataclass(frozen=True)
-class MlpConfig:
-    """Fused MLP: rows and hidden channels of a tile. `reload`: the residual is read again instead of kept."""
-
-    block_m: int
-    block_h: int
-    reload: bool
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """Matrix product: rows, columns (powers of two, side by side) and depth of a tile."""
-
-    block_m: int
-    widths: tuple[int, ...]
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Attention: queries and keys of a tile. One tile of keys needs no running maximum."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class RowsConfig:
-    """Kernels without a matrix product: rows and channels of a tile."""
-
-    block_m: int
-    block_c: int
-    num_warps: int
-
-
-def mlp_config(channels: int, dtype: torch.dtype, device: Device) -> MlpConfig | None:
+def mlp_config(operation: str, channels: int, rows: int, dtype: torch.dtype, device: Device) -> MlpConfig | None:
     """The fused MLP's tiles, or None where two matrix products with the hidden in memory are to be taken.
 
-    The accumulator holds all channels of a row: beyond 224 it spills or leaves shared memory.
+    `operation` is "meta4d" or "conv_mlp". The accumulator holds all channels of a row: in 16 bit it spills, or leaves
+    shared memory, beyond 224.
     """
-    if dtype == torch.float32:
-        # float32 products are not tensor cores' work: registers bound the tile.
-        if channels > 96:
-            return None
-        block_m = 64 if channels <= 64 else 32
-        return MlpConfig(block_m, 32, reload=True, num_warps=block_m // 8, num_stages=1)
-    if channels > 224:
-        return None
-    if device.large:
-        if channels <= 48:  # at most 128 registers: two programs a multiprocessor hide each other's loads
-            return MlpConfig(128, 64, reload=False, num_warps=8, num_stages=1)
-        if channels <= 96:
-            return MlpConfig(128, 128 if channels % 32 == 0 else 64, reload=False, num_warps=8, num_stages=2)
-        return MlpConfig(128, 64, reload=True, num_warps=8, num_stages=2)
-    if channels <= 96:
-        return MlpConfig(64, 64, reload=False, num_warps=4, num_stages=2)
-    return MlpConfig(64, 32, reload=True, num_warps=4, num_stages=1 if channels > 192 else 2)
+    return answer(operation, dtype, device, channels, rows)
 
 
-def linear_config(outputs: int, inputs: int, dtype: torch.dtype, device: Device) -> LinearConfig:
-    """Tiles of a [rows, inputs] x [inputs, outputs] product."""
-    if dtype == torch.float32:
-        return LinearConfig(64, (_power(outputs, 128),), 64, num_warps=8, num_stages=2)
-    block_k = _power(inputs, 64)
-    if device.large:
-        if outputs % 224 == 0:
-            return LinearConfig(128, (128, 64, 32), block_k, num_warps=8, num_stages=3)
-        return LinearConfig(128, (_power(outputs, 256),), block_k, num_warps=8, num_stages=3)
-    return LinearConfig(128, (_power(outputs, 128),), _power(inputs, 32), num_warps=8, num_stages=3)
+def linear_config(outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: Device) -> LinearConfig:
+    """Tiles of a [rows, inputs] x [inputs, outputs] product, no larger than it needs."""
+    found: LinearConfig = answer("linear", dtype, device, outputs, inputs, rows)
+    whole = sum(found.widths)
+    widths = found.widths if outputs >= whole else (_power(outputs, 1 << (whole - 1).bit_length()),)
+    return LinearConfig(found.block_m, widths, _power(inputs, found.block_k), found.num_warps, found.num_stages)
 
 
 def attention_config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: Device) -> AttentionConfig:
@@ -140,38 +55,32 @@ def attention_config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dty
     if 64 * widest * dtype.itemsize > device.shared_memory:
         allowed = device.shared_memory // (64 * dtype.itemsize)
         raise ValueError(f"key_dim: got {key_dim}, allowed are up to {allowed} in {dtype} on this GPU")
-    if widest > 256:
-        return AttentionConfig(16, 16, num_warps=4, num_stages=1)
-    if dtype == torch.float32 or widest > 128:
-        block = _power(tokens, 32)
-        return AttentionConfig(block, block, num_warps=block // 4, num_stages=1)
-    if tokens <= 64:
-        block = _power(tokens, 64)
-        return AttentionConfig(block, block, num_warps=4, num_stages=1)
-    if device.large:
-        return AttentionConfig(128, 64, num_warps=8, num_stages=2)
-    return AttentionConfig(64, 64, num_warps=4, num_stages=2)
+    found: AttentionConfig = answer("bias_attention", dtype, device, tokens, widest)
+    block_m, block_n = _power(tokens, found.block_m), _power(tokens, found.block_n)
+    return AttentionConfig(block_m, block_n, found.num_warps, found.num_stages)
 
 
-def pool_config(channels: int, *, dense: bool) -> RowsConfig:
-    """Tiles of pixels by channels, `dense` where channels lie next to each other, and pixels do not."""
-    if not dense:
-        return RowsConfig(128, 8, num_warps=4)  # an address for each element: registers bound the tile
-    without_waste = max(channels & -channels, 16)  # the largest power of two in it
-    block_c = min(without_waste, 64)
-    return RowsConfig(2048 // block_c, block_c, num_warps=4)
+def pool_config(channels: int, rows: int, dtype: torch.dtype, device: Device, *, dense: bool) -> tuple[int, int, int]:
+    """(pixels, channels) of a tile and the warps; `dense` where channels lie next to each other, and pixels do not.
+
+    No more channels than the largest power of two in their number: none are padded.
+    """
+    found: PoolConfig = answer("pool_mixer", dtype, device, channels, int(dense), rows)
+    block_c = min(max(channels & -channels, 16), found.block_c)
+    return max(1, found.elements // block_c), block_c, found.num_warps
 
 
-def norm_config(channels: int) -> RowsConfig:
-    """Whole rows, several where they are short.
+def norm_config(channels: int, rows: int, dtype: torch.dtype, device: Device) -> tuple[int, int, int]:
+    """(rows, channels) of a tile and the warps: whole rows, several where they are short.
 
     Raises:
         ValueError: for rows too long to be kept on chip.
     """
     if channels > 1 << 15:
         raise ValueError(f"x: got {channels} channels, allowed are {1 << 15} for LayerNorm on the kernels")
+    found: NormConfig = answer("layer_norm", dtype, device, channels, rows)
     block_c = _power(channels, 1 << 15)
-    return RowsConfig(max(1, 2048 // block_c), block_c, num_warps=4 if block_c <= 4096 else 8)
+    return max(1, found.elements // block_c), block_c, found.num_warps
 
 
 def _power(size: int, most: int) -> int:
@@ -180,3 +89,81 @@ def _power(size: int, most: int) -> int:
     while power < size and power < most:
         power *= 2
     return power
+
+
+def user_file() -> Path:
+    """The configurations tuned on this machine, under $XDG_CACHE_HOME or ~/.cache."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "effformer" / "configurations.json"
+
+
+def fingerprint() -> dict[str, str]:
+    """What a tuned configuration holds for: the kernels' source and Triton's version."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return {"kernels": digest.hexdigest()[:16], "triton": metadata.version("triton")}
+
+
+def read_user_entries(path: Path) -> list[Entry]:
+    """The entries of a user's file; none, with a warning, if other kernels or another Triton were tuned.
+
+    Raises:
+        ValueError: for a file that is no such file.
+    """
+    if not path.exists():
+        return []
+    found = read_json(path)
+    if not isinstance(found, dict) or set(found) != {"fingerprint", "entries"}:
+        raise ValueError(f"{path}: allowed are the fields fingerprint and entries: delete it, or tune again")
+    if found["fingerprint"] != fingerprint():
+        warnings.warn(
+            f"{path} was tuned for {found['fingerprint']}, and this is {fingerprint()}: it is not used; "
+            "`effformer bench tune` tunes again",
+            stacklevel=2,
+        )
+        return []
+    return parse(found["entries"], path)
+
+
+def write_user_entries(path: Path, entries: Iterable[Entry]) -> None:
+    """Write a user's file, whole or not at all."""
+    text = json.dumps({"fingerprint": fingerprint(), "entries": [entry.as_json() for entry in entries]}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+@functools.cache
+def shipped_table() -> Table:
+    return Table(read_table(SHIPPED))
+
+
+@functools.cache
+def _tuned_table() -> Table:
+    return Table([*read_user_entries(user_file()), *shipped_table().entries])
+
+
+_override = contextvars.ContextVar[Table | None]("override", default=None)
+
+
+@contextlib.contextmanager
+def preferring(*entries: Entry) -> Iterator[Table]:
+    """Within it these entries come before the shipped ones, and a user's are left out: to try them."""
+    table = Table([*entries, *shipped_table().entries])
+    token = _override.set(table)
+    try:
+        yield table
+    finally:
+        _override.reset(token)
+
+
+def answer(operation: str, dtype: torch.dtype, device: Device, *sizes: int) -> Any:
+    """The configuration for an operation of these sizes (`DIMENSIONS[operation]`), as the table has it.
+
+    Raises:
+        LookupError: if the table has none.
+    """
+    table = _override.get() or (_tuned_table() if device.name else shipped_table())
+    return table.find(operation, dtype, device, *sizes).use

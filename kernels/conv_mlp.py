@@ -13,11 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, form, gain
-from .config import MlpConfig, device_of, mlp_config
+from .config import mlp_config
+from .device import device_of
 from .launch import Launch, dot_precision
 from .layout import filled_map, map_rows, new_map, packed
 from .library import register
 from .linear import mlp_products
+from .table import MlpConfig
 from .tiles import channel_mask, channels_of, cut, load_vector, locate, pool_tile, row_offsets, split, width
 
 
@@ -200,10 +202,10 @@ def conv_mlp_launches(
     out: Tensor,
 ) -> list[Launch]:
     """The MLP without pooling: one launch, or two with the hidden activations in memory."""
-    config = mlp_config(x.shape[1], weight1.dtype, device_of(x.device))
+    rows = map_rows(x)
+    config = mlp_config("conv_mlp", rows.channels, rows.count, weight1.dtype, device_of(x.device))
     if config is not None:
         return [mlp_launch(x, None, weight1, scale1, shift1, weight2, scale2, shift2, activation, out, config)]
-    rows = map_rows(x)
     return mlp_products(rows, rows, weight1, scale1, shift1, weight2, scale2, shift2, activation, map_rows(out))
 
 

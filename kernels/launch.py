@@ -39,26 +39,29 @@ class Launch:
         return tiles | chosen | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def run(self) -> None:
-        for record in _records:
+        for record, _ in _recorders:
             record.append(self)
-        if self.grid:
+        if self.grid and all(runs for _, runs in _recorders):
             self.kernel[(self.grid,)](
                 **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
             )
 
 
-_records: list[list[Launch]] = []
+_recorders: list[tuple[list[Launch], bool]] = []
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Every launch of this process within it, in order, whatever thread it comes from; its tensors are kept alive."""
-    record: list[Launch] = []
-    _records.append(record)
+def recorded(*, run: bool = True) -> Iterator[list[Launch]]:
+    """Every launch of this process within it, in order, from whatever thread; without `run` none is carried out.
+
+    A record keeps its launches' tensors alive.
+    """
+    recorder: tuple[list[Launch], bool] = [], run
+    _recorders.append(recorder)
     try:
-        yield record
+        yield recorder[0]
     finally:
-        _records[:] = [other for other in _records if other is not record]
+        _recorders[:] = [other for other in _recorders if other is not recorder]
 
 
 def run(*launches: Launch) -> None:

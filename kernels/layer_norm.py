@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import norm_config
+from .device import device_of
 from .launch import Launch
 from .layout import Rows
 from .tiles import locate, row_offsets
@@ -53,10 +54,10 @@ def layer_norm_kernel(
 
 def layer_norm_launch(x: Rows, weight: Tensor, bias: Tensor, eps: float, out: Rows) -> Launch:
     """weight and bias [C] float32; out in the dtype of the product that follows."""
-    config = norm_config(x.channels)
+    block_m, block_c, num_warps = norm_config(x.channels, x.count, x.tensor.dtype, device_of(x.tensor.device))
     return Launch(
         layer_norm_kernel,
-        -(-x.count // config.block_m),
+        -(-x.count // block_m),
         {
             "x_ptr": x.tensor,
             "weight_ptr": weight,
@@ -73,8 +74,8 @@ def layer_norm_launch(x: Rows, weight: Tensor, bias: Tensor, eps: float, out: Ro
             "C": x.channels,
             "X_FLAT": x.flat,
             "OUT_FLAT": out.flat,
-            "BLOCK_M": config.block_m,
-            "BLOCK_C": config.block_c,
+            "BLOCK_M": block_m,
+            "BLOCK_C": block_c,
         },
-        num_warps=config.num_warps,
+        num_warps=num_warps,
     )

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, form, gain
-from .config import device_of, linear_config
+from .config import linear_config
+from .device import device_of
 from .launch import Launch, dot_precision
 from .layout import Rows, new_rows
 from .tiles import locate, row_offsets, start, width
@@ -121,7 +122,7 @@ def linear_launch(
     """
     assert scale is not None or x_gain == 1
     outputs, inputs = weight.shape
-    config = linear_config(outputs, inputs, weight.dtype, device_of(weight.device))
+    config = linear_config(outputs, inputs, x.count, weight.dtype, device_of(weight.device))
     block_n = sum(config.widths)
     kept = residual or out  # something to take strides from, unread without a residual
     return Launch(

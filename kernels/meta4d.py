@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .config import device_of, mlp_config
+from .config import mlp_config
 from .conv_mlp import mlp_launch
+from .device import device_of
 from .launch import Launch
 from .layout import filled_map, map_rows, new_map, packed
 from .library import register
@@ -32,7 +33,8 @@ def meta4d_launches(
     out: Tensor,
 ) -> list[Launch]:
     """One launch, or three with the mixer's result and the hidden activations in memory."""
-    config = mlp_config(x.shape[1], weight1.dtype, device_of(x.device))
+    rows = map_rows(x)
+    config = mlp_config("meta4d", rows.channels, rows.count, weight1.dtype, device_of(x.device))
     if config is not None:
         return [mlp_launch(x, layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2, activation, out, config)]
     mixed = map_rows(new_map(x))

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import pool_config
+from .device import device_of
 from .launch import Launch, run
 from .layout import map_rows, new_map
 from .library import register
@@ -52,11 +53,12 @@ def pool_mixer_kernel(
 
 def pool_mixer_launch(x: Tensor, layer_scale: Tensor, out: Tensor) -> Launch:
     """x and out [B, C, H, W] of any strides, layer_scale [C] float32."""
-    config = pool_config(x.shape[1], dense=x.stride(1) == 1)
     source, target = map_rows(x), map_rows(out)
+    dense = x.stride(1) == 1
+    block_m, block_c, num_warps = pool_config(source.channels, source.count, x.dtype, device_of(x.device), dense=dense)
     return Launch(
         pool_mixer_kernel,
-        -(-source.count // config.block_m) * -(-source.channels // config.block_c),
+        -(-source.count // block_m) * -(-source.channels // block_c),
         {
             "x_ptr": x,
             "layer_scale_ptr": layer_scale.contiguous(),
@@ -73,10 +75,10 @@ def pool_mixer_launch(x: Tensor, layer_scale: Tensor, out: Tensor) -> Launch:
             "C": source.channels,
             "X_FLAT": source.flat,
             "OUT_FLAT": target.flat,
-            "BLOCK_M": config.block_m,
-            "BLOCK_C": config.block_c,
+            "BLOCK_M": block_m,
+            "BLOCK_C": block_c,
         },
-        num_warps=config.num_warps,
+        num_warps=num_warps,
     )
 
 

@@ -129,9 +129,7 @@ def test_a_folder_with_a_damaged_image(capsys: pytest.CaptureFixture[str], photo
         assert torch.allclose(alone[key], value, rtol=0, atol=1e-4)
 
 
-def test_many_images_are_decoded_in_worker_processes(
-    capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path
-) -> None:
+def test_many_images_are_decoded_ahead(capsys: pytest.CaptureFixture[str], photo: Path, tmp_path: Path) -> None:
     image = Image.open(photo).resize((64, 64))
     for index in range(33):
         image.rotate(index).save(photo.parent / f"{index}.png")

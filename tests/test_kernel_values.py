@@ -10,8 +10,9 @@ import triton.language as tl
 from effformer.bench import fit_gelu
 from effformer.kernels import activation
 from effformer.kernels.activation import activate
-from effformer.kernels.config import AMPERE, BLACKWELL, HOPPER, attention_config, mlp_config, norm_config, stand_in
+from effformer.kernels.config import attention_config, mlp_config, norm_config
 from effformer.kernels.conv_mlp import mlp_launch
+from effformer.kernels.device import AMPERE, BLACKWELL, CONSUMER, HOPPER, stand_in
 from effformer.kernels.launch import run
 from effformer.kernels.layout import map_rows
 from effformer.kernels.linear import linear_launch
@@ -234,7 +235,7 @@ def test_offsets_beyond_32_bits() -> None:
     assert torch.equal(out, Case("pool_mixer", (near, layer_scale)).run("triton"))
 
     out.fill_(NAN)
-    config = mlp_config(48, torch.float16, HOPPER)
+    config = mlp_config("meta4d", 48, 288, torch.float16, HOPPER)
     assert config is not None
     run(mlp_launch(x, layer_scale, *mlp, "gelu", out, config))
     assert torch.equal(out, case.run("triton"))
@@ -301,7 +302,7 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="x: got a map of 65536x32768, allowed are 2147479552 pixels an image"):
         map_rows(torch.empty(1, device="meta").expand(1, 1, 65536, 32768))
     with pytest.raises(ValueError, match="x: got 40000 channels, allowed are 32768 for LayerNorm"):
-        norm_config(40_000)
+        norm_config(40_000, 1, torch.float16, HOPPER)
     with pytest.raises(ValueError, match="key_dim: got 2000, allowed are up to 1816 in torch.float16"):
         attention_config(49, 2000, 32, torch.float16, HOPPER)
 
@@ -320,7 +321,7 @@ def test_channels_split_without_waste() -> None:
         assert channels <= sum(widths) < max(1.34 * channels, channels + 16)
 
 
-@pytest.mark.parametrize("device", [AMPERE, HOPPER, BLACKWELL])
+@pytest.mark.parametrize("device", [AMPERE, CONSUMER, HOPPER, BLACKWELL])
 def test_configurations_for_other_devices_compute_the_same(device: object) -> None:
     with stand_in(device):  # type: ignore[arg-type]
         for channels in (48, 224, 320):

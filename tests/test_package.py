@@ -40,7 +40,12 @@ def test_wheel_holds_effformer_and_nothing_else(tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(target)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"effformer"}
-    for name in ("effformer/py.typed", "effformer/kernels/__init__.py", "effformer/bench/timing.py"):
+    for name in (
+        "effformer/py.typed",
+        "effformer/kernels/__init__.py",
+        "effformer/bench/timing.py",
+        "effformer/kernels/configurations.json",
+    ):
         assert name in names
 
     elsewhere = tmp_path / "elsewhere"

@@ -1,0 +1,260 @@
+"""The table of configurations, which is a file: entries, each for some operations, dtypes, devices and shapes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .device import CLASSES, Device, device_class
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    """Fused MLP: rows and hidden channels of a tile. `reload`: the residual is read again instead of kept."""
+
+    block_m: int
+    block_h: int
+    reload: bool
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Matrix product: rows, columns (powers of two, side by side) and depth of a tile."""
+
+    block_m: int
+    widths: tuple[int, ...]
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Attention: queries and keys of a tile. One tile of keys needs no running maximum."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Pooling alone: elements of a tile, of which up to `block_c` are channels."""
+
+    elements: int
+    block_c: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """LayerNorm: elements of a tile, which has whole rows, one at least."""
+
+    elements: int
+    num_warps: int
+
+
+Config = MlpConfig | LinearConfig | AttentionConfig | PoolConfig | NormConfig
+
+OPERATIONS: dict[str, type[Config]] = {
+    "meta4d": MlpConfig,
+    "conv_mlp": MlpConfig,
+    "linear": LinearConfig,
+    "bias_attention": AttentionConfig,
+    "pool_mixer": PoolConfig,
+    "layer_norm": NormConfig,
+}
+# What a shape consists of, and a condition may be about.
+DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "meta4d": ("channels", "rows"),
+    "conv_mlp": ("channels", "rows"),
+    "linear": ("outputs", "inputs", "rows"),
+    "bias_attention": ("tokens", "width"),
+    "pool_mixer": ("channels", "dense", "rows"),
+    "layer_norm": ("channels", "rows"),
+}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a table: for some operations, device classes and dtypes, `use` where all of `where` holds.
+
+    Attributes:
+        where: (dimension, relation, number); the relations are "=", "<=" and "multiple of".
+        use: None for a fused MLP means: take two matrix products, with the hidden activations in memory.
+        gpu: the one card, by name, that it is for; None for all of the device class.
+        source: where it was read, for messages.
+    """
+
+    operations: tuple[str, ...]
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    where: tuple[tuple[str, str, int], ...]
+    use: Config | None
+    gpu: str | None = None
+    source: str = ""
+
+    def applies(self, operation: str, dtype: torch.dtype, device: Device, shape: Mapping[str, int]) -> bool:
+        return (
+            operation in self.operations
+            and dtype in self.dtypes
+            and self.gpu in (None, device.name)
+            and device_class(device) in self.devices
+            and all(_holds(shape[dimension], relation, number) for dimension, relation, number in self.where)
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """What `read_entry` reads."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        where: dict[str, list[str]] = {}
+        for dimension, relation, number in self.where:
+            where.setdefault(dimension, []).append(f"{relation} {number}")
+        found = {
+            "operation": list(self.operations),
+            "device": list(self.devices),
+            "dtype": [names[dtype] for dtype in self.dtypes],
+            "where": {dimension: held if len(held) > 1 else held[0] for dimension, held in where.items()},
+            "use": None if self.use is None else asdict(self.use),
+        }
+        return found if self.gpu is None else found | {"gpu": self.gpu}
+
+
+def _holds(size: int, relation: str, number: int) -> bool:
+    match relation:
+        case "=":
+            return size == number
+        case "<=":
+            return size <= number
+        case _:
+            return size % number == 0
+
+
+def read_entry(found: Mapping[str, Any], source: str) -> Entry:
+    """An entry from JSON, all of it checked.
+
+    Raises:
+        ValueError: for a field that is missing, unknown or of no allowed value; it names `source`.
+    """
+
+    def allowed(what: str, got: Iterable[Any], known: Iterable[str]) -> tuple[Any, ...]:
+        names, known = _listed(got), tuple(known)
+        if not names or not set(names) <= set(known):
+            raise ValueError(f"{source}: {what}: got {got!r}, allowed are {', '.join(known)}")
+        return names
+
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{source}: got {found!r}, allowed is an object")
+    expected = {"operation", "device", "dtype", "where", "use"}
+    if set(found) - {"gpu"} != expected:
+        raise ValueError(f"{source}: got the fields {sorted(found)}, allowed are {sorted(expected)} and gpu")
+    operations = allowed("operation", found["operation"], OPERATIONS)
+    kinds = {OPERATIONS[operation] for operation in operations}
+    if len(kinds) > 1:
+        raise ValueError(f"{source}: operation: got {operations}, allowed together are those of one kind of tile")
+    where: list[tuple[str, str, int]] = []
+    for dimension, conditions in found["where"].items():
+        for operation in operations:
+            allowed("where", [dimension], DIMENSIONS[operation])
+        for condition in _listed(conditions):
+            parsed = re.fullmatch(r"(?:(=|<=|multiple of) ?)?([0-9]+)", str(condition))
+            if parsed is None or (parsed[1] == "multiple of" and int(parsed[2]) == 0):
+                raise ValueError(
+                    f"{source}: where.{dimension}: got {condition!r}, allowed are '<= N', 'multiple of N' and N"
+                )
+            where.append((dimension, parsed[1] or "=", int(parsed[2])))
+    return Entry(
+        operations,
+        allowed("device", found["device"], CLASSES),
+        tuple(DTYPES[name] for name in allowed("dtype", found["dtype"], DTYPES)),
+        tuple(where),
+        read_config(found["use"], operations[0], source),
+        found.get("gpu"),
+        source,
+    )
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def read_config(found: Any, operation: str, source: str) -> Config | None:
+    """An entry's `use` from JSON.
+
+    Raises:
+        ValueError: for a field that is missing, unknown or of no allowed value; it names `source`.
+    """
+    kind = OPERATIONS[operation]
+    if found is None and kind is MlpConfig:
+        return None
+    names = [field.name for field in fields(kind)]
+    if not isinstance(found, Mapping) or set(found) != set(names):
+        raise ValueError(f"{source}: use: got {found!r}, allowed are exactly the fields {', '.join(names)}")
+    values = {name: _listed(value) if name == "widths" else value for name, value in found.items()}
+    for name, value in values.items():
+        for number in _listed(value):
+            if name == "reload":
+                right, rule = isinstance(number, bool), "true or false"
+            elif name == "num_stages":
+                right, rule = type(number) is int and 1 <= number <= 8, "1 to 8"
+            else:  # Triton's tiles and warps are powers of two
+                right = type(number) is int and number > 0 and number & (number - 1) == 0
+                rule = "powers of two"
+            if not right:
+                raise ValueError(f"{source}: use.{name}: got {value!r}, allowed: {rule}")
+    return kind(**values)
+
+
+class Table:
+    """Entries in the order of precedence. `used`: those that were an answer, with (device class, dtype)."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.entries = tuple(entries)
+        self.used: set[tuple[Entry, str, torch.dtype]] = set()
+        self.find = functools.lru_cache(maxsize=4096)(self._find)
+
+    def _find(self, operation: str, dtype: torch.dtype, device: Device, *sizes: int) -> Entry:
+        shape = dict(zip(DIMENSIONS[operation], sizes, strict=True))
+        for entry in self.entries:
+            if entry.applies(operation, dtype, device, shape):
+                self.used.add((entry, device_class(device), dtype))
+                return entry
+        raise LookupError(f"no configuration for {operation} of {shape}, {dtype}, on {device} ({device_class(device)})")
+
+
+def read_table(path: Path) -> list[Entry]:
+    """The entries of a table file.
+
+    Raises:
+        ValueError: if it holds no list of entries, or a wrong one.
+        OSError: if it cannot be read.
+    """
+    return entries(read_json(path), path)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error})") from error
+
+
+def entries(found: Any, path: Path) -> list[Entry]:
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: got {type(found).__name__}, allowed is a list of entries")
+    return [read_entry(entry, f"{path.name}, entry {index}") for index, entry in enumerate(found, 1)]
+
+
+def as_text(entries: Iterable[Entry]) -> str:
+    """A table file's text: one entry a line."""
+    return "[\n" + ",\n".join("  " + json.dumps(entry.as_json()) for entry in entries) + "\n]\n"

@@ -1,0 +1,222 @@
+"""The table of configurations: what is in it, who gets which entry, and what a wrong file says."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from effformer.bench.audit import TARGETS
+from effformer.bench.shapes import network_launches, unusual_launches
+from effformer.kernels import config
+from effformer.kernels.config import (
+    SHIPPED,
+    answer,
+    linear_config,
+    mlp_config,
+    preferring,
+    read_user_entries,
+    shipped_table,
+    user_file,
+    write_user_entries,
+)
+from effformer.kernels.device import AMPERE, BLACKWELL, CLASSES, CONSUMER, HOPPER, Device, device_class
+from effformer.kernels.table import DTYPES, Entry, LinearConfig, MlpConfig, as_text, read_entry, read_table
+
+from effformer import list_models
+
+ENTRY: dict[str, Any] = {
+    "operation": "meta4d",
+    "device": "sm_90",
+    "dtype": "float16",
+    "where": {"channels": "<= 48"},
+    "use": {"block_m": 128, "block_h": 64, "reload": False, "num_warps": 8, "num_stages": 1},
+}
+H200 = Device(90, 232_448, "NVIDIA H200")
+
+
+# --- devices --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared_memory", "expected"),
+    [
+        (80, 166_912, "sm_80"),  # A100
+        (86, 101_376, "sm_86"),  # RTX 3090
+        (87, 166_912, "sm_80"),  # Orin
+        (89, 101_376, "sm_86"),  # RTX 4090
+        (90, 232_448, "sm_90"),  # H200
+        (100, 232_448, "sm_100"),  # B200
+        (103, 232_448, "sm_100"),  # B300
+        (120, 101_376, "sm_86"),  # RTX 5090
+        (121, 101_376, "sm_86"),  # GB10
+        (130, 300_000, "sm_100"),  # not built yet
+        (130, 120_000, "sm_86"),
+    ],
+)
+def test_an_unknown_device_takes_the_nearest_class_that_fits(
+    capability: int, shared_memory: int, expected: str
+) -> None:
+    found = device_class(Device(capability, shared_memory))
+    assert found == expected
+    assert CLASSES[found].shared_memory <= shared_memory
+
+
+def test_a_device_without_room_is_named() -> None:
+    with pytest.raises(ValueError, match="got Device.capability=75, .*allowed are GPUs with 101376 bytes"):
+        device_class(Device(75, 65_536))
+
+
+# --- the shipped table ----------------------------------------------------------------------------------------------------
+
+
+def test_every_launch_has_an_answer_and_every_entry_a_launch() -> None:
+    """For all published shapes, dtypes and device classes, at large batches and small."""
+    for device in (AMPERE, CONSUMER, HOPPER, BLACKWELL):
+        for dtype in DTYPES.values():
+            with preferring() as table:
+                for name in list_models():
+                    for batch, size in ((256, (224, 224)), (1, (224, 224)), (2, (512, 640))):
+                        assert len(list(network_launches(name, dtype, device, batch=batch, size=size))) > 20
+                list(unusual_launches(dtype, device))
+                known = {entry for entry, _, _ in table.used}
+                expected = {e for e in table.entries if device_class(device) in e.devices and dtype in e.dtypes}
+                assert known == expected
+
+
+def test_the_audit_knows_every_device_class() -> None:
+    assert {device_class(device) for device in TARGETS.values()} == set(CLASSES)
+
+
+def test_no_answer_is_an_error_that_names_the_shape() -> None:
+    table = config.Table([])
+    with pytest.raises(
+        LookupError, match=r"no configuration for linear of {'outputs': 3, 'inputs': 4, 'rows': 5}, torch.float16"
+    ):
+        table.find("linear", torch.float16, HOPPER, 3, 4, 5)
+
+
+def test_the_file_reads_as_it_is_written() -> None:
+    entries = read_table(SHIPPED)
+    again = [read_entry(found, "again") for found in json.loads(as_text(entries))]
+    assert [e.as_json() for e in again] == [e.as_json() for e in entries]
+    assert len({json.dumps(e.as_json() | {"use": None}) for e in entries}) == len(entries), "an entry nobody reaches"
+
+
+# --- precedence and conditions --------------------------------------------------------------------------------------------
+
+
+def entry(**changes: Any) -> Entry:
+    return read_entry(ENTRY | changes, "here")
+
+
+def test_the_first_entry_that_holds_counts() -> None:
+    narrow = MlpConfig(32, 16, True, 4, 3)
+    first = entry(where={"channels": ["<= 96", "multiple of 32"], "rows": "<= 1000"}, use=vars(narrow))
+    second = entry(where={"channels": 40}, use=None)
+    with preferring(first, second):
+        assert mlp_config("meta4d", 64, 1000, torch.float16, HOPPER) == narrow
+        for other in (
+            mlp_config("meta4d", 64, 1001, torch.float16, HOPPER),
+            mlp_config("meta4d", 48, 1000, torch.float16, HOPPER),
+            mlp_config("meta4d", 128, 1000, torch.float16, HOPPER),
+            mlp_config("conv_mlp", 64, 1000, torch.float16, HOPPER),
+            mlp_config("meta4d", 64, 1000, torch.bfloat16, HOPPER),
+            mlp_config("meta4d", 64, 1000, torch.float16, AMPERE),
+        ):
+            assert other not in (None, narrow)
+        assert mlp_config("meta4d", 40, 7, torch.float16, HOPPER) is None
+    assert mlp_config("meta4d", 64, 1000, torch.float16, HOPPER) != narrow
+
+
+def test_tiles_shrink_to_the_shape() -> None:
+    wide = {"block_m": 128, "widths": [128, 64, 32], "block_k": 64, "num_warps": 8, "num_stages": 3}
+    with preferring(entry(operation="linear", where={}, use=wide)):
+        assert linear_config(224, 100, 9, torch.float16, HOPPER).widths == (128, 64, 32)
+        assert linear_config(223, 100, 9, torch.float16, HOPPER).widths == (256,)
+        assert linear_config(20, 30, 9, torch.float16, HOPPER) == LinearConfig(128, (32,), 32, 8, 3)
+
+
+# --- a user's file --------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_tuned_counts_on_that_card_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned = MlpConfig(64, 32, True, 4, 3)
+    write_user_entries(user_file(), [entry(use=vars(tuned), gpu="NVIDIA H200")])
+    assert user_file().is_relative_to(tmp_path)
+    config._tuned_table.cache_clear()
+    try:
+        question = "meta4d", torch.float16
+        assert answer(*question, H200, 48, 9) == tuned
+        shipped = shipped_table().find(*question, HOPPER, 48, 9).use
+        assert shipped != tuned
+        assert answer(*question, Device(90, 232_448, "NVIDIA H100"), 48, 9) == shipped
+        assert answer(*question, HOPPER, 48, 9) == shipped, "what stands in for a GPU is not that card"
+        with preferring():
+            assert answer(*question, H200, 48, 9) == shipped
+    finally:
+        config._tuned_table.cache_clear()
+
+
+def test_what_was_tuned_for_other_kernels_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "configurations.json"
+    assert read_user_entries(path) == []
+    write_user_entries(path, [entry(gpu="NVIDIA H200")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read_user_entries(path)) == 1
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"fingerprint": {**found["fingerprint"], "triton": "1.0"}}))
+    with pytest.warns(UserWarning, match=r"was tuned for .*'triton': '1.0'.* it is not used; `effformer bench tune`"):
+        assert read_user_entries(path) == []
+
+
+def test_a_file_that_is_none_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "configurations.json"
+    for text, message in (
+        ("[", "no JSON"),
+        ("[]", "allowed are the fields fingerprint and entries: delete it"),
+        ('{"entries": []}', "allowed are the fields fingerprint and entries"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_user_entries(path)
+    path.write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="got dict, allowed is a list"):
+        read_table(path)
+
+
+# --- wrong entries --------------------------------------------------------------------------------------------------------
+
+USE = ENTRY["use"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"operation": "meta5d"}, "operation: got 'meta5d', allowed are meta4d, conv_mlp, linear"),
+        ({"operation": ["meta4d", "linear"]}, "allowed together are those of one kind of tile"),
+        ({"device": ["sm_90", "sm_91"]}, "device: got ['sm_90', 'sm_91'], allowed are sm_80, sm_86, sm_90, sm_100"),
+        ({"device": []}, "device: got [], allowed are"),
+        ({"dtype": "half"}, "dtype: got 'half', allowed are float16, bfloat16, float32"),
+        ({"where": {"tokens": 4}}, "where: got ['tokens'], allowed are channels, rows"),
+        ({"where": {"channels": "< 48"}}, "where.channels: got '< 48', allowed are '<= N', 'multiple of N' and N"),
+        ({"where": {"channels": "multiple of 0"}}, "where.channels: got 'multiple of 0'"),
+        ({"use": None, "operation": "linear", "where": {}}, "use: got None, allowed are exactly the fields block_m, widths"),
+        ({"use": {"block_m": 64}}, "allowed are exactly the fields block_m, block_h, reload, num_warps, num_stages"),
+        ({"use": USE | {"block_m": 96}}, "use.block_m: got 96, allowed: powers of two"),
+        ({"use": USE | {"num_warps": True}}, "use.num_warps: got True, allowed: powers of two"),
+        ({"use": USE | {"num_stages": 0}}, "use.num_stages: got 0, allowed: 1 to 8"),
+        ({"use": USE | {"reload": 1}}, "use.reload: got 1, allowed: true or false"),
+        ({"colour": "red"}, "got the fields ['colour', 'device', 'dtype', 'operation', 'use', 'where'], allowed are"),
+    ],
+)  # fmt: skip
+def test_a_wrong_entry_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_entry(ENTRY | changes, "table.json, entry 7")
+    assert str(error.value).startswith("table.json, entry 7: ")
