@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from .config import check_choice, check_count, preset
 from .factory import create_model
 from .model import EfficientFormer, set_backend
 from .ops import why_not_triton
-from .outcome import NETWORK, Check, Outcome, Ran
+from .outcome import NETWORK, Outcome, Ran
+from .outcome import Check as Check
 from .testing import (
     Case,
     accuracy,
@@ -145,13 +146,6 @@ def why_not_verified(device: torch.device, dtype: torch.dtype | None = None) -> 
     if INTERPRETED and device.type != "cpu":
         return "TRITON_INTERPRET is set: the kernels would be interpreted, and not run on the GPU"
     return None
-
-
-class _Subject(Protocol):
-    """What can be run on any backend, and in float64."""
-
-    def run(self, backend: str) -> Tensor: ...
-    def exact(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
