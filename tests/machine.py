@@ -84,6 +84,12 @@ def same(one: torch.Tensor, other: torch.Tensor) -> None:
         )
 
 
+def finite(x: torch.Tensor) -> None:
+    """No NaN, no infinity."""
+    if count := int((~x.isfinite()).sum()):
+        raise AssertionError(f"{count} of {x.numel()} elements are not finite")
+
+
 def id_of(value: object) -> str | None:
     """Names of dtypes in tests' ids; others as pytest has them."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None

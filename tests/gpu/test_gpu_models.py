@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernel_device")]
 SIZES = [(2, 64, 96)] if REHEARSED else [(8, 224, 224), (2, 512, 640), (3, 97, 161)]
 
 
-def check(model: EfficientFormer, x: torch.Tensor) -> None:
+def check(name: str, model: EfficientFormer, x: torch.Tensor) -> None:
     """The feature maps, all four, and the logits, by the accuracy rule; `model` ends up in float64, on eager."""
     triton = [model(x), *model.forward_intermediates(x, intermediates_only=True)]
     set_backend(model, "eager")
@@ -29,7 +29,7 @@ def check(model: EfficientFormer, x: torch.Tensor) -> None:
         assert its_exact.std() > 0.1
         found = accuracy(result, its_exact, its_eager)
         part = f"stage {index}" if index else "logits"
-        measured(f"network of {sum(model.config.depths)} blocks", result, found)
+        measured(name, result, found)
         if not found.passes():
             wrong.append(f"{part}: {found}")
     assert not wrong, "\n".join(wrong)
@@ -42,7 +42,7 @@ def check(model: EfficientFormer, x: torch.Tensor) -> None:
 def test_whole_network(name: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
     batch, height, width = size
     model = network(name, dtype, "triton").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    check(model, draw_map((batch, 3, height, width), dtype))
+    check(name, model, draw_map((batch, 3, height, width), dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
@@ -50,7 +50,7 @@ def test_whole_network(name: str, size: tuple[int, int, int], dtype: torch.dtype
 def test_contiguous_images(dtype: torch.dtype) -> None:
     """As in a network that nobody turned to channels_last: blocks copy maps, or pool them where they lie."""
     batch, height, width = SIZES[0]
-    check(network(MODELS[0], dtype, "triton"), draw_map((batch, 3, height, width), dtype, "contiguous"))
+    check(MODELS[0], network(MODELS[0], dtype, "triton"), draw_map((batch, 3, height, width), dtype, "contiguous"))
 
 
 @pytest.mark.parametrize("name", MODELS)
