@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .NOTPARALLEL:
-.PHONY: demo test mutants audit lint format types clean help
+.PHONY: demo test gpu mutants audit lint format types clean help
 
 help:
 	@echo "make demo    features of a photograph, in an environment made for it"
 	@echo "make test    the test suite"
+	@echo "make gpu     the GPU's tests, by the Python that PYTHON names, with what is installed there (10 minutes)"
 	@echo "make mutants planted faults in the kernels, each of which the tests must catch (half an hour)"
 	@echo "make audit   every kernel compiled for every GPU it is for, and held to rules (half an hour, then from a cache)"
 	@echo "make lint    ruff: style and format"
@@ -34,7 +35,16 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/effformer run demo/astronaut.png
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal -m "not gpu"
+
+# Nothing is downloaded, nothing installed into PYTHON: a machine with a GPU has its own torch and triton, and may have
+# no network. LIMIT is in seconds, SUITE holds further arguments of tests/gpu/suite.py.
+LIMIT ?= 530
+gpu:
+	rm -rf build/gpu build/lib build/bdist.*
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action ignore \
+		--no-deps --no-build-isolation --no-index -c constraints.txt --target build/gpu .
+	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P tests/gpu/suite.py --limit $(LIMIT) $(SUITE)
 
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/mutants.py

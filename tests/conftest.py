@@ -1,11 +1,14 @@
-"""Tests run on a CPU by default: the Triton interpreter is switched on where there is no GPU."""
+"""Tests run on a CPU, but for those of the kernels, which run on a GPU where there is one (see machine.py).
+
+Where there is none, Triton's interpreter is switched on, and tests marked `gpu` are skipped.
+"""
 
 from __future__ import annotations
 
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +57,47 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    marked = [item for item in items if item.get_closest_marker("gpu")]  # `keywords` has folders' names, too
+    if not marked:
         return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+    from machine import ON_GPU, REHEARSED
+
+    if ON_GPU:
+        return
+    reason = "TRITON_INTERPRET is set" if torch.cuda.is_available() else "no NVIDIA GPU"
+    for item in marked:
+        if not REHEARSED:
+            item.add_marker(pytest.mark.skip(reason=reason))
+        elif item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=f"{reason}, and nothing to rehearse without"))
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def kernel_device(record_property: Callable[[str, object], None]) -> Iterator[None]:
+    """What a test draws lies where the kernels run; float32 is float32 there; what was measured is reported."""
+    from machine import DEVICE, notes
+
+    # PyTorch lets convolutions round float32 to TF32, which is eager's error many times over. (The newer flags,
+    # `fp32_precision`, cannot be read through the older ones any more, once set; these can be read through both.)
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_default_device(DEVICE)
+    torch.empty(1)  # CUDA starts here, and not within what a test times
+    notes()
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        for note in notes():
+            record_property("errors", note)
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # other workers want memory, too
 
 
 @pytest.fixture

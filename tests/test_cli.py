@@ -20,6 +20,12 @@ from effformer.images import Preprocessing, draw_features, find_images, open_ima
 from effformer.testing import randomise
 
 
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests stay on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     """A picture with structure at every scale, 300x400."""

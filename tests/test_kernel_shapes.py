@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import machine
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from machine import check
 
 from effformer.backend import TRITON_ACTIVATIONS
 from effformer.testing import (
     LAYOUTS,
-    Case,
     attention_mixer_case,
     bias_attention_case,
     conv_mlp_case,
@@ -24,10 +26,18 @@ from effformer.testing import (
     pool_mixer_case,
 )
 
-DTYPES = st.sampled_from([torch.float16, torch.float32])
+DTYPES = st.sampled_from(machine.DTYPES)
 ACTIVATIONS = st.sampled_from(TRITON_ACTIVATIONS)
 SEEDS = st.integers(0, 2**31 - 1)
 drawn = settings(max_examples=200, deadline=None, database=None)
+if machine.ON_GPU:  # where nearly every example is compiled, for some seconds: fewer, and none to shrink a failure
+    drawn = settings(
+        drawn,
+        max_examples=25,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+pytestmark = pytest.mark.usefixtures("kernel_device")
 
 
 @st.composite
@@ -47,11 +57,6 @@ def tokens(draw: Any) -> torch.Tensor:
     torch.manual_seed(draw(SEEDS))
     x = torch.randn(shape).to(draw(DTYPES))
     return x if draw(st.booleans()) else x.mT.contiguous().mT
-
-
-def check(case: Case) -> None:
-    found = case.accuracy("triton")
-    assert found.passes(), found
 
 
 @drawn

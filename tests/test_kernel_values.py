@@ -7,17 +7,18 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from effformer.bench import fit_gelu
 from effformer.kernels import activation
+from effformer.kernels import device as devices
 from effformer.kernels.activation import activate
 from effformer.kernels.config import attention_config, mlp_config, norm_config
 from effformer.kernels.conv_mlp import mlp_launch
-from effformer.kernels.device import AMPERE, BLACKWELL, CONSUMER, HOPPER, stand_in
+from effformer.kernels.device import AMPERE, BLACKWELL, CONSUMER, HOPPER, Device, device_of, stand_in
 from effformer.kernels.launch import run
 from effformer.kernels.layout import map_rows
 from effformer.kernels.linear import linear_launch
 from effformer.kernels.pool_mixer import pool_mixer_launch
 from effformer.kernels.tiles import split
+from machine import DEVICE, DTYPES, ON_GPU, check, room, same
 
 from effformer import reference
 from effformer.testing import (
@@ -32,12 +33,7 @@ from effformer.testing import (
 )
 
 NAN, INF = float("nan"), float("inf")
-DTYPES = [torch.float16, torch.float32]
-
-
-def check(case: Case) -> None:
-    found = case.accuracy("triton")
-    assert found.passes(), found
+pytestmark = pytest.mark.usefixtures("kernel_device")
 
 
 # --- GELU -----------------------------------------------------------------------------------------------------------------
@@ -92,6 +88,9 @@ def test_activations_of_what_is_not_finite(form: str) -> None:
 
 
 def test_the_coefficients_are_derived() -> None:
+    pytest.importorskip("scipy")
+    from effformer.bench import fit_gelu
+
     found = fit_gelu.fit(3, activation.EXP3_CAP.value)
     assert np.allclose(found.coefficients, activation.EXP3.value, rtol=0, atol=1e-6)
     assert found.error < 1.17e-4
@@ -218,8 +217,13 @@ FAR = 2**31 + 64
 def far_apart(shape: tuple[int, int, int, int]) -> torch.Tensor:
     """[2, C, H, W] channels_last, its two images FAR elements apart: 4 GiB of addresses, hardly any memory."""
     _, channels, height, width = shape
-    storage = torch.empty(FAR + channels * height * width, dtype=torch.float16)
-    return storage.as_strided(shape, (FAR, 1, width * channels, channels))
+    return far_storage(channels * height * width).as_strided(shape, (FAR, 1, width * channels, channels))
+
+
+def far_storage(more: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """FAR elements and `more`."""
+    room(2 * FAR * dtype.itemsize)
+    return torch.empty(FAR + more, dtype=dtype)
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -228,22 +232,22 @@ def test_offsets_beyond_32_bits() -> None:
     x.copy_(near)
     case = meta4d_case(near, 96)
     layer_scale, *mlp = case.arguments[1:]
-    assert torch.equal(Case("meta4d", (x, layer_scale, *mlp), case.options).run("triton"), case.run("triton"))
+    same(Case("meta4d", (x, layer_scale, *mlp), case.options).run("triton"), case.run("triton"))
 
     out.fill_(NAN)
     run(pool_mixer_launch(x, layer_scale, out))
-    assert torch.equal(out, Case("pool_mixer", (near, layer_scale)).run("triton"))
+    same(out, Case("pool_mixer", (near, layer_scale)).run("triton"))
 
     out.fill_(NAN)
-    config = mlp_config("meta4d", 48, 288, torch.float16, HOPPER)
+    config = mlp_config("meta4d", 48, 288, torch.float16, device_of(x.device))
     assert config is not None
     run(mlp_launch(x, layer_scale, *mlp, "gelu", out, config))
-    assert torch.equal(out, case.run("triton"))
+    same(out, case.run("triton"))
 
     out.fill_(NAN)
     weight, shift = torch.eye(48).half(), torch.zeros(48)
     run(linear_launch(map_rows(x), weight, None, shift, map_rows(out), residual=map_rows(x)))
-    assert torch.equal(out, 2 * near)
+    same(out, 2 * near)
 
 
 @pytest.mark.parametrize("far", ["lines", "columns", "channels", "dense rows"])
@@ -259,13 +263,10 @@ def test_any_stride_may_be_far(far: str) -> None:
         "dense rows": (0, FAR // (width - 1), 1),
     }[far]
     step = 200 if far != "dense rows" else 0
-    storage = torch.empty(FAR + 1000, dtype=torch.float16)
-    x = storage.as_strided(shape, (step, strides[2], strides[0], strides[1]))
+    x = far_storage(1000).as_strided(shape, (step, strides[2], strides[0], strides[1]))
     x.copy_(near)
     for case in (pool_mixer_case(near), meta4d_case(near, 9)):
-        assert torch.equal(
-            Case(case.operation, (x, *case.arguments[1:]), case.options).run("triton"), case.run("triton")
-        )
+        same(Case(case.operation, (x, *case.arguments[1:]), case.options).run("triton"), case.run("triton"))
 
 
 @pytest.mark.parametrize("far", ["images", "tokens", "channels"])
@@ -279,20 +280,19 @@ def test_attention_offsets_beyond_32_bits(tokens: int, far: str) -> None:
         "tokens": (channels, FAR // (tokens - 1), 1),
         "channels": (tokens, 1, FAR // (channels - 1)),
     }[far]
-    storage = torch.empty(FAR + near.numel(), dtype=torch.float16)
-    x = storage.as_strided(near.shape, strides)
+    x = far_storage(near.numel()).as_strided(near.shape, strides)
     x.copy_(near)
-    assert torch.equal(Case("bias_attention", (x, bias), case.options).run("triton"), case.run("triton"))
+    same(Case("bias_attention", (x, bias), case.options).run("triton"), case.run("triton"))
 
 
 def test_bias_offsets_beyond_32_bits() -> None:
     case = bias_attention_case(1, 9, torch.float32, num_heads=3, key_dim=4, value_dim=6)
     qkv, bias = case.arguments
-    storage = torch.empty(FAR + 100, dtype=torch.float32)
+    storage = far_storage(100, torch.float32)
     for strides in ((FAR // 2, 9, 1), (100, FAR // 8 - 100, 1)):
         far = storage.as_strided(bias.shape, strides)
         far.copy_(bias)
-        assert torch.equal(Case("bias_attention", (qkv, far), case.options).run("triton"), case.run("triton"))
+        same(Case("bias_attention", (qkv, far), case.options).run("triton"), case.run("triton"))
 
 
 # --- limits that are errors -----------------------------------------------------------------------------------------------
@@ -322,8 +322,13 @@ def test_channels_split_without_waste() -> None:
 
 
 @pytest.mark.parametrize("device", [AMPERE, CONSUMER, HOPPER, BLACKWELL])
-def test_configurations_for_other_devices_compute_the_same(device: object) -> None:
-    with stand_in(device):  # type: ignore[arg-type]
+def test_configurations_for_other_devices_compute_the_same(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, as far as its shared memory goes."""
+    if ON_GPU:
+        if device.shared_memory > device_of(DEVICE).shared_memory:
+            pytest.skip("more shared memory than this GPU has")
+        monkeypatch.setattr(devices, "_cuda_device", lambda index: device)
+    with stand_in(device):
         for channels in (48, 224, 320):
             check(meta4d_case(draw_map((2, channels, 9, 11), torch.float16), 2 * channels))
         check(attention_mixer_case(torch.randn(2, 80, 48).half(), num_heads=2, key_dim=16, value_dim=24))

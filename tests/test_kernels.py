@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import machine
 import pytest
 import torch
+from machine import DTYPES
 
 from effformer.testing import (
     LAYOUTS,
@@ -24,8 +26,8 @@ from effformer.testing import (
 
 L1, L3, L7 = (48, 96, 224, 448), (64, 128, 320, 512), (96, 192, 384, 768)
 WIDTHS = sorted({*L1, *L3, *L7})
-DTYPES = [torch.float16, torch.float32]  # the interpreter has no bfloat16
 SIZE = (2, 11, 13)  # 286 pixels: 2 tiles of 128 rows and 30 rows
+pytestmark = pytest.mark.usefixtures("kernel_device")
 
 
 def image(channels: int, dtype: torch.dtype, layout: str = "channels_last") -> torch.Tensor:
@@ -35,11 +37,7 @@ def image(channels: int, dtype: torch.dtype, layout: str = "channels_last") -> t
 
 def check(case: Case, ulps: float = 0.0) -> None:
     """The accuracy rule, without its allowance of 2 ulp unless asked for: real widths need none."""
-    found = case.accuracy("triton")
-    assert found.passes(ulps), found
-    assert found.max_error > 0 or found.eager_max_error == 0, (
-        "a result that is exactly float64's was not computed in this dtype"
-    )
+    machine.check(case, ulps)
 
 
 # --- layouts -------------------------------------------------------------------------------------------------------------
@@ -77,7 +75,7 @@ def test_attention_reads_strided_arguments() -> None:
     wide = torch.zeros(2, 140, 2 * qkv.shape[2], dtype=qkv.dtype)
     wide[:, ::2, 1::2] = qkv
     strided = Case(case.operation, (wide[:, ::2, 1::2], bias.mT.contiguous().mT), case.options)
-    assert torch.equal(strided.run("triton"), case.run("triton"))
+    machine.same(strided.run("triton"), case.run("triton"))
     shared = Case(case.operation, (qkv[:1].expand(2, -1, -1), bias[:1].expand(3, -1, -1)), case.options)
     check(shared, ulps=0.5)
 
@@ -85,7 +83,7 @@ def test_attention_reads_strided_arguments() -> None:
 def test_weights_and_vectors_may_be_strided() -> None:
     case = meta4d_case(image(48, torch.float16), 96)
     strided = tuple(_strided(argument) for argument in case.arguments[1:])
-    assert torch.equal(Case("meta4d", (case.arguments[0], *strided), case.options).run("triton"), case.run("triton"))
+    machine.same(Case("meta4d", (case.arguments[0], *strided), case.options).run("triton"), case.run("triton"))
 
 
 def _strided(x: torch.Tensor) -> torch.Tensor:

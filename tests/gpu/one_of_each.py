@@ -1,0 +1,78 @@
+"""Runs each kernel once, at sizes that fit no tile, and prints a digest of each result: one_of_each.py DTYPE
+
+For processes of their own: those that start at once, and those under compute-sanitizer. On the GPU nothing runs but
+the kernels: arguments are drawn and results compared on the CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+
+import torch
+from effformer.kernels.launch import INTERPRETED
+
+from effformer.testing import (
+    Case,
+    accuracy,
+    attention_mixer_case,
+    bias_attention_case,
+    conv_mlp_case,
+    draw_map,
+    linear_mlp_case,
+    meta4d_case,
+    pool_mixer_case,
+)
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    heads = {"num_heads": 2, "key_dim": 16, "value_dim": 24}
+    tokens = torch.randn(2, 70, 40).to(dtype)
+    maps = [draw_map((2, channels, 9, 11), dtype) for channels in (48, 61)]
+    return [
+        *(pool_mixer_case(x) for x in maps),
+        pool_mixer_case(draw_map((2, 61, 9, 11), dtype, "contiguous")),
+        *(meta4d_case(x, 100) for x in maps),
+        conv_mlp_case(maps[0], 96),
+        meta4d_case(draw_map((2, 96, 9, 11), dtype), 384),
+        meta4d_case(draw_map((2, 224, 5, 3), dtype), 224),
+        meta4d_case(draw_map((2, 230, 5, 27), dtype), 300),
+        meta4d_case(draw_map((2, 448, 5, 3), dtype), 448),
+        bias_attention_case(2, 49, dtype, num_heads=2, key_dim=32, value_dim=128),
+        bias_attention_case(2, 150, dtype, num_heads=2, key_dim=32, value_dim=128),
+        attention_mixer_case(tokens, **heads),
+        linear_mlp_case(tokens, 100),
+    ]
+
+
+def on_device(x: torch.Tensor) -> torch.Tensor:
+    """A copy with x's strides, made by copying memory: no kernel runs for it."""
+    order = sorted(range(x.ndim), key=lambda dim: -x.stride(dim))
+    back = sorted(range(x.ndim), key=lambda position: order[position])
+    return x.permute(order).contiguous().to(DEVICE).permute(back)
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.manual_seed(0)
+    for case in cases(getattr(torch, sys.argv[1])):
+        moved = Case(case.operation, tuple(map(on_device, case.arguments)), case.options)
+        result = on_cpu(moved.run("triton"))
+        found = accuracy(result, case.exact(), case.run("eager"))
+        bits = result.contiguous().view(torch.uint8).numpy().tobytes()
+        shape = "x".join(map(str, case.arguments[0].shape))
+        print(case.operation, shape, hashlib.sha256(bits).hexdigest()[:16], flush=True)
+        if not found.passes():
+            raise SystemExit(f"{case.operation} {shape}: {found}")
+
+
+def on_cpu(x: torch.Tensor) -> torch.Tensor:
+    order = sorted(range(x.ndim), key=lambda dim: -x.stride(dim))
+    back = sorted(range(x.ndim), key=lambda position: order[position])
+    return x.permute(order).cpu().permute(back)
+
+
+if __name__ == "__main__":
+    main()

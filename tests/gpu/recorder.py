@@ -1,0 +1,127 @@
+"""A pytest plugin for suite.py (`-p recorder`): outcomes as they come, and an end to tests that hang or break CUDA.
+
+A kernel that reads where it must not breaks CUDA for its whole process: every later test would fail, for no fault of
+its own. So that process ends at once; pytest-xdist starts another one, and goes on with the next test.
+
+Environment, all optional:
+    EFFFORMER_RECORD      file that gets a line of JSON for each test
+    EFFFORMER_STAMP       JSON, fields of every such line
+    EFFFORMER_DONE        file of test ids, one a line, not to run again
+    EFFFORMER_NOW         file for the id of the test that runs (without pytest-xdist, which knows it)
+    EFFFORMER_TEST_LIMIT  seconds that a test may take
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BROKEN = 70  # exit status of a process that gave up
+_MOST_TEXT = 3000  # characters of a failure
+_stderr = os.fdopen(os.dup(2), "w")  # before pytest captures it
+
+
+def write(record: dict[str, Any]) -> None:
+    """Append a line to the record, in one piece: workers write, too, before they give up."""
+    if file := os.environ.get("EFFFORMER_RECORD"):
+        line = json.dumps(json.loads(os.environ.get("EFFFORMER_STAMP", "{}")) | record) + "\n"
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.write(descriptor, line.encode())
+        os.close(descriptor)
+
+
+def give_up(nodeid: str, text: str) -> None:
+    """Record that the running test failed, and end this process."""
+    write({"test": nodeid, "outcome": "failed", "seconds": 0.0, "text": text[-_MOST_TEXT:]})
+    print(f"\n{nodeid}\n{text}", file=_stderr, flush=True)
+    os._exit(BROKEN)
+
+
+def _text(report: pytest.TestReport | pytest.CollectReport) -> str:
+    text = report.longreprtext
+    return text if len(text) <= _MOST_TEXT else "[...]\n" + text[-_MOST_TEXT:]
+
+
+class Recorder:
+    """Where tests are reported: in the process that pytest was called as, not in its workers."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Up to three times for a test: set up, called, torn down; once, at any time, when its process dies."""
+        record = self.found.setdefault(report.nodeid, {"test": report.nodeid, "outcome": "passed", "seconds": 0.0})
+        record["seconds"] = round(record["seconds"] + report.duration, 2)
+        if report.failed and record["outcome"] != "failed":
+            record |= {"outcome": "failed", "text": _text(report)}
+        elif report.skipped and record["outcome"] == "passed":
+            text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            record |= {"outcome": "skipped", "text": text}
+        if report.when not in ("setup", "call"):
+            for name, value in report.user_properties:
+                record.setdefault(name, []).append(value)
+            write(self.found.pop(report.nodeid))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            write({"test": report.nodeid, "outcome": "failed", "seconds": 0.0, "text": _text(report)})
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is done."""
+    if file := os.environ.get("EFFFORMER_DONE"):
+        done = set(Path(file).read_text(encoding="utf-8").splitlines())
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        items[:] = [item for item in items if item.nodeid not in done]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A test over its time ends its process: nothing gentler stops a kernel that never returns."""
+    if (file := os.environ.get("EFFFORMER_NOW")) and "PYTEST_XDIST_WORKER" not in os.environ:
+        Path(file).write_text(item.nodeid, encoding="utf-8")
+    limit = float(os.environ.get("EFFFORMER_TEST_LIMIT", "0"))
+    if not limit:
+        return (yield)
+    main = threading.get_ident()
+
+    def stop() -> None:
+        stack = "".join(traceback.format_stack(sys._current_frames()[main])[-4:])
+        give_up(item.nodeid, f"over its limit of {limit:.0f} s, in\n{stack}")
+
+    timer = threading.Timer(limit, stop)
+    timer.daemon = True
+    timer.start()
+    # Where the main thread keeps the interpreter to itself, the timer cannot run.
+    faulthandler.dump_traceback_later(limit + 15, exit=True, file=_stderr)
+    try:
+        return (yield)
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    report = yield
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            give_up(item.nodeid, f"{report.longreprtext}\nCUDA is broken: {error}")
+    return report
