@@ -13,9 +13,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..kernels import config
 from ..kernels.config import user_file
 from ..kernels.device import AMPERE, BLACKWELL, CLASSES, CONSUMER, HOPPER, Device, device_class
 from ..kernels.launch import Launch
-from ..kernels.table import DTYPES, Entry, read_table
+from ..kernels.table import DTYPES, Entry, Table, read_table
 from .offline import TENSOR_CORES, Compiled, Source, compile_source, source_of
 from .shapes import network_launches, unusual_launches
 
@@ -107,28 +107,35 @@ def jobs(
     """What to compile, and what is missing: shapes without a configuration, configurations without a shape.
 
     Kernels that differ in nothing but which of their sizes are multiples of 16 count as one, the first met: the
-    published sizes, 256 images. Unused configurations are looked for where all models are audited. `extra` entries
-    come before the shipped ones.
+    published sizes, 256 images. Entries for one size alone hide general ones, which other networks get: what these give
+    is compiled as well. Unused configurations are looked for where all models are audited. `extra` entries come before
+    the shipped ones.
     """
     found: dict[str, Job] = {}
     missing: list[str] = []
+    whole = Table([*extra, *config.shipped_table().entries])
+    tables = whole, Table([entry for entry in whole.entries if not entry.exact])
     for target in targets:
         device = TARGETS[target]
         for dtype in dtypes:
-            with config.preferring(*extra) as table:
-                for owner, launches in _launches(models, DTYPES[dtype], device):
-                    try:
-                        for operation, shape, launch in launches:
-                            job = Job.of(operation, [], dtype, device, launch)
-                            same = found.setdefault(job.source.without_attributes, job)
-                            same.shapes.append(f"{owner} {operation} {shape}")
-                    except LookupError as error:
-                        missing.append(f"sm_{target}: {owner}: {error}")
+            for table in tables:
+                with config.using(table):
+                    for owner, launches in _launches(models, DTYPES[dtype], device):
+                        try:
+                            for operation, shape, launch in launches:
+                                job = Job.of(operation, [], dtype, device, launch)
+                                same = found.setdefault(job.source.without_attributes, job)
+                                same.shapes.append(f"{owner} {operation} {shape}")
+                        except LookupError as error:
+                            missing.append(f"sm_{target}: {owner}: {error}")
+                if len(whole.entries) == len(table.entries) == len(tables[1].entries):
+                    break  # there are no such entries
             if len(models) == len(PRESETS):
                 name = device_class(device)
-                for entry in table.entries:
+                used = tables[0].used | tables[1].used
+                for entry in whole.entries:
                     concerned = name in entry.devices and DTYPES[dtype] in entry.dtypes
-                    if concerned and (entry, name, DTYPES[dtype]) not in table.used:
+                    if concerned and (entry, name, DTYPES[dtype]) not in used:
                         missing.append(f"sm_{target}: {entry.source} ({dtype}): no audited shape uses it")
     return list(found.values()), missing
 
@@ -193,20 +200,29 @@ def _faults(job: Job, compiled: Compiled, limit: int, core: str) -> Iterator[str
         yield f"serialised products: {compiled.waits} waits for {compiled.products} in the loop"
 
 
+def cores() -> int:
+    """Processor cores that this process may use, 16 at most: a compiler takes a gigabyte."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 @contextlib.contextmanager
 def compilers(workers: int) -> Iterator[Executor]:
-    """Processes that do not interpret, even where this one does. What they have not begun at the end is dropped."""
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    """Processes that do not interpret, even where this one does. What is not done at the end is dropped."""
+    pool, others = ProcessPoolExecutor(workers, mp_context=get_context("spawn")), set(active_children())
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
-        pool.submit(os.getpid).result()  # all are started with the first task, and inherit the environment
+        # A task starts a process as long as none is idle; they inherit the environment.
+        wait([pool.submit(os.getpid) for _ in range(workers)])
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
+    started = set(active_children()) - others
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in started:
+            process.terminate()
 
 
 def audit_all(jobs: Sequence[Job], workers: int, cache: Path | None) -> Iterator[Record]:
@@ -227,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--entries", type=Path, metavar="FILE", help="a table whose entries come before the shipped")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the records there, a line each")
     parser.add_argument("--no-cache", action="store_true", help="compile everything anew")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=cores(), metavar="N", help="default: %(default)s")
     arguments = parser.parse_args(argv)
 
     extra = read_table(arguments.entries) if arguments.entries else []

@@ -64,7 +64,7 @@ class Compiled:
     Attributes:
         registers: a thread.
         shared_memory: bytes a program.
-        spill_stores, spill_loads: instructions to and from local memory; `loop_spills` both within the hot loop.
+        spill_stores, spill_loads: instructions to and from local memory; `loop_spills` both within any loop.
         tensor_cores: name -> number of matrix instructions, in the whole kernel.
         waits, products: WARPGROUP and HGMMA instructions of the hot loop; see `serialised`.
         instructions, loop_instructions: of the whole kernel, and of its hot loop (0 without one).
@@ -129,7 +129,7 @@ def compile_source(source: Source, cache: Path | None = None) -> Compiled:
     kernel = getattr(importlib.import_module(module), name)
     if cache is None:
         return _compile(kernel, source)
-    reader = inspect.getsource(_compile) + inspect.getsource(_hot_loop) + _INSTRUCTION.pattern
+    reader = "".join(inspect.getsource(function) for function in (_compile, _loops, _hot_loop)) + _INSTRUCTION.pattern
     key = [kernel.cache_key, repr(source), triton.__version__, reader]
     file = cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
     if file.exists():
@@ -153,13 +153,16 @@ def _compile(kernel: Any, source: Source) -> Compiled:
         listing = _cuobjdump("-sass", file.name)
     instructions = [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, listing.splitlines()) if m]
     whole = Counter(name for _, name, _ in instructions)
-    loop = _hot_loop(instructions)
+    loops = _loops(instructions)
+    loop = _hot_loop(instructions, loops)
     return Compiled(
         registers=int(registers),
         shared_memory=compiled.metadata.shared,
         spill_stores=whole["STL"],
         spill_loads=whole["LDL"],
-        loop_spills=loop["STL"] + loop["LDL"],
+        loop_spills=sum(
+            any(first <= at <= last for first, last in loops) for at, name, _ in instructions if name in ("STL", "LDL")
+        ),
         tensor_cores={name: whole[name] for name in sorted(set(TENSOR_CORES.values())) if whole[name]},
         waits=loop["WARPGROUP"],
         products=loop["HGMMA"],
@@ -174,19 +177,19 @@ def _cuobjdump(*arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _hot_loop(instructions: list[tuple[int, str, str]]) -> Counter[str]:
-    """The instructions of the innermost loop with the most tensor-core instructions."""
-
-    def cores(body: Counter[str]) -> int:
-        return sum(body[name] for name in set(TENSOR_CORES.values()))
-
-    best: Counter[str] = Counter()
+def _loops(instructions: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
+    """(first, last) address of every loop: what lies between a backward branch and its target."""
+    loops = []
     for address, name, operands in instructions:
         target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
-        first = int(target[1], 16) if target else address
-        if first >= address:
-            continue
-        body = Counter(other for at, other, _ in instructions if first <= at <= address)
-        if not best or cores(body) > cores(best) or (cores(body) == cores(best) and body.total() < best.total()):
-            best = body
-    return best
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    return loops
+
+
+def _hot_loop(instructions: list[tuple[int, str, str]], loops: list[tuple[int, int]]) -> Counter[str]:
+    """The instructions of the innermost loop with the most tensor-core instructions."""
+    bodies = [Counter(name for at, name, _ in instructions if first <= at <= last) for first, last in loops]
+    cores = [sum(body[name] for name in set(TENSOR_CORES.values())) for body in bodies]
+    ranked = sorted(range(len(bodies)), key=lambda index: (-cores[index], bodies[index].total()))
+    return bodies[ranked[0]] if ranked else Counter()

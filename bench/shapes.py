@@ -31,7 +31,7 @@ def network_launches(
     config = PRESETS[name]
     with stand_in(device):
         for stage, width in enumerate(config.widths):
-            height, columns = (side // (4 << stage) for side in size)
+            height, columns = (-(-side // (4 << stage)) for side in size)  # 3x3, stride 2, padding 1: rounded up
             hidden = int(width * config.mlp_ratio)
             yield from map_launches(width, hidden, (batch, height, columns), dtype, config.act)
         heads = (config.num_heads, config.key_dim, config.value_dim)

@@ -1,19 +1,20 @@
 """Search for the fastest tiles on the GPU at hand: what `effformer bench tune` does.
 
-Every question that the launches of a network ask the table of configurations is tuned by itself: candidates are
-compiled and audited in processes of their own, what is left must be accurate and repeatable, and is timed. Outcomes go
-into a state file one by one, so that a search that was interrupted goes on where it stopped.
+Every question that the launchers of a network ask the table of configurations is tuned by itself. Candidates are
+compiled and audited in processes of their own, all of them before any is timed. What is left must be accurate, write
+all of its output and repeat itself, and is timed once; the best few are then timed in turns with the table's own. What
+came of a candidate goes into a state file at once, so that a search that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import config
-from ..kernels.config import (
-    fingerprint,
-    preferring,
-)
+from ..kernels.config import Question, answer, asked, fingerprint, preferring
 from ..kernels.device import Device, device_class, device_of
 from ..kernels.launch import Launch, recorded
 from ..kernels.table import (
@@ -41,31 +38,37 @@ from ..kernels.table import (
     read_config,
 )
 from ..outcome import Check
-from ..testing import accuracy
+from ..testing import accuracy, float32_as_such, unwritten_is_nan
 from ..verification import draw
-from .audit import Job, Record, audit, compilers
+from .audit import Job, audit, compilers
 from .timing import kernel_time
 
 REPEATS = 10
+FINALISTS, ROUNDS = 4, 5
 GAIN = 0.98  # of the time that the table's own configuration takes: less than 2% is noise
+FUSED = ("meta4d", "conv_mlp")
 
 
-@dataclass(frozen=True)
-class Question:
-    """What a launch asked the table: sizes in the order of `DIMENSIONS[operation]`."""
+class DeviceLostError(RuntimeError):
+    """A candidate broke the device for this process. The state says which: the next search leaves it out."""
 
-    operation: str
-    dtype: torch.dtype
-    sizes: tuple[int, ...]
 
-    def __str__(self) -> str:
-        sizes = ", ".join(f"{name} {size}" for name, size in zip(DIMENSIONS[self.operation], self.sizes, strict=True))
-        return f"{self.operation} {str(self.dtype).removeprefix('torch.')}, {sizes}"
+def describe(question: Question) -> str:
+    """A question in words."""
+    operation, dtype, sizes = question
+    named = ", ".join(f"{name} {size}" for name, size in zip(DIMENSIONS[operation], sizes, strict=True))
+    return f"{operation} {_name(dtype)}, {named}"
 
-    def entry(self, use: Config | None, device: Device) -> Entry:
-        """The entry that answers this question alone, on this very card."""
-        where = tuple((name, "=", size) for name, size in zip(DIMENSIONS[self.operation], self.sizes, strict=True))
-        return Entry((self.operation,), (device_class(device),), (self.dtype,), where, use, device.name)
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def entry_of(question: Question, use: Config | None, device: Device) -> Entry:
+    """The entry that answers this question alone, on this very card."""
+    operation, dtype, sizes = question
+    where = tuple((name, "=", size) for name, size in zip(DIMENSIONS[operation], sizes, strict=True))
+    return Entry((operation,), (device_class(device),), (dtype,), where, use, device.name)
 
 
 def question_of(launch: Launch) -> Question:
@@ -76,11 +79,8 @@ def question_of(launch: Launch) -> Question:
     sizes: tuple[int, ...]
     match launch.kernel.fn.__name__:
         case "mlp_kernel":
-            operation, source, sizes = (
-                "meta4d" if constants["POOL"] else "conv_mlp",
-                "weight1_ptr",
-                (constants["C"], rows),
-            )
+            operation = "meta4d" if constants["POOL"] else "conv_mlp"
+            source, sizes = "weight1_ptr", (constants["C"], rows)
         case "linear_kernel":
             operation, source, sizes = "linear", "weight_ptr", (constants["OUTPUTS"], constants["INPUTS"], rows)
         case "bias_attention_kernel":
@@ -90,46 +90,41 @@ def question_of(launch: Launch) -> Question:
             operation, source, sizes = "pool_mixer", "x_ptr", (constants["C"], int(arguments["stride_xc"] == 1), rows)
         case _:
             operation, source, sizes = "layer_norm", "x_ptr", (constants["C"], rows)
-    tensor = arguments[source]
-    assert isinstance(tensor, Tensor)
-    return Question(operation, tensor.dtype, sizes)
+    return operation, arguments[source].dtype, sizes
 
 
 def candidates(question: Question) -> Iterator[Config | None]:
     """All that is worth compiling for a question; what a GPU has no room for is left to the audit."""
-    match question.operation:
+    operation, _, sizes = question
+    match operation:
         case "meta4d" | "conv_mlp":
             yield None
             for block_m, block_h, reload, warps, stages in itertools.product(
                 (32, 64, 128), (16, 32, 64, 128), (False, True), (4, 8), (1, 2, 3)
             ):
-                if block_m * block_h >= 512 and block_m * question.sizes[0] <= 128 * 256:
+                if block_m * block_h >= 512 and block_m * sizes[0] <= 128 * 256:
                     yield MlpConfig(block_m, block_h, reload, warps, stages)
         case "linear":
             widths = [(64,), (128,), (256,), (128, 128), (128, 64), (128, 64, 32), (128, 32), (64, 32), (256, 64)]
-            outputs = question.sizes[0]
-            fitting = [width for width in widths if -(-outputs // sum(width)) * sum(width) <= 1.15 * outputs]
-            yield from (
-                LinearConfig(block_m, width, block_k, warps, stages)
-                for block_m, width, block_k, warps, stages in itertools.product(
-                    (64, 128), fitting or [(128,)], (32, 64, 128), (4, 8), (2, 3, 4)
-                )
-                if 32 * 64 <= block_m * sum(width) <= 128 * 320
-            )
+            fitting = [width for width in widths if -(-sizes[0] // sum(width)) * sum(width) <= 1.15 * sizes[0]]
+            for block_m, width, block_k, warps, stages in itertools.product(
+                (64, 128), fitting or [(128,)], (32, 64, 128), (4, 8), (2, 3, 4)
+            ):
+                if 32 * 64 <= block_m * sum(width) <= 128 * 320:
+                    yield LinearConfig(block_m, width, block_k, warps, stages)
         case "bias_attention":
-            yield from (
-                AttentionConfig(block_m, block_n, warps, stages)
-                for block_m, block_n, warps, stages in itertools.product(
-                    (16, 32, 64, 128), (16, 32, 64, 128), (2, 4, 8), (1, 2, 3)
-                )
-                if 16 <= block_m <= max(16, 2 * question.sizes[0]) and block_n <= max(16, 2 * question.sizes[0])
-            )
+            most = max(16, 2 * sizes[0])
+            for block_m, block_n, warps, stages in itertools.product(
+                (16, 32, 64, 128), (16, 32, 64, 128), (2, 4, 8), (1, 2, 3)
+            ):
+                if block_m <= most and block_n <= most:
+                    yield AttentionConfig(block_m, block_n, warps, stages)
         case "pool_mixer":
-            yield from itertools.starmap(
-                PoolConfig, itertools.product((512, 1024, 2048, 4096), (8, 16, 32, 64), (2, 4, 8))
-            )
+            for elements, block_c, warps in itertools.product((512, 1024, 2048, 4096), (8, 16, 32, 64), (2, 4, 8)):
+                yield PoolConfig(elements, block_c, warps)
         case _:
-            yield from itertools.starmap(NormConfig, itertools.product((512, 1024, 2048, 4096), (1, 2, 4, 8)))
+            for elements, warps in itertools.product((512, 1024, 2048, 4096), (1, 2, 4, 8)):
+                yield NormConfig(elements, warps)
 
 
 @dataclass(frozen=True)
@@ -137,51 +132,89 @@ class Tuned:
     """The outcome of one question.
 
     Attributes:
-        use: the fastest configuration; the table's own unless another takes less than `GAIN` of its time.
-        ms, table_ms: device time with `use`, and with the table's own configuration.
+        own: the table's own configuration.
+        use: the fastest; `own` unless another takes less than `GAIN` of its time, or `own` fails.
+        ms, own_ms: device time with each, medians of `ROUNDS` rounds; None if it fails.
         tried: configurations that were timed.
         refused: reason -> number of configurations that were not.
+        fault: what is wrong with `own`, None if nothing is.
     """
 
     question: Question
+    own: Config | None
     use: Config | None
-    ms: float
-    table_ms: float
+    ms: float | None
+    own_ms: float | None
     tried: int
     refused: dict[str, int]
+    fault: str | None = None
+
+    @property
+    def better(self) -> bool:
+        return self.use != self.own
 
     def __str__(self) -> str:
         refused = "".join(f", {number} {reason}" for reason, number in self.refused.items())
-        times = f"{1e3 * self.table_ms:.1f} -> {1e3 * self.ms:.1f} us"
-        return f"{self.question}: {times}, {self.use}; {self.tried} timed{refused}"
+        own, ms = (f"{1e3 * ms:.1f}" if ms is not None else "-" for ms in (self.own_ms, self.ms))
+        fault = f"; THE TABLE'S OWN CONFIGURATION FAILS: {self.own}: {self.fault}" if self.fault else ""
+        return f"{describe(self.question)}: {own} -> {ms} us, {self.use}; {self.tried} timed{refused}{fault}"
 
 
 class State:
-    """A file of outcomes, a JSON record a line, of which those count that this GPU and these kernels gave."""
+    """A file of what came of candidates and questions, a JSON record a line.
+
+    What another GPU, other kernels or another Triton gave does not count, nor does the outcome of a question to which
+    the table now has another answer. A candidate that was begun and not finished took its process down: it is refused.
+    """
 
     def __init__(self, path: Path, device: Device) -> None:
         self.path, self.device = path, device
+        self.owner = {"gpu": device.name, **fingerprint()}
+        self.trials: dict[Question, dict[Config | None, float | str]] = {}
         self.tuned: dict[Question, Tuned] = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        for number, line in enumerate(lines, 1):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a line that was cut off when the time was up
+        if whole != text:
+            path.write_text(whole, encoding="utf-8")
+        for number, line in enumerate(whole.splitlines(), 1):
             try:
                 record = json.loads(line)
-                if record["owner"] == self._owner():
-                    found = _read(record["tuned"], f"{path}, line {number}")
-                    self.tuned[found.question] = found
+                if record["owner"] == self.owner:
+                    self._take(record)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {number}: no outcome of a search ({error}): delete the file") from error
 
+    def _take(self, record: dict[str, Any]) -> None:
+        operation, dtype, sizes = record["question"]
+        question = operation, DTYPES[dtype], tuple(sizes)
+
+        def config(name: str) -> Config | None:
+            return read_config(record[name], operation, self.path.name)
+
+        if "trial" in record:
+            self.trials.setdefault(question, {})[config("use")] = record["trial"]
+            return
+        with preferring():
+            own = answer(operation, question[1], self.device, *question[2])
+        if config("own") == own:
+            found = {name: record[name] for name in ("ms", "own_ms", "tried", "refused", "fault")}
+            self.tuned[question] = Tuned(question, own, config("use"), **found)
+
+    def note(self, question: Question, use: Config | None, trial: float | str) -> None:
+        """Milliseconds of a candidate, or why it is refused."""
+        self.trials.setdefault(question, {})[use] = trial
+        self._append(question, {"use": _plain(use), "trial": trial})
+
     def add(self, tuned: Tuned) -> None:
         self.tuned[tuned.question] = tuned
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        question = {**asdict(tuned.question), "dtype": str(tuned.question.dtype).removeprefix("torch.")}
-        record = {"owner": self._owner(), "tuned": asdict(tuned) | {"question": question}}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        found = {**asdict(tuned), "own": _plain(tuned.own), "use": _plain(tuned.use)}
+        self._append(tuned.question, {name: value for name, value in found.items() if name != "question"})
 
-    def _owner(self) -> dict[str, str]:
-        return {"gpu": self.device.name, **fingerprint()}
+    def _append(self, question: Question, record: dict[str, Any]) -> None:
+        operation, dtype, sizes = question
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"owner": self.owner, "question": [operation, _name(dtype), sizes], **record}) + "\n")
 
     def entries(self, gpu: str | None) -> list[Entry]:
         """Entries for what was tuned, for one card or (None) its device class.
@@ -190,28 +223,24 @@ class State:
         configuration was the best for all numbers of rows, there is none.
         """
         groups: dict[tuple[str, torch.dtype, tuple[int, ...]], list[Tuned]] = {}
-        for tuned in self.tuned.values():
-            question = tuned.question
-            sizes = question.sizes[:-1] if "rows" in DIMENSIONS[question.operation] else question.sizes
-            groups.setdefault((question.operation, question.dtype, sizes), []).append(tuned)
+        for (operation, dtype, sizes), tuned in self.tuned.items():
+            sizes = sizes[:-1] if "rows" in DIMENSIONS[operation] else sizes
+            groups.setdefault((operation, dtype, sizes), []).append(tuned)
         found = []
         for (operation, dtype, sizes), group in groups.items():
-            if all(tuned.ms >= tuned.table_ms for tuned in group):
+            if not any(tuned.better for tuned in group):
                 continue
             where = tuple((name, "=", size) for name, size in zip(DIMENSIONS[operation], sizes, strict=False))
-            ordered = sorted(group, key=lambda tuned: tuned.question.sizes)
-            for tuned in ordered:
-                last = tuned is ordered[-1]
-                bound = () if last else (("rows", "<=", tuned.question.sizes[-1]),)
-                found.append(Entry((operation,), (device_class(self.device),), (dtype,), where + bound, tuned.use, gpu))
+            *others, last = sorted(group, key=lambda tuned: tuned.question[2])
+            bounds = [(tuned, (("rows", "<=", tuned.question[2][-1]),)) for tuned in others]
+            for tuned, bound in [*bounds, (last, ())]:
+                devices = (device_class(self.device),)
+                found.append(Entry((operation,), devices, (dtype,), where + bound, tuned.use, gpu))
         return found
 
 
-def _read(found: dict[str, Any], source: str) -> Tuned:
-    question = found["question"]
-    asked = Question(question["operation"], DTYPES[question["dtype"]], tuple(question["sizes"]))
-    use = read_config(found["use"], asked.operation, source)
-    return Tuned(asked, use, found["ms"], found["table_ms"], found["tried"], found["refused"])
+def _plain(use: Config | None) -> dict[str, Any] | None:
+    return None if use is None else asdict(use)
 
 
 def tune(
@@ -220,7 +249,8 @@ def tune(
     state: State,
     *,
     seconds: float,
-    workers: int | None = None,
+    workers: int,
+    cache: Path | None = None,
     timer: Callable[[Callable[[], object], torch.device], float] = kernel_time,
     propose: Callable[[Question], Iterable[Config | None]] = candidates,
 ) -> Iterator[Tuned | None]:
@@ -230,27 +260,41 @@ def tune(
         todo: of `effformer.verification.checks`; whole networks ask nothing of their own.
         device: where to run.
         state: takes every outcome as soon as it is there.
-        workers: processes that compile; default: one for each core.
+        seconds: after which nothing is begun any more; what is under way then takes a few more.
+        workers: processes that compile.
+        cache: folder for what compiling found, see `offline.compile_source`.
         timer: milliseconds that a callable takes on a device.
         propose: what to try for a question, beside the table's own configuration.
+
+    Raises:
+        DeviceLostError: where a candidate broke the device.
     """
     deadline = time.monotonic() + seconds
-    with compilers(workers or os.cpu_count() or 1) as pool:
+    with compilers(workers) as pool:
         for check in todo:
             subject = draw(check, device)
-            with preferring(), recorded(run=False) as launches:
+            with preferring(), recorded(run=False), asked() as questions:
                 subject.run("triton")
-            questions = [asked for asked in dict.fromkeys(map(question_of, launches)) if asked not in state.tuned]
-            if not questions:
+            # The products that a fused MLP competes with are tuned before it.
+            unknown = sorted(
+                set(questions) - set(state.tuned), key=lambda question: (question[0] in FUSED, repr(question))
+            )
+            if not unknown:
                 continue
-            search = _Search(subject, subject.exact(), subject.run("eager"), device, pool, timer, deadline)
-            for question in questions:
-                tuned = search.run(question, propose(question))
-                if tuned is None:
-                    yield None
-                    return
-                state.add(tuned)
-                yield tuned
+            if time.monotonic() > deadline:
+                yield None
+                return
+            with float32_as_such():
+                search = _Search(
+                    subject, subject.exact(), subject.run("eager"), device, state, pool, cache, timer, deadline
+                )
+                for question in unknown:
+                    tuned = search.run(question, propose(question))
+                    if tuned is None:
+                        yield None
+                        return
+                    state.add(tuned)
+                    yield tuned
 
 
 @dataclass(frozen=True)
@@ -259,7 +303,9 @@ class _Search:
     exact: Tensor
     eager: Tensor
     torch_device: torch.device
+    state: State
     pool: Executor
+    cache: Path | None
     timer: Callable[[Callable[[], object], torch.device], float]
     deadline: float
 
@@ -270,67 +316,87 @@ class _Search:
     def run(self, question: Question, proposed: Iterable[Config | None]) -> Tuned | None:
         """The outcome, or None if the time is over first."""
         with preferring():
-            own = config.answer(question.operation, question.dtype, self.device, *question.sizes)
-        tried = list(dict.fromkeys([own, *proposed]))
-        refused: Counter[str] = Counter()
-        times: dict[Config | None, float] = {}
-        audited = self._audited(question, tried)
-        for use in tried:
-            try:
-                faults = [record.result(self.deadline - time.monotonic()).faults for record in audited[use]]
-            except TimeoutError:
+            own: Config | None = answer(question[0], question[1], self.device, *question[2])
+        tried = self._distinct(question, [own, *proposed])
+        trials = self.state.trials.setdefault(question, {})
+        new = [use for use in tried if use not in trials]
+        jobs = {use: [self._job(question, launch) for launch in self._launches(question, use)] for use in new}
+        records = {use: [self.pool.submit(audit, job, self.cache) for job in jobs[use]] for use in new}
+        # Compiling keeps the cores from launching in time: nothing is timed beside it.
+        pending = wait(itertools.chain.from_iterable(records.values()), max(0.0, self.deadline - time.monotonic()))
+        if pending.not_done:
+            return None
+        for use in new:
+            if time.monotonic() > self.deadline:
                 return None
-            if any(faults) and use != own:
-                refused["refused by the audit"] += 1
-            elif reason := self._wrong(question, use):
-                refused[reason] += 1
-            else:
-                times[use] = self._time(question, use)
-        if own not in times:
-            raise RuntimeError(f"{question}: the table's own configuration fails: {own}, {dict(refused)}")
-        best = min(times, key=lambda use: times[use])
-        use = best if times[best] < GAIN * times[own] else own
-        return Tuned(question, use, times[use], times[own], len(times), dict(refused))
+            if any(record.result().faults for record in records[use]):
+                self.state.note(question, use, "refused by the audit")
+                continue
+            self.state.note(question, use, "broke off")  # which stands if this process does not come back
+            self.state.note(question, use, self._wrong(question, use) or self._time(question, use))
+        times = {use: trial for use in tried if isinstance(trial := trials[use], float)}
+        refused = Counter(trial for use in tried if isinstance(trial := trials[use], str))
+        fault = None if own in times else str(trials[own])
+        final = [use for use in sorted(times, key=lambda use: times[use]) if use != own][:FINALISTS]
+        final += [own] if own in times else []
+        if not final:
+            return Tuned(question, own, own, None, None, 0, dict(refused), fault)
+        rounds: dict[Config | None, list[float]] = {use: [] for use in final}
+        for _ in range(ROUNDS):
+            for use in final:
+                if time.monotonic() > self.deadline:
+                    return None
+                rounds[use].append(self._time(question, use))
+        medians = {use: statistics.median(taken) for use, taken in rounds.items()}
+        own_ms = medians.get(own)
+        best = min(medians, key=lambda use: medians[use])
+        use = own if own_ms is not None and medians[best] >= GAIN * own_ms else best
+        return Tuned(question, own, use, medians[use], own_ms, len(times), dict(refused), fault)
 
-    def _launches(self, question: Question, use: Config | None, *, run: bool) -> tuple[list[Launch], Tensor]:
+    def _distinct(self, question: Question, proposed: Iterable[Config | None]) -> list[Config | None]:
+        """Of those that lead to the same launches the first: tiles shrink to small shapes."""
+        found: dict[str, Config | None] = {}
+        for use in proposed:
+            launches = self._launches(question, use)
+            found.setdefault(repr([(launch.kernel, launch.configuration) for launch in launches]), use)
+        return list(found.values())
+
+    def _launches(self, question: Question, use: Config | None, *, run: bool = False) -> list[Launch]:
         """What `use` launches that concerns the question: for an MLP all, since it may be fused or not."""
-        with preferring(question.entry(use, self.device)), recorded(run=run) as launches:
-            result: Tensor = self.subject.run("triton")
-        if question.operation in ("meta4d", "conv_mlp"):
-            return launches, result
-        return [launch for launch in launches if question_of(launch) == question], result
+        with recorded(run=run) as launches:
+            self._result(question, use)
+        if question[0] in FUSED:
+            return launches
+        return [launch for launch in launches if question_of(launch) == question]
 
-    def _audited(self, question: Question, tried: Sequence[Config | None]) -> dict[Config | None, list[Future[Record]]]:
-        """The records that are being made of the launches that each of `tried` leads to."""
-        dtype = str(question.dtype).removeprefix("torch.")
-        return {
-            use: [
-                self.pool.submit(audit, Job.of(question.operation, [str(question)], dtype, self.device, launch))
-                for launch in self._launches(question, use, run=False)[0]
-            ]
-            for use in tried
-        }
+    def _result(self, question: Question, use: Config | None) -> Tensor:
+        with preferring(entry_of(question, use, self.device), *self.state.entries(self.device.name)):
+            result: Tensor = self.subject.run("triton")
+        return result
+
+    def _job(self, question: Question, launch: Launch) -> Job:
+        return Job.of(question[0], [describe(question)], _name(question[1]), self.device, launch)
 
     def _wrong(self, question: Question, use: Config | None) -> str | None:
         """Why the results with `use` are not to be had, or None."""
         try:
-            _, result = self._launches(question, use, run=True)
+            with unwritten_is_nan():
+                result = self._result(question, use)
             if not accuracy(result, self.exact, self.eager).passes():
                 return "inaccurate"
-            for _ in range(REPEATS):
-                if not torch.equal(self._launches(question, use, run=True)[1], result):
-                    return "not repeatable"
+            if not all(torch.equal(self._result(question, use), result) for _ in range(REPEATS)):
+                return "not repeatable"
         except Exception as error:  # Triton raises many kinds
             if self.torch_device.type == "cuda":
                 try:
                     torch.cuda.synchronize(self.torch_device)
-                except RuntimeError:  # the device is lost to this process: nothing after this would mean anything
-                    raise RuntimeError(f"{question}: {use} broke the device: {error}") from error
+                except RuntimeError:  # nothing that this process computes from now on would mean anything
+                    raise DeviceLostError(f"{describe(question)}: {use} broke the device: {error}") from error
             return f"failing ({type(error).__name__})"
         return None
 
     def _time(self, question: Question, use: Config | None) -> float:
-        launches, _ = self._launches(question, use, run=True)
+        launches = self._launches(question, use, run=True)
 
         def call() -> None:
             for launch in launches:

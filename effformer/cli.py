@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
             "the fastest down. Tiles that spill, leave the tensor cores, or take more shared memory than there is are\n"
             "not run; what runs must be accurate and give the same bits each time. An outcome is kept as soon as it\n"
             "is there: the same command goes on where it stopped.\n"
-            "Exit status: 0 when all is tuned, 75 when the time was over first."
+            "Exit status: 0 when all is tuned, 75 when the time was over first, 1 if tiles of the table failed."
         ),
         epilog="example:\n  effformer bench tune --model efficientformer_l3 --dtype bfloat16 --batch-size 256 1",
     )
@@ -135,9 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--batch-size", nargs="+", type=_positive, default=[256, 1], metavar="N", help="default: 256 1")
     tune.add_argument("--size", type=_size, default=(224, 224), metavar="HxW", help="of the images, default: 224x224")
     tune.add_argument("--device", default="auto", help="cuda, cuda:1, ...; default: cuda")
-    tune.add_argument("--minutes", type=_minutes, default=9.0, metavar="M", help="up to 10, default: %(default)s")
-    tune.add_argument("--in-place", nargs="?", const="", metavar="FILE", help="write a table for every card of this "
-                      "class, the shipped one or FILE, instead of the file of this user and card")  # fmt: skip
+    tune.add_argument("--minutes", type=_minutes, default=9.0, metavar="M", help="up to 10, of all this command takes; "
+                      "default: %(default)s")  # fmt: skip
+    tune.add_argument("--in-place", nargs="?", const="", metavar="FILE", help="write into a table for every card of "
+                      "this class, the shipped one or FILE, instead of the file of this user and card")  # fmt: skip
+    tune.add_argument("--workers", type=_positive, metavar="N", help="processes that compile; default: one for each "
+                      "core, 16 at most")  # fmt: skip
     tune.set_defaults(command="tune")
 
     info = commands.add_parser(

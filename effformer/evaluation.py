@@ -13,8 +13,9 @@ from .backend import why_not_triton
 from .bench.timing import Timing, measure
 from .images import Preprocessing, default_workers, find_images, read_batches
 from .model import EfficientFormer, set_backend
+from .testing import float32_as_such
 
-TIMED = "one forward of a batch that lies on the device, from an idle device to an idle one; no image is decoded then"
+TIMED = "one forward of a batch that lies on the device, from an idle device to an idle one; float32 without TF32"
 NO_PREDICTION = -1  # of an image whose logits are not all finite
 
 
@@ -213,6 +214,7 @@ def _listed(items: Sequence[object]) -> str:
 
 
 @torch.no_grad()
+@float32_as_such()
 def evaluate(
     network: EfficientFormer,
     images: LabelledImages,
@@ -225,7 +227,7 @@ def evaluate(
     """Count right predictions of `network` on `images`, with eager PyTorch and, where it can run, with Triton.
 
     Both see the same batches, in the network's dtype and memory format and on its device; each image is read once.
-    Triton on a CPU is interpreted, in a process started with TRITON_INTERPRET=1.
+    Triton on a CPU is interpreted, in a process started with TRITON_INTERPRET=1. float32 is float32's own, no TF32.
 
     Args:
         network: with heads, in eval mode; its backend is "auto" afterwards.

@@ -6,8 +6,10 @@ arguments; `Case.accuracy` holds its result against `effformer.reference` in flo
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,3 +247,34 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             if module.bias is not None:
                 normal(module.bias, 0.2)
     return model
+
+
+@contextlib.contextmanager
+def float32_as_such() -> Iterator[None]:
+    """No TF32, which PyTorch's convolutions take by default: its errors are a thousand times those of float32."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = [flag.fp32_precision for flag in flags]
+    try:
+        for flag in flags:
+            flag.fp32_precision = "ieee"
+        yield
+    finally:
+        for flag, precision in zip(flags, before, strict=True):
+            flag.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """New tensors are filled with NaN, and what PyTorch itself computes between the kernels is repeatable."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        # NumPy's, where the interpreter meets the NaN of a masked element.
+        warnings.filterwarnings("ignore", ".*encountered", RuntimeWarning, "triton")
+        try:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]

@@ -8,9 +8,7 @@ and says why.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,10 +30,12 @@ from .testing import (
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    float32_as_such,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
     randomise,
+    unwritten_is_nan,
 )
 
 if TYPE_CHECKING:
@@ -192,8 +192,8 @@ def _outcome(check: Check, device: torch.device, seed: int, repeats: int) -> Out
     found, differing, raised = None, 0, None
     try:
         subject = draw(check, device, seed)
-        with _float32_as_such():
-            with _unwritten_is_nan():
+        with float32_as_such():
+            with unwritten_is_nan():
                 with recorded() as launches:
                     try:
                         result = subject.run("triton")
@@ -219,34 +219,3 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Equality that tells NaN from NaN and 0 from -0."""
     bits = {2: torch.int16, 4: torch.int32}[one.element_size()]
     return torch.equal(one.view(bits), other.view(bits))
-
-
-@contextlib.contextmanager
-def _float32_as_such() -> Iterator[None]:
-    """No TF32, which PyTorch's convolutions take by default: its errors are a thousand times those of float32."""
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = [flag.fp32_precision for flag in flags]
-    try:
-        for flag in flags:
-            flag.fp32_precision = "ieee"
-        yield
-    finally:
-        for flag, precision in zip(flags, before, strict=True):
-            flag.fp32_precision = precision
-
-
-@contextlib.contextmanager
-def _unwritten_is_nan() -> Iterator[None]:
-    """New tensors are filled with NaN, and what PyTorch itself computes between the kernels is repeatable."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    with warnings.catch_warnings():
-        # NumPy's, where the interpreter meets the NaN of a masked element.
-        warnings.filterwarnings("ignore", ".*encountered", RuntimeWarning, "triton")
-        try:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]

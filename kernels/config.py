@@ -15,7 +15,6 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,9 @@ def fingerprint() -> dict[str, str]:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    return {"kernels": digest.hexdigest()[:16], "triton": metadata.version("triton")}
+    import triton
+
+    return {"kernels": digest.hexdigest()[:16], "triton": triton.__version__}
 
 
 def read_user_entries(path: Path) -> list[Entry]:
@@ -128,10 +129,15 @@ def read_user_entries(path: Path) -> list[Entry]:
 
 def write_user_entries(path: Path, entries: Iterable[Entry]) -> None:
     """Write a user's file, whole or not at all."""
-    text = json.dumps({"fingerprint": fingerprint(), "entries": [entry.as_json() for entry in entries]}, indent=1)
+    found = {"fingerprint": fingerprint(), "entries": [entry.as_json() for entry in entries]}
+    write_whole(path, json.dumps(found, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(text + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -142,21 +148,45 @@ def shipped_table() -> Table:
 
 @functools.cache
 def _tuned_table() -> Table:
-    return Table([*read_user_entries(user_file()), *shipped_table().entries])
+    try:
+        tuned = read_user_entries(user_file())
+    except (OSError, RuntimeError, ValueError) as error:  # no home folder is a RuntimeError
+        warnings.warn(f"the configurations tuned on this machine are not used: {error}", stacklevel=2)
+        tuned = []
+    return Table([*tuned, *shipped_table().entries])
 
 
 _override = contextvars.ContextVar[Table | None]("override", default=None)
 
 
 @contextlib.contextmanager
-def preferring(*entries: Entry) -> Iterator[Table]:
-    """Within it these entries come before the shipped ones, and a user's are left out: to try them."""
-    table = Table([*entries, *shipped_table().entries])
+def using(table: Table) -> Iterator[None]:
+    """Within it `table` alone answers."""
     token = _override.set(table)
     try:
-        yield table
+        yield
     finally:
         _override.reset(token)
+
+
+def preferring(*entries: Entry) -> contextlib.AbstractContextManager[None]:
+    """Within it these entries come before the shipped ones, and a user's are left out: to try them."""
+    return using(Table([*entries, *shipped_table().entries]))
+
+
+Question = tuple[str, torch.dtype, tuple[int, ...]]
+_asked = contextvars.ContextVar[list[Question] | None]("asked", default=None)
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[list[Question]]:
+    """All that launchers ask within it: (operation, dtype, sizes in the order of `DIMENSIONS[operation]`)."""
+    questions: list[Question] = []
+    token = _asked.set(questions)
+    try:
+        yield questions
+    finally:
+        _asked.reset(token)
 
 
 def answer(operation: str, dtype: torch.dtype, device: Device, *sizes: int) -> Any:
@@ -165,5 +195,7 @@ def answer(operation: str, dtype: torch.dtype, device: Device, *sizes: int) -> A
     Raises:
         LookupError: if the table has none.
     """
+    if (questions := _asked.get()) is not None:
+        questions.append((operation, dtype, sizes))
     table = _override.get() or (_tuned_table() if device.name else shipped_table())
     return table.find(operation, dtype, device, *sizes).use

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,29 +40,32 @@ class Launch:
         return tiles | chosen | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def run(self) -> None:
-        for record, _ in _recorders:
+        for record in _records:
             record.append(self)
-        if self.grid and all(runs for _, runs in _recorders):
+        if self.grid and _runs.get():
             self.kernel[(self.grid,)](
                 **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
             )
 
 
-_recorders: list[tuple[list[Launch], bool]] = []
+_records: list[list[Launch]] = []
+_runs = contextvars.ContextVar("runs", default=True)
 
 
 @contextlib.contextmanager
 def recorded(*, run: bool = True) -> Iterator[list[Launch]]:
-    """Every launch of this process within it, in order, from whatever thread; without `run` none is carried out.
+    """Every launch of this process within it, in order, from whatever thread; its tensors are kept alive.
 
-    A record keeps its launches' tensors alive.
+    Without `run` those of this context (and of no other thread) are not carried out.
     """
-    recorder: tuple[list[Launch], bool] = [], run
-    _recorders.append(recorder)
+    record: list[Launch] = []
+    _records.append(record)
+    token = _runs.set(run and _runs.get())
     try:
-        yield recorder[0]
+        yield record
     finally:
-        _recorders[:] = [other for other in _recorders if other is not recorder]
+        _runs.reset(token)
+        _records[:] = [other for other in _records if other is not record]
 
 
 def run(*launches: Launch) -> None:

@@ -114,6 +114,12 @@ class Entry:
             and all(_holds(shape[dimension], relation, number) for dimension, relation, number in self.where)
         )
 
+    @property
+    def exact(self) -> bool:
+        """Whether it is for single sizes, as tuned entries are, all but the number of rows."""
+        named = {dimension for dimension, relation, _ in self.where if relation == "="}
+        return all(named >= set(DIMENSIONS[operation]) - {"rows"} for operation in self.operations)
+
     def as_json(self) -> dict[str, Any]:
         """What `read_entry` reads."""
         names = {dtype: name for name, dtype in DTYPES.items()}
@@ -162,6 +168,10 @@ def read_entry(found: Mapping[str, Any], source: str) -> Entry:
     kinds = {OPERATIONS[operation] for operation in operations}
     if len(kinds) > 1:
         raise ValueError(f"{source}: operation: got {operations}, allowed together are those of one kind of tile")
+    if not isinstance(found["where"], Mapping):
+        raise ValueError(f"{source}: where: got {found['where']!r}, allowed is an object")
+    if not isinstance(found.get("gpu"), str | None):
+        raise ValueError(f"{source}: gpu: got {found['gpu']!r}, allowed is a name")
     where: list[tuple[str, str, int]] = []
     for dimension, conditions in found["where"].items():
         for operation in operations:
@@ -202,16 +212,21 @@ def read_config(found: Any, operation: str, source: str) -> Config | None:
         raise ValueError(f"{source}: use: got {found!r}, allowed are exactly the fields {', '.join(names)}")
     values: dict[str, Any] = {name: _listed(value) if name == "widths" else value for name, value in found.items()}
     for name, value in values.items():
-        for number in _listed(value):
-            if name == "reload":
-                right, rule = isinstance(number, bool), "true or false"
-            elif name == "num_stages":
-                right, rule = type(number) is int and 1 <= number <= 8, "1 to 8"
-            else:  # Triton's tiles and warps are powers of two
-                right = type(number) is int and number > 0 and number & (number - 1) == 0
-                rule = "powers of two"
-            if not right:
-                raise ValueError(f"{source}: use.{name}: got {value!r}, allowed: {rule}")
+        numbers = _listed(value)
+        if name == "reload":
+            right, rule = isinstance(value, bool), "true or false"
+        elif name == "num_stages":
+            right, rule = type(value) is int and 1 <= value <= 8, "1 to 8"
+        else:
+            # Triton's tiles and warps are powers of two, and matrix products take no tile below 16.
+            products = kind in (MlpConfig, LinearConfig, AttentionConfig)
+            least, most = (1, 32) if name == "num_warps" else (16 if products else 1, 1 << 16)
+            rule = f"powers of two from {least} to {most}"
+            right = bool(numbers) and all(
+                type(number) is int and least <= number <= most and number & (number - 1) == 0 for number in numbers
+            )
+        if not right:
+            raise ValueError(f"{source}: use.{name}: got {value!r}, allowed: {rule}")
     return kind(**values)
 
 

@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 import pytest
-from effformer.bench import audit
+from effformer.bench import audit, offline
 from effformer.bench.offline import Compiled
 from effformer.kernels.device import HOPPER
 
@@ -118,6 +119,29 @@ def test_rules() -> None:
         assert len(faults(kernel, tensor_cores={}, block_m=32)) == 1
         assert faults(kernel, "float32", tensor_cores={}) == []
     assert faults("pool_mixer_kernel", tensor_cores={}) == []
+
+
+def test_spills_in_any_loop_count() -> None:
+    """Not only in the one with the matrix products."""
+    names = ["LDL", "STL", "BRA", "HGMMA", "STL", "FADD", "BRA", "LDL"]
+    code = [(16 * i, name, "") for i, name in enumerate(names)]
+    code[2], code[6] = (32, "BRA", " 0x10 "), (96, "BRA", " 0x30 ")
+    code.append((128, "BRA", " 0x80 "))  # to itself, at the end of every program
+    loops = offline._loops(code)
+    assert loops == [(16, 32), (48, 96)]
+    assert offline._hot_loop(code, loops) == {"HGMMA": 1, "STL": 1, "FADD": 1, "BRA": 1}
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks into /proc")
+def test_processes_that_compile_do_not_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    before = set(active_children())
+    with audit.compilers(2):
+        started = set(active_children()) - before
+        assert os.environ["TRITON_INTERPRET"] == "1"
+        assert len(started) == 2
+        for process in started:
+            assert b"TRITON_INTERPRET" not in Path(f"/proc/{process.pid}/environ").read_bytes()
 
 
 def test_what_is_missing_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

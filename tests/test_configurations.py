@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.bench.audit import TARGETS
-from effformer.bench.shapes import network_launches, unusual_launches
+from effformer.bench.audit import TARGETS, jobs
 from effformer.kernels import config
 from effformer.kernels.config import (
     SHIPPED,
@@ -24,7 +23,7 @@ from effformer.kernels.config import (
     user_file,
     write_user_entries,
 )
-from effformer.kernels.device import AMPERE, BLACKWELL, CLASSES, CONSUMER, HOPPER, Device, device_class
+from effformer.kernels.device import AMPERE, CLASSES, HOPPER, Device, device_class
 from effformer.kernels.table import DTYPES, Entry, LinearConfig, MlpConfig, as_text, read_entry, read_table
 
 from effformer import list_models
@@ -76,16 +75,42 @@ def test_a_device_without_room_is_named() -> None:
 
 def test_every_launch_has_an_answer_and_every_entry_a_launch() -> None:
     """For all published shapes, dtypes and device classes, at large batches and small."""
-    for device in (AMPERE, CONSUMER, HOPPER, BLACKWELL):
-        for dtype in DTYPES.values():
-            with preferring() as table:
-                for name in list_models():
-                    for batch, size in ((256, (224, 224)), (1, (224, 224)), (2, (512, 640))):
-                        assert len(list(network_launches(name, dtype, device, batch=batch, size=size))) > 20
-                list(unusual_launches(dtype, device))
-                known = {entry for entry, _, _ in table.used}
-                expected = {e for e in table.entries if device_class(device) in e.devices and dtype in e.dtypes}
-                assert known == expected
+    found, missing = jobs(list_models(), list(TARGETS), list(DTYPES))
+    assert missing == []
+    assert len(found) > 1000
+
+
+def test_tuned_entries_do_not_make_others_superfluous() -> None:
+    """What was tuned in place hides general entries from the published shapes; other networks get them."""
+    question = "meta4d", torch.float16, (48, 256 * 56 * 56)
+    tuned = [entry(where={"channels": 48}, use=vars(MlpConfig(64, 32, True, 4, 1)))]
+    found, missing = jobs(list_models(), [90], ["float16"], extra=tuned)
+    assert missing == []
+    tiles = {
+        job.configuration["BLOCK_M"]
+        for job in found
+        if job.operation == "meta4d" and job.source.constants.get("C") == 48
+    }
+    assert tiles == {64, 128}, "both are audited"
+    with preferring(*tuned):
+        assert answer(*question[:2], HOPPER, *question[2]).block_m == 64
+    unused = entry(where={"channels": 7})
+    _, missing = jobs(list_models(), [90], ["float16"], extra=[unused])
+    assert missing == ["sm_90: here (float16): no audited shape uses it"]
+
+
+def test_a_users_file_that_cannot_be_used_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference goes on; only the tuner insists."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    user_file().parent.mkdir()
+    user_file().write_text("[")
+    config._tuned_table.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="the configurations tuned on this machine are not used: .*no JSON"):
+            found = answer("meta4d", torch.float16, H200, 48, 9)
+        assert found == answer("meta4d", torch.float16, HOPPER, 48, 9)
+    finally:
+        config._tuned_table.cache_clear()
 
 
 def test_the_audit_knows_every_device_class() -> None:
@@ -209,8 +234,13 @@ USE = ENTRY["use"]
         ({"where": {"channels": "multiple of 0"}}, "where.channels: got 'multiple of 0'"),
         ({"use": None, "operation": "linear", "where": {}}, "use: got None, allowed are exactly the fields block_m, widths"),
         ({"use": {"block_m": 64}}, "allowed are exactly the fields block_m, block_h, reload, num_warps, num_stages"),
-        ({"use": USE | {"block_m": 96}}, "use.block_m: got 96, allowed: powers of two"),
-        ({"use": USE | {"num_warps": True}}, "use.num_warps: got True, allowed: powers of two"),
+        ({"use": USE | {"block_m": 96}}, "use.block_m: got 96, allowed: powers of two from 16 to 65536"),
+        ({"use": USE | {"num_warps": True}}, "use.num_warps: got True, allowed: powers of two from 1 to 32"),
+        ({"use": USE | {"block_h": 8}}, "use.block_h: got 8, allowed: powers of two from 16"),
+        ({"use": USE | {"num_warps": 64}}, "use.num_warps: got 64, allowed: powers of two from 1 to 32"),
+        ({"operation": "linear", "where": {}, "use": {"block_m": 64, "widths": [], "block_k": 32, "num_warps": 4, "num_stages": 2}}, "use.widths: got (), allowed: powers of two from 16"),
+        ({"where": []}, "where: got [], allowed is an object"),
+        ({"gpu": 7}, "gpu: got 7, allowed is a name"),
         ({"use": USE | {"num_stages": 0}}, "use.num_stages: got 0, allowed: 1 to 8"),
         ({"use": USE | {"reload": 1}}, "use.reload: got 1, allowed: true or false"),
         ({"colour": "red"}, "got the fields ['colour', 'device', 'dtype', 'operation', 'use', 'where'], allowed are"),
