@@ -34,8 +34,9 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -c "from skimage import data, io; io.imsave('demo/astronaut.png', data.astronaut())"
 	$(BIN)/effformer run demo/astronaut.png
 
+# On a CPU, also where there is a GPU: `make gpu` is for that.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal -m "not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal -m "not gpu"
 
 # Nothing is downloaded, nothing installed into PYTHON: a machine with a GPU has its own torch and triton, and may have
 # no network. LIMIT is in seconds, SUITE holds further arguments of tests/gpu/suite.py.

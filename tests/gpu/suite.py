@@ -72,6 +72,7 @@ PIECES = (
     Piece("runtime", ("gpu/test_gpu_runtime.py",), 1, 240),
     Piece("compile", ("gpu/test_gpu_compile.py",), 1, 360, 240),
     Piece("sanitizer", ("gpu/test_gpu_sanitizer.py",), min(6, MANY), 400, 300),
+    Piece("commands", ("gpu/test_gpu_commands.py",), 1, 240, 200),
     Piece("processes", ("gpu/test_gpu_processes.py",), 1, 200, 180),
 )  # fmt: skip
 # What all pieces share.
