@@ -178,12 +178,17 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def _loops(instructions: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
-    """(first, last) address of every loop: what lies between a backward branch and its target."""
+    """(first, last) address of every loop: what lies between a backward branch and its target.
+
+    What stands behind the last exit is waiting that takes longer than hoped for; from there a branch leads back.
+    """
+    end = max((address for address, name, _ in instructions if name == "EXIT"), default=-1)
     loops = []
     for address, name, operands in instructions:
         target = re.search(r"0x([0-9a-f]+)", operands) if name == "BRA" else None
-        if target and int(target[1], 16) < address:
-            loops.append((int(target[1], 16), address))
+        first = int(target[1], 16) if target else address
+        if first < address and not first <= end < address:
+            loops.append((first, address))
     return loops
 
 

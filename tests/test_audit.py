@@ -126,9 +126,10 @@ def test_spills_in_any_loop_count() -> None:
     names = ["LDL", "STL", "BRA", "HGMMA", "STL", "FADD", "BRA", "LDL"]
     code = [(16 * i, name, "") for i, name in enumerate(names)]
     code[2], code[6] = (32, "BRA", " 0x10 "), (96, "BRA", " 0x30 ")
-    code.append((128, "BRA", " 0x80 "))  # to itself, at the end of every program
+    code += [(128, "EXIT", ""), (144, "NOP", ""), (160, "BRA", " 0x90 "), (176, "BRA", " 0x0 ")]  # cold code, and back
+    code.append((192, "BRA", " 0xc0 "))  # to itself, at the end of every program
     loops = offline._loops(code)
-    assert loops == [(16, 32), (48, 96)]
+    assert loops == [(16, 32), (48, 96), (144, 160)]
     assert offline._hot_loop(code, loops) == {"HGMMA": 1, "STL": 1, "FADD": 1, "BRA": 1}
 
 
