@@ -79,6 +79,7 @@ def _followed(outcomes: Iterator[Outcome], total: int) -> tuple[Iterable[Outcome
     """`outcomes` with a bar where tqdm is installed and stderr is a terminal, and what prints beside it."""
     try:
         from tqdm import tqdm
-    except ImportError:  # it belongs to the extra `image`
+    except ImportError:
+        print("effformer: no progress bar without tqdm, of effformer[image]", file=sys.stderr)
         return outcomes, print
     return tqdm(outcomes, total=total, unit="check", disable=None, leave=False), tqdm.write
