@@ -80,6 +80,7 @@ def _followed(outcomes: Iterator[Outcome], total: int) -> tuple[Iterable[Outcome
     try:
         from tqdm import tqdm
     except ImportError:
-        print("effformer: no progress bar without tqdm, of effformer[image]", file=sys.stderr)
+        if sys.stderr.isatty():
+            print("effformer: no progress bar without tqdm, of effformer[image]", file=sys.stderr)
         return outcomes, print
     return tqdm(outcomes, total=total, unit="check", disable=None, leave=False), tqdm.write
