@@ -93,7 +93,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """A test over its time ends its process: nothing gentler stops a kernel that never returns."""
-    if (file := os.environ.get("EFFFORMER_NOW")) and "PYTEST_XDIST_WORKER" not in os.environ:
+    if (file := os.environ.get("EFFFORMER_NOW")) and not hasattr(item.config, "workerinput"):
         Path(file).write_text(item.nodeid, encoding="utf-8")
     limit = float(os.environ.get("EFFFORMER_TEST_LIMIT", "0"))
     if not limit:
