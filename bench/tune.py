@@ -94,31 +94,32 @@ def question_of(launch: Launch) -> Question:
 
 
 def candidates(question: Question) -> Iterator[Config | None]:
-    """All that is worth compiling for a question; what a GPU has no room for is left to the audit."""
-    operation, _, sizes = question
+    """All that is worth compiling for a question; what a GPU has no room for is left to the audit.
+
+    A hundred at most, by what compiling showed: 128 rows by 4 warps spill, one tile needs no pipeline.
+    """
+    operation, dtype, sizes = question
     match operation:
         case "meta4d" | "conv_mlp":
             yield None
-            for block_m, block_h, reload, warps, stages in itertools.product(
-                (32, 64, 128), (16, 32, 64, 128), (False, True), (4, 8), (1, 2, 3)
-            ):
-                if block_m * block_h >= 512 and block_m * sizes[0] <= 128 * 256:
+            rows = [(64, 4), (64, 8), (128, 8)] if dtype != torch.float32 else [(32, 4), (32, 8), (64, 8)]
+            widths = (32, 64, 128) if dtype != torch.float32 else (16, 32, 64)
+            for (block_m, warps), block_h, reload, stages in itertools.product(rows, widths, (False, True), (1, 2, 3)):
+                if block_m * sizes[0] <= 128 * 256:
                     yield MlpConfig(block_m, block_h, reload, warps, stages)
         case "linear":
-            widths = [(64,), (128,), (256,), (128, 128), (128, 64), (128, 64, 32), (128, 32), (64, 32), (256, 64)]
-            fitting = [width for width in widths if -(-sizes[0] // sum(width)) * sum(width) <= 1.15 * sizes[0]]
-            for block_m, width, block_k, warps, stages in itertools.product(
-                (64, 128), fitting or [(128,)], (32, 64, 128), (4, 8), (2, 3, 4)
-            ):
-                if 32 * 64 <= block_m * sum(width) <= 128 * 320:
-                    yield LinearConfig(block_m, width, block_k, warps, stages)
+            tiles = [(64,), (128,), (256,), (128, 128), (128, 64), (128, 64, 32), (128, 32), (256, 64)]
+            fitting = [widths for widths in tiles if -(-sizes[0] // sum(widths)) * sum(widths) <= 1.15 * sizes[0]]
+            depths = ((32, 3), (32, 4), (64, 3), (64, 4)) if dtype != torch.float32 else ((16, 3), (32, 2), (32, 3))
+            for block_m, widths, (block_k, stages) in itertools.product((64, 128), fitting or [(128,)], depths):
+                for warps in (4, 8) if block_m * sum(widths) <= 128 * 128 else (8,):
+                    yield LinearConfig(block_m, widths, block_k, warps, stages)
         case "bias_attention":
             most = max(16, 2 * sizes[0])
-            for block_m, block_n, warps, stages in itertools.product(
-                (16, 32, 64, 128), (16, 32, 64, 128), (2, 4, 8), (1, 2, 3)
-            ):
-                if block_m <= most and block_n <= most:
-                    yield AttentionConfig(block_m, block_n, warps, stages)
+            for block_m, block_n, warps in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (2, 4, 8)):
+                for stages in (1,) if block_n >= sizes[0] else (1, 2):
+                    if block_m <= most and block_n <= most:
+                        yield AttentionConfig(block_m, block_n, warps, stages)
         case "pool_mixer":
             for elements, block_c, warps in itertools.product((512, 1024, 2048, 4096), (8, 16, 32, 64), (2, 4, 8)):
                 yield PoolConfig(elements, block_c, warps)

@@ -68,7 +68,8 @@ def test_the_question_is_what_the_launch_asked() -> None:
 )
 def test_candidates_are_many_and_have_the_right_kind(question: Question) -> None:
     found = list(candidates(question))
-    assert len(set(found)) == len(found) > 15
+    assert len(set(found)) == len(found)
+    assert 15 < len(found) <= 100
     operation, dtype, sizes = question
     kind = config.answer(operation, dtype, HOPPER, *sizes).__class__
     assert {c.__class__ for c in found} <= {kind, type(None)}
