@@ -103,8 +103,8 @@ def candidates(question: Question) -> Iterator[Config | None]:
         case "meta4d" | "conv_mlp":
             yield None
             rows = [(64, 4), (64, 8), (128, 8)] if dtype != torch.float32 else [(32, 4), (32, 8), (64, 8)]
-            widths = (32, 64, 128) if dtype != torch.float32 else (16, 32, 64)
-            for (block_m, warps), block_h, reload, stages in itertools.product(rows, widths, (False, True), (1, 2, 3)):
+            hidden = (32, 64, 128) if dtype != torch.float32 else (16, 32, 64)
+            for (block_m, warps), block_h, reload, stages in itertools.product(rows, hidden, (False, True), (1, 2, 3)):
                 if block_m * sizes[0] <= 128 * 256:
                     yield MlpConfig(block_m, block_h, reload, warps, stages)
         case "linear":
