@@ -294,7 +294,8 @@ def init_linear(linear: nn.Linear) -> None:
 
 def _to_map(tokens: Tensor, height: int, width: int) -> Tensor:
     """[B, N, C] -> [B, C, height, width]."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+    channels_first = tokens.transpose(1, 2)
+    return channels_first.reshape(channels_first.shape[0], channels_first.shape[1], height, width)
 
 
 def _take_indices(indices: int | Sequence[int] | None, count: int) -> tuple[list[int], int]:

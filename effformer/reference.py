@@ -142,7 +142,9 @@ def linear_mlp(
 
 def split_heads(qkv: Tensor, *, num_heads: int, key_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k [B, num_heads, N, key_dim] and v [B, num_heads, N, value_dim] from qkv as in `bias_attention`."""
-    heads = qkv.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    batch, tokens, channels = qkv.shape
+    # Compilers cannot see through Tensor.unflatten where a default device is set.
+    heads = qkv.reshape(batch, tokens, num_heads, channels // num_heads).transpose(1, 2)
     value_dim = heads.shape[-1] - 2 * key_dim
     q, k, v = heads.split([key_dim, key_dim, value_dim], dim=-1)
     return q, k, v
@@ -165,7 +167,7 @@ def expand_bias(table: Tensor, height: int, width: int, *, resolution: int, resi
     resize the [T * T, T * T] matrix as if it were an image. All three are the plain lookup at [T, T].
     """
     if resize == "table":
-        grid = table.unflatten(1, (resolution, resolution))[None]
+        grid = table.reshape(table.shape[0], resolution, resolution)[None]
         grid = F.interpolate(grid, (height, width), mode="bilinear", align_corners=True)
         return grid[0].flatten(1)[:, bias_index(height, width, table.device)]
     matrix = table[:, bias_index(resolution, resolution, table.device)][None]

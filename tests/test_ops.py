@@ -294,6 +294,20 @@ def test_compile_traces_the_whole_network() -> None:
 
 
 @pytest.mark.usefixtures("_no_compiled_code")
+def test_compiles_where_a_default_device_is_set(narrow: Callable[..., EfficientFormer]) -> None:
+    """PyTorch wraps all of its functions then, and its compiler sees through fewer of them."""
+    network, x = narrow(), torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    torch.set_default_device("cpu")
+    try:
+        with torch.no_grad():
+            for call in (network, network.forward_intermediates):
+                compiled, expected = torch.compile(call, backend="eager", fullgraph=True)(x), call(x)
+                torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-12)
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.usefixtures("_no_compiled_code")
 def test_compiled_training_with_checkpointing_moves_statistics_once(narrow: Callable[..., EfficientFormer]) -> None:
     plain, recomputed = narrow().train(), narrow().train()
     recomputed.set_grad_checkpointing()
