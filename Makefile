@@ -11,7 +11,7 @@ help:
 	@echo "make demo    features of a photograph, in an environment made for it"
 	@echo "make test    the test suite"
 	@echo "make gpu     the GPU's tests, by the Python that PYTHON names, with what is installed there (10 minutes)"
-	@echo "make mutants planted faults in the kernels, each of which the tests must catch (half an hour)"
+	@echo "make mutants planted faults in the kernels, each of which the tests must catch (three quarters of an hour)"
 	@echo "make audit   every kernel compiled for every GPU it is for, and held to rules (half an hour, then from a cache)"
 	@echo "make lint    ruff: style and format"
 	@echo "make types   mypy, on the package as it is installed"
