@@ -1,0 +1,294 @@
+"""A network in eval mode as a list of fused operations with their arguments: what `effformer.freeze` runs.
+
+BatchNorm, convolution biases and layer scales are folded into scales and shifts, in float64; both heads become one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _interim, ops
+from ._interim import PIXEL_OFFSET
+from .blocks import Downsample, Flat, Meta3D, Meta4D, Stem
+from .composition import is_plain, why_changed
+from .model import EfficientFormer, to_map
+from .stage import Stage
+
+OUTPUTS = ("logits", "pooled", "features")
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+# Places in the arguments of `ops.attention_mixer`, counted without x, of the bias, which depends on the image size.
+_BIAS = 4
+
+
+@dataclass
+class Step:
+    """`ops.<operation>(x, *tensors, **options)`, or "tokens" (map to tokens) or "feature" (a map is returned).
+
+    Attributes:
+        tensors: matrices and filters in the network's dtype, vectors in float32 (float64 for float64).
+        table: of `attention_mixer`, whose bias is expanded from it by `expand_bias(table, height, width, **resize)`.
+    """
+
+    operation: str
+    tensors: tuple[Tensor, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    table: Tensor | None = None
+    resize: dict[str, Any] = field(default_factory=dict)
+
+    def all_tensors(self) -> tuple[Tensor, ...]:
+        return self.tensors if self.table is None else (*self.tensors, self.table)
+
+
+@dataclass
+class Packed:
+    """The steps of a network.
+
+    Attributes:
+        steps: in order; the first is the stem's first convolution, on normalised images.
+        pixels: the same convolution on uint8 images, mean and std folded in; None where there are none.
+    """
+
+    steps: list[Step]
+    pixels: Step | None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is read, in an order that depends on the architecture alone."""
+        for step in self.steps if self.pixels is None else [*self.steps, self.pixels]:
+            yield from step.all_tensors()
+
+    def take(self, other: Packed) -> None:
+        """Copy the tensors of the same network with other weights into this one's, in place.
+
+        Raises:
+            ValueError: for another architecture.
+        """
+        if _structure(self) != _structure(other):
+            raise ValueError("model: got another architecture, allowed is that of the frozen model")
+        for target, source in zip(self.tensors(), other.tensors(), strict=True):
+            target.copy_(source)
+
+    def biases(self, height: int, width: int) -> list[Tensor]:
+        """The attention bias of each 3D block for images of these sides."""
+        sides = height, width
+        for step in self.steps:
+            if step.operation == "conv_norm":
+                sides = (sides[0] + 1) // 2, (sides[1] + 1) // 2
+        return [
+            ops.expand_bias(step.table, *sides, **step.resize).contiguous()
+            for step in self.steps
+            if step.table is not None
+        ]
+
+    def run(self, x: Tensor, biases: Sequence[Tensor], backend: str) -> Tensor | list[Tensor]:
+        """The result for images x [B, in_chans, H, W], normalised or uint8; `biases` are those of their size."""
+        features: list[Tensor] = []
+        sides = x.shape[2], x.shape[3]
+        remaining = iter(biases)
+        for step in self.steps:
+            if step is self.steps[0] and x.dtype == torch.uint8:
+                assert self.pixels is not None
+                step = self.pixels
+            match step.operation:
+                case "conv_norm":
+                    x = _interim.conv_norm(x, *step.tensors, **step.options, backend=backend)
+                    sides = x.shape[2], x.shape[3]
+                case "meta4d":
+                    x = _interim.meta4d(x, *step.tensors, **step.options, backend=backend)
+                case "tokens":
+                    x = x.flatten(2).transpose(1, 2)
+                case "attention_mixer":
+                    tensors = *step.tensors[:_BIAS], next(remaining), *step.tensors[_BIAS:]
+                    x = ops.attention_mixer(x, *tensors, **step.options, backend=backend)
+                case "linear_mlp":
+                    x = _interim.linear_mlp(x, *step.tensors, **step.options, backend=backend)
+                case "head":
+                    x = _interim.head(x, *step.tensors, **step.options, backend=backend)
+                case "group_norm":
+                    maps = x if x.ndim == 4 else to_map(x, *sides)
+                    weight, bias = (vector.to(x.dtype) for vector in step.tensors)
+                    maps = F.group_norm(maps, 1, weight, bias, step.options["eps"])
+                    if step.options["inline"]:
+                        x = maps if x.ndim == 4 else maps.flatten(2).transpose(1, 2)
+                        features += [maps] * step.options["feature"]
+                    else:
+                        features.append(maps)
+                case "feature":
+                    features.append(x if x.ndim == 4 else to_map(x, *sides))
+        return features or x
+
+
+def _structure(packed: Packed) -> list[Any]:
+    steps = packed.steps if packed.pixels is None else [*packed.steps, packed.pixels]
+    return [
+        (step.operation, step.options, step.resize, [(t.shape, t.dtype, t.device) for t in step.all_tensors()])
+        for step in steps
+    ]
+
+
+def pack(
+    model: EfficientFormer,
+    dtype: torch.dtype,
+    output: str,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    *,
+    deterministic: bool = True,
+) -> Packed:
+    """The steps of `model` in `dtype`; with `mean` and `std`, for uint8 images as well.
+
+    Raises:
+        ValueError: for a model that is in training mode, or does what the fused operations do not; for an output that
+            it does not have.
+    """
+    _check(model, output)
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def own(tensor: Tensor, kind: torch.dtype) -> Tensor:
+        layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+        return tensor.detach().to(kind).clone(memory_format=layout)
+
+    def step(operation: str, tensors: Sequence[Tensor], **options: Any) -> Step:
+        return Step(operation, tuple(own(t, dtype if t.ndim > 1 else accumulation) for t in tensors), options)
+
+    stem = _exact(model.stem)
+    first, second = stem.folded()
+    steps = [step("conv_norm", first, activation="relu"), step("conv_norm", second, activation="relu")]
+    pixels = None
+    if mean is not None and std is not None:
+        *filters, border = _for_pixels(first, first[0].new_tensor(mean), first[0].new_tensor(std), dtype)
+        pixels = step("conv_norm", filters, activation="relu", border=own(border, accumulation))
+    norm_of = model.config.feature_norm
+    for index, stage in enumerate(cast("Sequence[Stage]", model.stages)):
+        if isinstance(stage.downsample, Downsample):
+            steps.append(step("conv_norm", _exact(stage.downsample).folded()))
+        for block in stage.blocks:
+            exact = _exact(block)
+            if isinstance(exact, Meta4D):
+                options = {"activation": exact.activation, "deterministic": deterministic}
+                steps.append(step("meta4d", exact.folded(), **options))
+            elif isinstance(exact, Flat):
+                steps.append(Step("tokens"))
+            elif isinstance(exact, Meta3D):
+                steps += _token_steps(exact, step, own, accumulation, deterministic)
+        if norm_of == "inline" or (norm_of == "tap" and output == "features"):
+            norm = _exact(model.feature_norms[index])
+            options = {"eps": norm.eps, "inline": norm_of == "inline", "feature": output == "features"}
+            steps.append(step("group_norm", (norm.weight, norm.bias), **options))
+        elif output == "features":
+            steps.append(Step("feature"))
+    if output != "features":
+        norm = _exact(model.norm)
+        tensors = [norm.weight, norm.bias]
+        if output == "logits":
+            heads = _exact(model.head), _exact(model.head_dist)
+            tensors += [(heads[0].weight + heads[1].weight) / 2, (heads[0].bias + heads[1].bias) / 2]
+        steps.append(step("head", tensors, eps=norm.eps))
+    return Packed(steps, pixels)
+
+
+def _token_steps(block: Meta3D, step: Any, own: Any, accumulation: torch.dtype, deterministic: bool) -> Iterator[Step]:
+    mixer = block.token_mixer
+    nothing = mixer.attention_biases
+    tensors = list(block.folded_mixer(nothing))
+    del tensors[_BIAS]
+    heads = {"num_heads": mixer.num_heads, "key_dim": mixer.key_dim, "eps": block.norm1.eps}
+    found = step("attention_mixer", tensors, **heads)
+    found.table = own(mixer.attention_biases, accumulation)
+    found.resize = {"resolution": mixer.resolution, "resize": mixer.bias_resize}
+    yield found
+    options = {"activation": block.activation, "eps": block.norm2.eps, "deterministic": deterministic}
+    yield step("linear_mlp", block.folded_mlp(), **options)
+
+
+def _for_pixels(
+    conv: tuple[Tensor, Tensor, Tensor], mean: Tensor, std: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(weight, scale, shift, border) for pixels - PIXEL_OFFSET instead of (pixels / 255 - mean) / std.
+
+    Padding is 0 in normalised images: in pixels it is the mean, which becomes the border.
+    """
+    weight, scale, shift = conv
+    middle = std.mean()  # keeps the weights' size, and what is left is the scale's
+    weight = (weight * (middle / std)[:, None, None]).to(dtype).double()  # what is computed with is what is corrected
+    border = 255 * mean - PIXEL_OFFSET
+    scale = scale / (255 * middle)
+    return weight, scale, shift - scale * (weight.sum((2, 3)) @ border), border
+
+
+def _exact(module: _Module) -> _Module:
+    """A float64 copy."""
+    return copy.deepcopy(module).double()
+
+
+# --- what can be packed -----------------------------------------------------------------------------------------------
+
+
+def _check(model: EfficientFormer, output: str) -> None:
+    if model.training:
+        raise ValueError("model: got one in training mode, allowed is one in eval mode: call model.eval()")
+    for name, module in _parts(model):
+        if reason := _why_not(module):
+            raise ValueError(f"model: {name}: {reason}; allowed is what `create_model` builds, in eval mode")
+    if output == "features":
+        return
+    complete = len(model.stages) == model.num_stages and is_plain(model.norm, (nn.LayerNorm,))
+    if not complete or model.global_pool != "avg":
+        raise ValueError(f"output: got {output!r}, allowed is 'features' for a model without the pooled end")
+    if output == "logits":
+        heads = model.head, model.head_dist
+        if model.num_classes == 0:
+            raise ValueError("output: got 'logits', allowed are 'pooled' and 'features' for a model without heads")
+        if not all(is_plain(head, (nn.Linear,)) for head in heads) or not is_plain(model.head_drop, (nn.Dropout,)):
+            raise ValueError("model: a head was replaced, changed or has hooks; allowed is what `create_model` builds")
+
+
+def _parts(model: EfficientFormer) -> Iterator[tuple[str, nn.Module]]:
+    yield "the model", model
+    yield "stem", model.stem
+    for index, stage in enumerate(model.stages):
+        yield f"stages.{index}", stage
+        yield f"stages.{index}.downsample", stage.downsample  # type: ignore[union-attr]
+        for number, block in enumerate(stage.blocks):  # type: ignore[arg-type, union-attr]
+            yield f"stages.{index}.blocks.{number}", block
+    if model.config.feature_norm is not None:
+        for index, norm in enumerate(model.feature_norms):
+            yield f"feature_norms.{index}", norm
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why the steps would not compute what `module` does; None if they do."""
+    known = (EfficientFormer, Stem, Stage, Downsample, Meta4D, Meta3D, Flat, nn.Identity, nn.GroupNorm)
+    if not is_plain(module, known):
+        return "it was replaced, changed or has hooks"
+    match module:
+        case Meta4D() | Meta3D():
+            return module.why_composed()
+        case Stem():
+            pairs = [(module.conv1, module.norm1), (module.conv2, module.norm2)]
+            relus = [("act1", module.act1, (nn.ReLU,)), ("act2", module.act2, (nn.ReLU,))]
+        case Downsample():
+            pairs, relus = [(module.conv, module.norm)], []
+        case _:
+            return None
+    if any(not _is_halving(conv) or not is_plain(norm, (nn.BatchNorm2d,)) for conv, norm in pairs):
+        return "a convolution or its norm was replaced, changed or has hooks"
+    if any(norm.training or norm.running_mean is None for _, norm in pairs):
+        return "BatchNorm uses batch statistics"
+    return why_changed(relus, "relu")
+
+
+def _is_halving(conv: nn.Module) -> bool:
+    """Whether `conv` is a plain 3x3 convolution of stride 2."""
+    if type(conv) is not nn.Conv2d or not is_plain(conv, (nn.Conv2d,), expected=lambda _: True):
+        return False
+    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    return geometry == ((3, 3), (2, 2), (1, 1), (1, 1), 1, "zeros")
