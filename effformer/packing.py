@@ -34,7 +34,8 @@ class Step:
     """`ops.<operation>(x, *tensors, **options)`, or "tokens" (map to tokens) or "feature" (a map is returned).
 
     Attributes:
-        tensors: matrices and filters in the network's dtype, vectors in float32 (float64 for float64).
+        tensors: matrices and filters in the network's dtype, vectors in float32 (float64 for float64); the last of
+            the first convolution for pixels is its border.
         table: of `attention_mixer`, whose bias is expanded from it by `expand_bias(table, height, width, **resize)`.
     """
 
@@ -99,7 +100,8 @@ class Packed:
                 step = self.pixels
             match step.operation:
                 case "conv_norm":
-                    x = _interim.conv_norm(x, *step.tensors, **step.options, backend=backend)
+                    border = dict(zip(("border",), step.tensors[3:], strict=False))
+                    x = _interim.conv_norm(x, *step.tensors[:3], **border, **step.options, backend=backend)
                     sides = x.shape[2], x.shape[3]
                 case "meta4d":
                     x = _interim.meta4d(x, *step.tensors, **step.options, backend=backend)
@@ -164,8 +166,8 @@ def pack(
     steps = [step("conv_norm", first, activation="relu"), step("conv_norm", second, activation="relu")]
     pixels = None
     if mean is not None and std is not None:
-        *filters, border = _for_pixels(first, first[0].new_tensor(mean), first[0].new_tensor(std), dtype)
-        pixels = step("conv_norm", filters, activation="relu", border=own(border, accumulation))
+        tensors = _for_pixels(first, first[0].new_tensor(mean), first[0].new_tensor(std), dtype)
+        pixels = step("conv_norm", tensors, activation="relu")
     norm_of = model.config.feature_norm
     for index, stage in enumerate(cast("Sequence[Stage]", model.stages)):
         if isinstance(stage.downsample, Downsample):
