@@ -305,6 +305,9 @@ class Frozen:
                 self._biases[sides] = biases
                 while len(self._biases) > _SIZES:
                     del self._biases[next(iter(self._biases))]
+        if self.device.type == "cuda":
+            for bias in biases:  # it may be given up while this stream still reads it
+                bias.record_stream(torch.cuda.current_stream())
         return self._packed.run(images, biases, self.backend)
 
     def _within_a_graph(self) -> bool:
