@@ -184,11 +184,11 @@ class _Packer:
         return Step(operation, tuple(self.own(tensor) for tensor in tensors), options)
 
     def own(self, tensor: Tensor, *, vector: bool = False) -> Tensor:
-        """A copy, as the operations want it."""
+        """As the operations want it. What is packed are copies already: see `_exact`."""
         accumulation = torch.float64 if self.dtype == torch.float64 else torch.float32
         kind = accumulation if vector or tensor.ndim == 1 else self.dtype
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-        return tensor.detach().to(kind).clone(memory_format=layout)
+        return tensor.detach().to(kind).contiguous(memory_format=layout)
 
     def block(self, block: nn.Module) -> Iterator[Step]:
         if isinstance(block, Flat):

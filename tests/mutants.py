@@ -17,8 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("test_kernel_values.py", "test_kernels.py", "test_operators.py", "test_kernel_shapes.py")
-# What concerns these files is looked for first.
+# What concerns these files is looked for first, or alone.
 CONFIGURATIONS = ("kernels/config.py", "kernels/device.py", "kernels/table.py")
+SERVING = ("effformer/inference.py", "effformer/packing.py")
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,32 @@ MUTANTS = (
     Mutant("what was tuned here forgotten", "kernels/config.py", "_tuned_table() if device.name else", ""),
     Mutant("tiles wider than the product", "kernels/config.py", "found.widths if outputs >= whole else", "found.widths if True else"),
     Mutant("unknown activations let through", "effformer/backend.py", "if activation not in TRITON_ACTIVATIONS:", "if False:"),
+    # the serving form
+    Mutant("frozen: one head alone", "effformer/packing.py", "(one.bias + other.bias) / 2", "one.bias"),
+    Mutant("frozen: padding of pixels is black", "effformer/packing.py", "border = 255 * mean - PIXEL_OFFSET", "border = 0 * mean - PIXEL_OFFSET"),
+    Mutant("frozen: the border's share not taken back", "effformer/packing.py", "shift - scale * (weight.sum((2, 3)) @ border)", "shift"),
+    Mutant("frozen: std of the channels mixed up", "effformer/packing.py", "(middle / std)[:, None, None]", "(middle / std.flip(0))[:, None, None]"),
+    Mutant("frozen: weights shared with the model", "effformer/packing.py", "copy.deepcopy(module).double()", "module.double()"),
+    Mutant("frozen: new weights of the first convolution alone", "effformer/packing.py", "for target, source in zip(self.tensors(), other.tensors(), strict=True):", "for target, source in list(zip(self.tensors(), other.tensors(), strict=True))[:1]:"),
+    Mutant("frozen: another architecture's weights taken", "effformer/packing.py", "if _structure(self) != _structure(other):", "if False:"),
+    Mutant("frozen: bias of the image's sides, not the map's", "effformer/packing.py", "sides = (sides[0] + 1) // 2, (sides[1] + 1) // 2", "pass"),
+    Mutant("frozen: a tapped norm goes on to the next stage", "effformer/packing.py", 'inline=kind == "inline"', "inline=True"),
+    Mutant("frozen: hooks lost", "effformer/packing.py", "if not is_plain(module, known):", "if False:"),
+    Mutant("frozen: training mode let through", "effformer/packing.py", "if model.training:", "if False:"),
+    Mutant("frozen: a stem with other strides let through", "effformer/packing.py", "return geometry ==", "return True or geometry =="),
+    Mutant("frozen: old biases in the graphs", "effformer/inference.py", "                    target.copy_(source)", "                    pass"),
+    Mutant("frozen: old biases without a graph", "effformer/inference.py", "            self._biases.clear()\n            self._model", "            self._model"),
+    Mutant("frozen: graphs beyond the limit", "effformer/inference.py", "len(self._graphs) < self._max_graphs", "True"),
+    Mutant("frozen: padded to the largest", "effformer/inference.py", "return min(larger)", "return max(larger)"),
+    Mutant("frozen: padded to another size", "effformer/inference.py", "if known[1:] == key[1:] and", "if"),
+    Mutant("frozen: padding returned", "effformer/inference.py", "result[:batch].clone(memory_format=torch.preserve_format)", "result.clone()"),
+    Mutant("frozen: results overwritten", "effformer/inference.py", "if self._new_outputs else", "if False else"),
+    Mutant("frozen: images not copied", "effformer/inference.py", "graph.images[:batch].copy_(images)", "pass"),
+    Mutant("frozen: other images in the buffer's memory", "effformer/inference.py", "if (images.data_ptr(), images.stride()) !=", "if (images.data_ptr(), graph.images.stride()) !="),
+    Mutant("frozen: autocast let in", "effformer/inference.py", "torch.autocast(device.type, enabled=False) if", "contextlib.nullcontext() if"),
+    Mutant("frozen: tensors of inference mode kept", "effformer/inference.py", "torch.inference_mode(False), ", ""),
+    Mutant("frozen: threads do not wait", "effformer/inference.py", "with self._lock, torch.inference_mode(False)", "with torch.inference_mode(False)"),
+    Mutant("frozen: a gradient lost", "effformer/inference.py", "if torch.is_grad_enabled() and images.requires_grad:", "if False:"),
 )  # fmt: skip
 
 
@@ -164,8 +191,8 @@ def main() -> None:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             plant(mutant, Path(folder))
-            first = ("test_configurations.py",) if mutant.file in CONFIGURATIONS else ()
-            killer = red(Path(folder), first + TESTS)
+            tests = ("test_configurations.py", *TESTS) if mutant.file in CONFIGURATIONS else TESTS
+            killer = red(Path(folder), ("test_freeze.py",) if mutant.file in SERVING else tests)
         survived += killer is None
         lines.append(f"{'SURVIVED' if killer is None else 'killed':8} {mutant.fault} ({mutant.file}): {killer or '-'}")
         print(f"{lines[-1]}  [{time.monotonic() - begin:.0f} s]", flush=True)

@@ -152,6 +152,8 @@ def test_bad_arguments(narrow: Callable[..., EfficientFormer]) -> None:
             freeze(model, **arguments)
     with pytest.raises(TypeError, match="model: got Linear"):
         freeze(nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model: got one in training mode"):
+        freeze(narrow().train())
     with pytest.raises(ValueError, match="without heads"):
         freeze(narrow(num_classes=0))
 
