@@ -91,6 +91,16 @@ MUTANTS = (
     Mutant("eps dropped", "kernels/layer_norm.py", "variance + eps", "variance"),
     Mutant("padding counted into the variance", "kernels/layer_norm.py", "centred = tl.where(there, b_x - (tl.sum(b_x, 1) / C)[:, None], 0.0)", "centred = b_x - (tl.sum(b_x, 1) / C)[:, None]"),
     Mutant("norm's bias dropped", "kernels/layer_norm.py", "normalised * weight + bias", "normalised * weight"),
+    # the network's end
+    Mutant("tokens that do not exist counted", "kernels/head.py", "tl.where(t < N, tl.rsqrt(variance + eps), 0.0)", "tl.rsqrt(variance + eps)"),
+    Mutant("padding counted into the variance", "kernels/head.py", "centred = tl.where(there, b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None], 0.0)", "centred = b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None]"),
+    Mutant("only the last tile of tokens pooled", "kernels/head.py", "b_sum += tl.sum(centred", "b_sum = tl.sum(centred"),
+    Mutant("norm's bias dropped", "kernels/head.py", "* weight + tl.load(norm_bias_ptr + c, mask=c < C, other=0.0)", "* weight"),
+    Mutant("eps dropped", "kernels/head.py", "tl.rsqrt(variance + eps)", "tl.rsqrt(variance)"),
+    Mutant("weights of the first classes for all", "kernels/head.py", "b_weight = _class_rows(weight_ptr, n + BLOCK_W,", "b_weight = _class_rows(weight_ptr, n,"),
+    Mutant("classes beyond the last written", "kernels/head.py", "b_out.to(out_ptr.dtype.element_ty), mask=n < CLASSES)", "b_out.to(out_ptr.dtype.element_ty))"),
+    Mutant("offset of a token in 32 bits", "kernels/head.py", "(t.to(tl.int64) * stride_xn)", "(t * stride_xn).to(tl.int32)"),
+    Mutant("bias of the linear layer dropped", "kernels/head.py", "tl.sum(b_product, 1) + tl.load(bias_ptr + n, mask=n < CLASSES, other=0.0)", "tl.sum(b_product, 1)"),
     # attention
     Mutant("bias dropped", "kernels/bias_attention.py", "tl.where(tl.abs(b_s) < float(\"inf\"), b_finite, b_s)", "tl.where(tl.abs(b_s) < float(\"inf\"), 0.0, b_s)"),
     Mutant("bias not divided by the scale", "kernels/bias_attention.py", "b_finite, b_s) * (1.0 / SCALE)", "b_finite, b_s)"),
