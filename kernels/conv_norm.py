@@ -93,7 +93,7 @@ def conv_norm_kernel(
             for i in tl.static_range(len(DEPTHS)):
                 c = channels_of(DEPTHS, i)
                 there = first + c < C
-                if C % BLOCK_K == 0 or not cut(DEPTHS, i, C):
+                if C % BLOCK_K == 0 or (C < BLOCK_K and not cut(DEPTHS, i, C)):
                     b_x = tl.load(p_tap + c[None, :], mask=mask, other=0.0)
                 else:
                     b_x = tl.load(p_tap + c[None, :], mask=mask & there[None, :], other=0.0)
