@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import PRESETS
 from ..kernels.attention_mixer import attention_mixer_launches
-from ..kernels.bias_attention import bias_attention_launch, new_values
+from ..kernels.bias_attention import bias_attention_launch, new_values, prepare_bias
 from ..kernels.conv_mlp import conv_mlp_launches
 from ..kernels.conv_norm import conv_norm_launches, new_halved
 from ..kernels.device import Device, stand_in
@@ -28,7 +28,7 @@ def network_launches(
     """(operation, shape, launch) of all fused operations at each stage of a published network; nothing is allocated.
 
     channels_last maps of [batch, C, height / 4, width / 4] and smaller, on `device`. At the stage of the 3D blocks
-    `bias_attention` is part of `attention_mixer`, and not repeated.
+    `bias_attention` is part of `attention_mixer`, and repeated with a prepared bias alone.
     """
     config = PRESETS[name]
     with stand_in(device):
@@ -101,9 +101,20 @@ def token_launches(
     arguments = (c, c, weights[0], _empty(qkv), bias, weights[1], c, c)
     for launch in attention_mixer_launches(x, *arguments, heads, key_dim, 1e-5, out=out):
         yield "attention_mixer", shape, launch
+    yield prepared_launch(batch, tokens, heads, key_dim, value_dim, dtype)
     w1, w2 = _empty(hidden, channels, of=dtype), _empty(channels, hidden, of=dtype)
     for launch in linear_mlp_launches(x, c, c, w1, h, w2, c, c, "gelu", 1e-5, out=out):
         yield "linear_mlp", shape, launch
+
+
+def prepared_launch(
+    batch: int, tokens: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+) -> tuple[str, str, Launch]:
+    """`network_launches` for attention with a prepared bias."""
+    qkv = _empty(batch, tokens, heads * (2 * key_dim + value_dim), of=dtype)
+    bias = prepare_bias(_empty(heads, tokens, tokens), key_dim, value_dim, dtype)
+    launch = bias_attention_launch(qkv, bias, heads, key_dim, new_values(qkv, heads, key_dim), prepared=True)
+    return "bias_attention", f"[{batch}, {tokens}, {qkv.shape[2]}], prepared", launch
 
 
 def end_launches(
@@ -131,6 +142,7 @@ def unusual_launches(dtype: torch.dtype, device: Device) -> Iterator[tuple[str, 
             qkv, bias = _empty(8, tokens, 8 * (2 * key + value), of=dtype), _empty(8, tokens, tokens)
             launch = bias_attention_launch(qkv, bias, 8, key, new_values(qkv, 8, key))
             yield "bias_attention", f"[8, {tokens}, 8 * (2 * {key} + {value})]", launch
+            yield prepared_launch(8, tokens, 8, key, value, dtype)
 
 
 def _empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:

@@ -135,8 +135,8 @@ def candidates(question: Question) -> Iterator[Config | None]:
                 yield PoolConfig(elements, block_c, warps)
         case "head":
             yield None
-            tiles = itertools.product((8192, 16384, 32768), (8, 16, 32, 64, 128), (4, 8, 16))
-            for elements, block_n, warps in tiles:
+            sizes_of_tiles, classes = (8192, 16384, 32768), (8, 16, 32, 64, 128)
+            for elements, block_n, warps in itertools.product(sizes_of_tiles, classes, (4, 8, 16)):
                 if elements <= 2048 * warps:
                     yield HeadConfig(elements, block_n, warps)
         case "token_mean":
@@ -295,7 +295,7 @@ def tune(
             subject = draw(check, device)
             with preferring(), recorded(run=False), asked() as questions:
                 subject.run("triton")
-            # The products that a fused MLP competes with are tuned before it.
+            # The products that a fused MLP (or head) competes with are tuned before it.
             unknown = sorted(
                 set(questions) - set(state.tuned), key=lambda question: (question[0] in FUSED, repr(question))
             )
@@ -382,7 +382,7 @@ class _Search:
         return list(found.values())
 
     def _launches(self, question: Question, use: Config | None, *, run: bool = False) -> list[Launch]:
-        """What `use` launches that concerns the question: for an MLP all, since it may be fused or not."""
+        """What `use` launches that concerns the question: for an MLP or the head all, since it may be fused or not."""
         with recorded(run=run) as launches:
             self._result(question, use)
         if question[0] in FUSED:
