@@ -78,6 +78,7 @@ def conv_mlp(
     shift2: Tensor,
     *,
     activation: str = "gelu",
+    deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """1x1 convolutional MLP with its residual: x + scale2 * (W2 · act(scale1 * (W1 · x) + shift1)) + shift2.
@@ -89,6 +90,8 @@ def conv_mlp(
         weight1, weight2: [hidden, C] and [C, hidden], x's dtype (any floating one under autocast).
         scale1, shift1: [hidden]; scale2, shift2: [C]; float32 (float64 if x is).
         activation: one of `ACTIVATIONS`; "gelu" is the exact form.
+        deterministic: whether the same input gives the same bits each time. False lets the programs that share out the
+            hidden channels of a few rows add in whatever order they end, which takes less memory. Eager has no such.
         backend: "auto", "eager" or "triton".
 
     Returns:
@@ -97,6 +100,7 @@ def conv_mlp(
     Raises:
         TypeError, ValueError: for a wrong dtype, shape, activation or backend, naming the argument.
         UnsupportedError: for backend="triton" where the kernels cannot run.
+        RuntimeError: for deterministic=False on the kernels under `torch.use_deterministic_algorithms(True)`.
     """
     check_map(x)
     check_conv_mlp(x, weight1, scale1, shift1, weight2, scale2, shift2, activation)
@@ -108,7 +112,9 @@ def conv_mlp(
             from .kernels.conv_mlp import conv_mlp as kernel
 
             dtype = products_dtype(x)
-            return kernel(x, weight1.to(dtype), scale1, shift1, weight2.to(dtype), scale2, shift2, activation)
+            return kernel(
+                x, weight1.to(dtype), scale1, shift1, weight2.to(dtype), scale2, shift2, activation, deterministic
+            )
 
 
 @torch.fx.wrap
@@ -123,6 +129,7 @@ def meta4d(
     shift2: Tensor,
     *,
     activation: str = "gelu",
+    deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """A whole 4D MetaBlock in eval mode: `conv_mlp(pool_mixer(x, layer_scale1), ...)`.
@@ -141,7 +148,7 @@ def meta4d(
 
             dtype = products_dtype(x)
             weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
-            return kernel(x, layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2, activation)
+            return kernel(x, layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2, activation, deterministic)
 
 
 @torch.fx.wrap
@@ -251,6 +258,7 @@ def linear_mlp(
     *,
     activation: str = "gelu",
     eps: float = 1e-5,
+    deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Second half of a 3D MetaBlock: x + scale2 * (W2 · act(W1 · LayerNorm(x) + shift1)) + shift2.
@@ -264,6 +272,8 @@ def linear_mlp(
         shift1: [hidden]; scale2, shift2: [C]; vectors are float32 (float64 if x is).
         activation: one of `ACTIVATIONS`; "gelu" is the exact form.
         eps: of the LayerNorm.
+        deterministic: whether the same input gives the same bits each time. False lets the programs that share out the
+            hidden channels of a few rows add in whatever order they end, which takes less memory. Eager has no such.
         backend: "auto", "eager" or "triton".
 
     Returns:
@@ -272,6 +282,7 @@ def linear_mlp(
     Raises:
         TypeError, ValueError: for a wrong dtype, shape, activation or backend, naming the argument.
         UnsupportedError: for backend="triton" where the kernels cannot run.
+        RuntimeError: for deterministic=False on the kernels under `torch.use_deterministic_algorithms(True)`.
     """
     check_tokens("x", x)
     check_choice("activation", activation, ACTIVATIONS)
@@ -290,7 +301,8 @@ def linear_mlp(
 
             dtype = products_dtype(x)
             weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
-            return kernel(x, norm_weight, norm_bias, weight1, shift1, weight2, scale2, shift2, activation, eps)
+            arguments = (norm_weight, norm_bias, weight1, shift1, weight2, scale2, shift2)
+            return kernel(x, *arguments, activation, eps, deterministic)
 
 
 @torch.fx.wrap
