@@ -107,27 +107,26 @@ def test_no_rows() -> None:
             assert case.run("triton").shape == case.run("eager").shape
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_special_values_stay_where_they_are(dtype: torch.dtype) -> None:
-    x = draw_map((2, 48, 7, 9), dtype)
-    x[0, 5, 0, 0], x[1, 7, 6, 8], x[1, 0, 3, 3] = NAN, INF, -INF
+def test_special_values_stay_where_they_are() -> None:
+    x = draw_map((2, 24, 5, 7), torch.float16)
+    x[0, 5, 0, 0], x[1, 7, 4, 6] = NAN, INF
     with splitting():
-        case = meta4d_case(x, 96)
+        case = meta4d_case(x, 48)
         assert not case.exact().isfinite().all()
         assert case.exact().isfinite().sum() > x.numel() // 2
         check(case)
-        check(conv_mlp_case(x, 96))
+        check(conv_mlp_case(x, 48))
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_all_parts_are_written_and_none_beyond(deterministic: bool) -> None:
     """The parts' memory is NaN before, and what the programs of the last tile have too many of goes nowhere."""
-    case = meta4d_case(draw_map((1, 100, 3, 13), torch.float16), 70)
+    case = meta4d_case(draw_map((1, 20, 3, 13), torch.float16), 70)
     with splitting(), unwritten_is_nan(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "deterministic")
         parts = split_of(case, deterministic=deterministic)[0].arguments["out_ptr"]
     assert isinstance(parts, torch.Tensor)
-    assert parts.shape == (3 if deterministic else 1, 39, 100)
+    assert parts.shape == (3 if deterministic else 1, 39, 20)
     assert parts.isfinite().all()
     assert deterministic or not parts.any()
 
@@ -142,7 +141,7 @@ def test_the_gain_of_the_hidden_is_taken_out_of_the_sum(monkeypatch: pytest.Monk
 
 
 def test_it_repeats_itself() -> None:
-    case = meta4d_case(draw_map((1, 48, 3, 13), torch.float16), 70)
+    case = meta4d_case(draw_map((1, 20, 3, 13), torch.float16), 70)
     with splitting():
         first = case.run("triton")
         for _ in range(2):
@@ -152,10 +151,9 @@ def test_it_repeats_itself() -> None:
 # --- in any order -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operation", OPERATORS)
-def test_atomic_sums_are_as_accurate(operation: str, dtype: torch.dtype) -> None:
-    x = draw_map((1, 48, 3, 13), dtype)
+def test_atomic_sums_are_as_accurate(operation: str) -> None:
+    x = draw_map((1, 20, 3, 13), torch.float16)
     case = {
         "meta4d": lambda: meta4d_case(x, 70),
         "conv_mlp": lambda: conv_mlp_case(x, 70),
