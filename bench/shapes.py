@@ -128,7 +128,7 @@ def end_launches(
 
 
 def unusual_launches(dtype: torch.dtype, device: Device) -> Iterator[tuple[str, str, Launch]]:
-    """What no published network has and the table has entries for: narrow and odd channels, wide or few tokens."""
+    """What no published network has and the table has entries for: odd channels, wide or few tokens, mixed dtypes."""
     with stand_in(device):
         for channels in (24, 80):
             yield from map_launches(channels, 4 * channels, (8, 28, 28), dtype)
@@ -143,6 +143,12 @@ def unusual_launches(dtype: torch.dtype, device: Device) -> Iterator[tuple[str, 
             launch = bias_attention_launch(qkv, bias, 8, key, new_values(qkv, 8, key))
             yield "bias_attention", f"[8, {tokens}, 8 * (2 * {key} + {value})]", launch
             yield prepared_launch(8, tokens, 8, key, value, dtype)
+        if dtype == torch.float32:  # as under autocast: few rows, whose products alone are in 16 bit
+            for batch in (1, 8):
+                x, c, h = _empty(batch, 49, 448), _empty(448), _empty(1792)
+                w1, w2 = _empty(1792, 448, of=torch.float16), _empty(448, 1792, of=torch.float16)
+                for launch in linear_mlp_launches(x, c, c, w1, h, w2, c, c, "gelu", 1e-5, out=x):
+                    yield "linear_mlp", f"[{batch}, 49, 448], weights in float16", launch
 
 
 def _empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:

@@ -36,6 +36,7 @@ from ..kernels.table import (
     MlpConfig,
     NormConfig,
     PoolConfig,
+    SplitConfig,
     read_config,
 )
 from ..outcome import Check
@@ -47,7 +48,8 @@ from .timing import kernel_time
 REPEATS = 10
 FINALISTS, ROUNDS = 4, 5
 GAIN = 0.98  # of the time that the table's own configuration takes: less than 2% is noise
-FUSED = ("meta4d", "conv_mlp", "head")
+FEW_ROWS = 4096  # with more, the parts of a split MLP are more to read and write than the GPU gains by them
+FUSED = ("meta4d", "conv_mlp", "linear_mlp", "head")
 
 
 class DeviceLostError(RuntimeError):
@@ -82,6 +84,11 @@ def question_of(launch: Launch) -> Question:
         case "mlp_kernel":
             operation = "meta4d" if constants["POOL"] else "conv_mlp"
             source, sizes = "weight1_ptr", (constants["C"], rows)
+        case "split_mlp_kernel":
+            operation = "meta4d" if constants["POOL"] else "conv_mlp" if constants["HAS_SCALE"] else "linear_mlp"
+            source, sizes = "weight1_ptr", (constants["C"], rows)
+        case "split_sum_kernel":
+            operation, source, sizes = "split_sum", "out_ptr", (constants["C"], rows)
         case "linear_kernel":
             operation, source, sizes = "linear", "weight_ptr", (constants["OUTPUTS"], constants["INPUTS"], rows)
         case "conv_norm_kernel":
@@ -108,8 +115,12 @@ def candidates(question: Question) -> Iterator[Config | None]:
     """
     operation, dtype, sizes = question
     match operation:
-        case "meta4d" | "conv_mlp":
+        case "meta4d" | "conv_mlp" | "linear_mlp":
             yield None
+            if sizes[1] <= FEW_ROWS and dtype != torch.float32:
+                yield from _splits(sizes[0])
+            if operation == "linear_mlp":
+                return
             rows = [(64, 4), (64, 8), (128, 8)] if dtype != torch.float32 else [(32, 4), (32, 8), (64, 8)]
             hidden = (32, 64, 128) if dtype != torch.float32 else (16, 32, 64)
             for (block_m, warps), block_h, reload, stages in itertools.product(rows, hidden, (False, True), (1, 2, 3)):
@@ -130,7 +141,7 @@ def candidates(question: Question) -> Iterator[Config | None]:
                 for stages in (1,) if block_n >= sizes[0] else (1, 2):
                     if block_m <= most and block_n <= most:
                         yield AttentionConfig(block_m, block_n, warps, stages)
-        case "pool_mixer":
+        case "pool_mixer" | "split_sum":
             for elements, block_c, warps in itertools.product((512, 1024, 2048, 4096), (8, 16, 32, 64), (2, 4, 8)):
                 yield PoolConfig(elements, block_c, warps)
         case "head":
@@ -145,6 +156,13 @@ def candidates(question: Question) -> Iterator[Config | None]:
         case _:
             for elements, warps in itertools.product((512, 1024, 2048, 4096), (1, 2, 4, 8)):
                 yield NormConfig(elements, warps)
+
+
+def _splits(channels: int) -> Iterator[SplitConfig]:
+    for block_m, block_h, chunk in itertools.product((16, 32, 64), (32, 64), (32, 64, 128, 256)):
+        for stages in (1, 2) if chunk > block_h else (1,):  # a chunk that is one tile needs no pipeline
+            if chunk >= block_h:
+                yield SplitConfig(block_m, block_h, chunk, 4 if block_m * channels <= 16 * 512 else 8, stages)
 
 
 @dataclass(frozen=True)
@@ -209,7 +227,7 @@ class State:
         question = operation, DTYPES[dtype], tuple(sizes)
 
         def config(name: str) -> Config | None:
-            return read_config(record[name], operation, self.path.name)
+            return read_config(record[name], [operation], self.path.name)
 
         if "trial" in record:
             self.trials.setdefault(question, {})[config("use")] = record["trial"]

@@ -30,6 +30,7 @@ from .table import (
     MlpConfig,
     NormConfig,
     PoolConfig,
+    SplitConfig,
     Table,
     read_json,
     read_table,
@@ -39,11 +40,13 @@ from .table import entries as parse
 SHIPPED = Path(__file__).with_name("configurations.json")
 
 
-def mlp_config(operation: str, channels: int, rows: int, dtype: torch.dtype, device: Device) -> MlpConfig | None:
-    """The fused MLP's tiles, or None where two matrix products with the hidden in memory are to be taken.
+def mlp_config(
+    operation: str, channels: int, rows: int, dtype: torch.dtype, device: Device
+) -> MlpConfig | SplitConfig | None:
+    """Tiles of the fused MLP or of the split one, or None where two products with the hidden in memory are to be taken.
 
-    `operation` is "meta4d" or "conv_mlp". The accumulator holds all channels of a row: in 16 bit it spills, or leaves
-    shared memory, beyond 224.
+    `operation` is "meta4d", "conv_mlp" or "linear_mlp" (never fused). The accumulator holds all channels of a row: in
+    16 bit and with many rows a tile it spills, or leaves shared memory, beyond 224.
     """
     return answer(operation, dtype, device, channels, rows)
 
@@ -86,7 +89,15 @@ def pool_config(channels: int, rows: int, dtype: torch.dtype, device: Device, *,
 
     No more channels than the largest power of two in their number: none are padded.
     """
-    found: PoolConfig = answer("pool_mixer", dtype, device, channels, int(dense), rows)
+    return _whole_channels(channels, answer("pool_mixer", dtype, device, channels, int(dense), rows))
+
+
+def sum_config(channels: int, rows: int, dtype: torch.dtype, device: Device) -> tuple[int, int, int]:
+    """(rows, channels) of a tile in which a split MLP's parts are added, and the warps; `dtype` is the result's."""
+    return _whole_channels(channels, answer("split_sum", dtype, device, channels, rows))
+
+
+def _whole_channels(channels: int, found: PoolConfig) -> tuple[int, int, int]:
     block_c = min(max(channels & -channels, 16), found.block_c)
     return max(1, found.elements // block_c), block_c, found.num_warps
 

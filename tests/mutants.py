@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("test_kernel_values.py", "test_kernels.py", "test_operators.py", "test_kernel_shapes.py")
+TESTS = (
+    "test_kernel_values.py",
+    "test_kernels.py",
+    "test_operators.py",
+    "test_split.py",
+    "test_conv_norm.py",
+    "test_kernel_shapes.py",
+)
 # What concerns these files is looked for first, or alone.
 CONFIGURATIONS = ("kernels/config.py", "kernels/device.py", "kernels/table.py")
 SERVING = ("effformer/inference.py", "effformer/packing.py")
@@ -72,15 +79,30 @@ MUTANTS = (
     Mutant("doubled GELU not halved", "kernels/activation.py", 'return 2.0 if form == "gelu_exp3_x2"', 'return 1.0 if form == "gelu_exp3_x2"'),
     Mutant("hard_swish unbounded", "kernels/activation.py", "tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0)", "tl.maximum(x + 3.0, 0.0)"),
     # fused MLP
-    Mutant("scale1 not applied", "kernels/conv_mlp.py", "b_hidden * scale1[None, :] + shift1", "b_hidden + shift1"),
-    Mutant("shift1 dropped", "kernels/conv_mlp.py", "* scale1[None, :] + shift1[None, :]", "* scale1[None, :]"),
-    Mutant("last hidden chunk skipped", "kernels/conv_mlp.py", "tl.range(0, HIDDEN, BLOCK_H", "tl.range(0, HIDDEN - 1 - (HIDDEN - 1) % BLOCK_H, BLOCK_H"),
-    Mutant("hidden channels beyond the last read", "kernels/conv_mlp.py", "mask=(c < C) & (n < HIDDEN)", "mask=(c < C)"),
+    Mutant("scale1 not applied", "kernels/hidden.py", "b_hidden = b_hidden * _load_hidden(scale1_ptr, n, HIDDEN, BLOCK_H)", "b_hidden = b_hidden * 1.0"),
+    Mutant("shift1 dropped", "kernels/hidden.py", "b_hidden = b_hidden + _load_hidden(shift1_ptr, n, HIDDEN, BLOCK_H)", "b_hidden = b_hidden + 0.0"),
+    Mutant("last hidden chunk skipped", "kernels/hidden.py", "tl.range(first, last, BLOCK_H", "tl.range(first, last - 1 - (last - 1) % BLOCK_H, BLOCK_H"),
+    Mutant("hidden channels beyond the last read", "kernels/hidden.py", "mask=(c < C) & (n < HIDDEN)", "mask=(c < C)"),
     Mutant("scale2 not applied", "kernels/conv_mlp.py", "(b_acc[i] * scale2 +", "(b_acc[i] +"),
     Mutant("shift2 dropped", "kernels/conv_mlp.py", " + load_vector(shift2_ptr, c, C, WIDTHS, i))", ")"),
     Mutant("residual skipped", "kernels/conv_mlp.py", "result = residual.to(tl.float32) +", "result ="),
-    Mutant("second accumulator forgets", "kernels/conv_mlp.py", "tl.dot(b_act, b_w2, b_acc[i],", "tl.dot(b_act, b_w2, b_acc[i] * (i == 0),"),
+    Mutant("second accumulator forgets", "kernels/hidden.py", "tl.dot(b_act, b_w2, b_acc[i],", "tl.dot(b_act, b_w2, b_acc[i] * (i == 0),"),
     Mutant("residual taken before pooling", "kernels/conv_mlp.py", "        if POOL and RELOAD:\n            residual = tl.load(p_out", "        if False:\n            residual = tl.load(p_out"),
+    # split MLP
+    Mutant("a chunk added twice", "kernels/split_mlp.py", "tl.minimum(first + CHUNK, HIDDEN)", "tl.minimum(first + CHUNK + BLOCK_H, HIDDEN)"),
+    Mutant("all parts of the first chunk", "kernels/split_mlp.py", "first = i_s * CHUNK", "first = i_s * 0"),
+    Mutant("parts written over the first", "kernels/split_mlp.py", "o_out += i_s.to(tl.int64) * stride_os", "o_out += i_s.to(tl.int64) * 0"),
+    Mutant("offset of a part in 32 bits", "kernels/split_mlp.py", "i_s.to(tl.int64) * stride_os", "(i_s * stride_os).to(tl.int32)"),
+    Mutant("rows past the end added", "kernels/split_mlp.py", "mask = inside[:, None] & channel_mask(", "mask = (row >= 0)[:, None] & channel_mask("),
+    Mutant("a part stored and not added", "kernels/split_mlp.py", "tl.atomic_add(p_out, b_acc[i], mask=mask, sem=\"relaxed\")", "tl.store(p_out, b_acc[i], mask=mask)"),
+    Mutant("last part forgotten", "kernels/split_mlp.py", "tl.static_range(PARTS)", "tl.static_range(max(PARTS - 1, 1))"),
+    Mutant("sum left as it is", "kernels/split_mlp.py", "if CLEAR:", "if False:"),
+    Mutant("channel tile ignored in the sum", "kernels/split_mlp.py", "c = i_c * BLOCK_C + tl.arange", "c = tl.arange"),
+    Mutant("residual taken before pooling", "kernels/split_mlp.py", "residual = pool_tile(p_residual, there, h, w, H, W, stride_rh, stride_rw, layer_scale)", "residual = tl.load(p_residual, mask=there, other=0.0)"),
+    Mutant("gain of the hidden forgotten", "kernels/split_mlp.py", "* (1.0 / X_GAIN)", ""),
+    Mutant("shift2 dropped", "kernels/split_mlp.py", "(b_sum * scale2 + shift2)", "(b_sum * scale2)"),
+    Mutant("any order allowed silently", "kernels/split_mlp.py", "if deterministic or not torch.are", "if True or not torch.are"),
+    Mutant("always in order", "kernels/meta4d.py", "map_rows(out), config, deterministic=deterministic)", "map_rows(out), config)"),
     # matrix products
     Mutant("inputs beyond the last read", "kernels/linear.py", "inside[:, None] & (first + k < INPUTS)[None, :]", "inside[:, None]"),
     Mutant("outputs beyond the last written", "kernels/linear.py", "mask = mask & there[None, :]", "mask = mask"),

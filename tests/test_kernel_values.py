@@ -34,7 +34,7 @@ from effformer.testing import (
 )
 
 NAN, INF = float("nan"), float("inf")
-pytestmark = pytest.mark.usefixtures("kernel_device")
+pytestmark = pytest.mark.usefixtures("kernel_device", "many_rows")
 
 
 # --- GELU -----------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from effformer.testing import (
 L1, L3, L7 = (48, 96, 224, 448), (64, 128, 320, 512), (96, 192, 384, 768)
 WIDTHS = sorted({*L1, *L3, *L7})
 SIZE = (2, 11, 13)  # 286 pixels: 2 tiles of 128 rows and 30 rows
-pytestmark = pytest.mark.usefixtures("kernel_device")
+pytestmark = pytest.mark.usefixtures("kernel_device", "many_rows")
 
 
 def image(channels: int, dtype: torch.dtype, layout: str = "channels_last") -> torch.Tensor:

@@ -40,7 +40,8 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
         "pool_mixer": pool_mixer_case(draw_map((2, 48, 9, 11), dtype)),
         "conv_mlp": conv_mlp_case(draw_map((2, 48, 9, 11), dtype), 96),
         "meta4d in one kernel": meta4d_case(draw_map((2, 48, 9, 11), dtype), 96),
-        "meta4d in three kernels": meta4d_case(draw_map((2, 240, 5, 6), dtype), 96),
+        "meta4d in three kernels": meta4d_case(draw_map((2, 240, 16, 17), dtype), 96),
+        "meta4d in parts": meta4d_case(draw_map((2, 240, 5, 6), dtype), 96),
         "bias_attention": bias_attention_case(2, 49, dtype, **heads),
         "bias_attention, prepared": prepared(bias_attention_case(2, 49, dtype, **heads)),
         "attention_mixer": attention_mixer_case(tokens, **heads),
@@ -94,6 +95,8 @@ def test_what_is_launched() -> None:
     assert seen == {
         "pool_mixer_kernel": 2,
         "mlp_kernel": 2,
+        "split_mlp_kernel": 1,
+        "split_sum_kernel": 1,
         "linear_kernel": 2 + 2 + 2,
         "bias_attention_kernel": 3,
         "layer_norm_kernel": 2,
