@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections import deque
@@ -114,8 +115,7 @@ class Rotation:
                 self._graph.replay()
             events[-1].record()
             torch.cuda.synchronize(self.device)
-        pairs = zip(events[:-1], events[1:], strict=True)
-        return [start.elapsed_time(end) / self._round for start, end in pairs]
+        return [start.elapsed_time(end) / self._round for start, end in itertools.pairwise(events)]
 
     def _wall_time(self) -> float:
         call = self.calls[self._turn]
