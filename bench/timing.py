@@ -125,6 +125,19 @@ class Rotation:
         return 1e3 * (time.perf_counter() - start)
 
 
+class DeviceClock:
+    """A clock that only advances by the time of a call in a rotation: a timer for who would else time the launch."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def run(self, rotation: Rotation) -> None:
+        self.seconds += rotation.times(1)[0] / 1e3
+
+
 def cache_size(device: torch.device) -> int:
     """Bytes of a GPU's L2 cache; `CPU_CACHE` for a CPU."""
     if device.type != "cuda":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from effformer.bench import timing
-from effformer.bench.timing import Rotation, Timing, device_time, kernel_time, measure
+from effformer.bench.timing import DeviceClock, Rotation, Timing, device_time, kernel_time, measure
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -167,3 +167,13 @@ def test_one_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(testing, "do_bench", do_bench)
     assert kernel_time(gpu.called, CUDA) == 0.5
     assert (gpu.warm, gpu.in_graph) == (True, 1)
+
+
+def test_a_clock_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch, cost=0.25, cache=1000)
+    rotation = Rotation(lambda: gpu.called, CUDA, 1000)
+    clock = DeviceClock()
+    assert clock() == 0.0
+    for _ in range(3):
+        clock.run(rotation)
+    assert clock() == pytest.approx(3 * 0.25e-3), "seconds of one call each, whatever else takes time"
