@@ -115,14 +115,16 @@ def bench(
             ceilings[check.dtype] = measured.ceilings
             yield measured.records(machine)
         cell = _Cell(check, device, machine, ceilings[check.dtype], timer)
-        with torch.no_grad(), float32_as_such(), _searching():
-            yield cell.measure(providers)
+        with torch.no_grad(), float32_as_such():
+            records = cell.measure(providers)
+        yield records
         if cell.lost:
             raise DeviceLostError(f"{check}: {cell.lost} broke the device")
 
 
 @contextlib.contextmanager
 def _searching() -> Iterator[None]:
+    """cuDNN tries its algorithms for every new shape."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
@@ -155,8 +157,8 @@ class _Cell:
         for provider in providers:
             if self.lost:
                 records.append(self._not_run(provider, f"{self.lost} had broken the device"))
-            elif reason := provider.why_not(self.device, self.check.dtype):
-                records.append(self._not_run(provider, reason))
+            elif (why_not := provider.why_not(self.device, self.check.dtype)) is not None:
+                records.append(self._not_run(provider, why_not))
             else:
                 records += self._measured(provider, case, exact, eager)
         return records
@@ -169,7 +171,8 @@ class _Cell:
         failures = []
         for name, form in forms.items():
             try:
-                found = self._run(provider, form, case, exact, eager)
+                with _searching():
+                    found = self._run(provider, form, case, exact, eager)
                 if best is None or found[0].p50 < best[0].p50:
                     best = found[0], found[1], {"form": name, **found[2]}
             except Exception as error:  # whatever it is, it is this form's, and the others are to go on

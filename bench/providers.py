@@ -120,7 +120,7 @@ def _flex(device: torch.device) -> dict[str, Form]:
         values: Tensor = flex_attention(q, k, v, score_mod=add_bias)
         return values.transpose(1, 2).flatten(2)
 
-    compiled = torch.compile(attention, fullgraph=True, dynamic=False)
+    compiled: Callable[..., Tensor] = torch.compile(attention, fullgraph=True, dynamic=False)
 
     def form(case: Case) -> Callable[[], Tensor]:
         return lambda: compiled(*case.arguments, **case.options)

@@ -13,17 +13,23 @@ from ..summary import versions
 from .common import DTYPES, torch_device
 
 MARGIN = 90.0  # seconds: for starting, and for the cell that is under way when the time is up
-ON_GPU = {"model": list(PRESETS), "dtype": ["bfloat16", "float16", "float32"], "batch_size": [256, 1, 8, 64]}
-ON_CPU = {"model": ["efficientformer_l1"], "dtype": ["float32"], "batch_size": [1]}
+# Models, dtypes and batch sizes that are measured where none are named.
+ON_GPU = (list(PRESETS), ["bfloat16", "float16", "float32"], [256, 1, 8, 64])
+ON_CPU = (["efficientformer_l1"], ["float32"], [1])
 
 
 def main(arguments: argparse.Namespace) -> int:
     device = torch_device(arguments.device)
     machine = machine_of(device)
-    defaults = ON_GPU if machine.is_gpu else ON_CPU
-    models, dtypes, batches = (getattr(arguments, name) or default for name, default in defaults.items())
+    models, dtypes, batch_sizes = ON_GPU if machine.is_gpu else ON_CPU
+    dtypes = arguments.dtype or dtypes
     path = folder(machine, arguments.output) / "kernels.jsonl"
-    todo = kernels.cells(models, arguments.op, [DTYPES[name] for name in dtypes], batches)
+    todo = kernels.cells(
+        arguments.model or models,
+        arguments.op,
+        [DTYPES[name] for name in dtypes],
+        arguments.batch_size or batch_sizes,
+    )
     done = kernels.recorded_cells(read_records(path), machine)
     left = [check for check in todo if kernels.key_of(check) not in done]
     print("  ".join(f"{name} {version}" for name, version in versions().items()))
