@@ -276,7 +276,7 @@ def failures(records: Iterable[Record]) -> list[str]:
 # --- as text ----------------------------------------------------------------------------------------------------------
 
 HEAD = (
-    f"{'operation':<15}  {'shape':<15}  {'dtype':<8}  {'provider':<15}  {'us':>9}  {'GB/s':>7}  {'TFLOP/s':>7}  "
+    f"{'operation':<15}  {'shape':<15}  {'dtype':<8}  {'provider':<18}  {'us':>9}  {'GB/s':>7}  {'TFLOP/s':>7}  "
     f"{'of floor':>8}  {'error':>8}"
 )
 
@@ -290,7 +290,7 @@ def lines(records: Sequence[Record]) -> list[str]:
     for provider in dict.fromkeys(record.provider for record in records):
         of = {record.metric: record for record in records if record.provider == provider}
         first = next(iter(of.values()))
-        start = f"{first.op:<15}  {describe_shape(first.shape):<15}  {first.dtype:<8}  {provider:<15}"
+        start = f"{first.op:<15}  {describe_shape(first.shape):<15}  {first.dtype:<8}  {provider:<18}"
         if "not run" in of:
             found.append(f"{start}  not run: {first.why}")
             continue

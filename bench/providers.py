@@ -172,6 +172,39 @@ def _epilogues(device: torch.device) -> dict[str, Form]:
     return {"default": form}
 
 
+# --- convolutions -----------------------------------------------------------------------------------------------------
+
+
+def _convolutions(device: torch.device) -> dict[str, Form]:
+    """The vendor's convolution, the norm folded into its weight and bias, channels_last; ReLU in its epilogue or after.
+
+    The padding is 0: a border is another operation.
+    """
+
+    def by(convolution: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> Form:
+        def form(case: Case) -> Callable[[], Tensor]:
+            activation = case.options.get("activation")
+            if activation not in (None, "relu") or len(case.arguments) > 4:
+                raise ValueError(f"activation: got {activation}, allowed are None and relu, without a border")
+            x, weight, scale, shift = case.arguments
+            folded = (weight * scale[:, None, None, None]).to(weight.dtype, memory_format=torch.channels_last)
+            bias = shift.to(weight.dtype)
+            return lambda: convolution(x, folded, bias, activation == "relu")
+
+        return form
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+        y = F.conv2d(x, weight, bias, stride=2, padding=1)
+        return y.relu_() if relu else y
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+        if not relu:
+            return plain(x, weight, bias, relu)
+        return torch.cudnn_convolution_relu(x, weight, bias, (2, 2), (1, 1), (1, 1), 1)
+
+    return {"plain": by(plain)} | ({"fused": by(fused)} if device.type == "cuda" else {})
+
+
 PROVIDERS = (
     Provider(OURS, _of_backend("triton"), why_not=_why_not_ours),
     Provider("eager", _of_backend("eager")),
@@ -179,4 +212,5 @@ PROVIDERS = (
     Provider("SDPA", _sdpa, ("bias_attention",)),
     Provider("FlexAttention", _flex, ("bias_attention",)),
     Provider("cuBLAS epilogue", _epilogues, ("conv_mlp", "meta4d", "linear_mlp")),
+    Provider("folded convolution", _convolutions, ("conv_norm",)),
 )

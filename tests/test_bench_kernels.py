@@ -103,6 +103,22 @@ def test_an_activation_that_cublas_has_not() -> None:
         form(Case("conv_mlp", draw(MLP, CPU).arguments, {"activation": "relu"}))  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_folded_convolution(activation: str | None) -> None:
+    torch.manual_seed(0)
+    x, weight, scale, shift = torch.randn(2, 3, 5, 4), torch.randn(6, 3, 3, 3), torch.rand(6), torch.randn(6)
+    (form,) = providers._convolutions(CPU).values()
+    result = form(Case("conv_norm", (x, weight, scale, shift), {"activation": activation}))()
+    exact = F.conv2d(x.double(), weight.double(), stride=2, padding=1)
+    exact = exact * scale[:, None, None].double() + shift[:, None, None].double()
+    exact = exact.clamp(min=0) if activation else exact
+    assert (result - exact).abs().max() < 1e-5
+    assert list(providers._convolutions(torch.device("cuda"))) == ["plain", "fused"]
+    for arguments, other in (((x, weight, scale, shift, torch.zeros(3)), None), ((x, weight, scale, shift), "gelu")):
+        with pytest.raises(ValueError, match="allowed are None and relu, without a border"):
+            form(Case("conv_norm", arguments, {"activation": other}))
+
+
 def test_copies_and_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     case = draw(MLP, CPU)
     assert isinstance(case, Case)
@@ -162,7 +178,7 @@ def test_records_of_a_cell() -> None:
     for record in records:  # as lines of a file
         assert json.loads(record.as_json())["op"] == "conv_mlp"
     table = "\n".join(kernels.lines(records))
-    assert "conv_mlp         3x8x5x4          float32   eager              2000.00" in table
+    assert "conv_mlp         3x8x5x4          float32   eager                 2000.00" in table
     assert f"{largest.p50:.1e}" in table
     assert "not run: interpreted" in table
     assert "copy 1 GB/s" in kernels.lines(measured)[0]
