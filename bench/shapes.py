@@ -11,6 +11,7 @@ from ..config import PRESETS
 from ..kernels.attention_mixer import attention_mixer_launches
 from ..kernels.bias_attention import bias_attention_launch, new_values
 from ..kernels.conv_mlp import conv_mlp_launches
+from ..kernels.conv_norm import conv_norm_launches, new_halved
 from ..kernels.device import Device, stand_in
 from ..kernels.head import head_launches, new_logits
 from ..kernels.launch import Launch
@@ -35,6 +36,14 @@ def network_launches(
             height, columns = (-(-side // (4 << stage)) for side in size)  # 3x3, stride 2, padding 1: rounded up
             hidden = int(width * config.mlp_ratio)
             yield from map_launches(width, hidden, (batch, height, columns), dtype, config.act)
+            if stage:
+                above = (batch, *(-(-side // (4 << stage - 1)) for side in size))
+                yield from halving_launches(config.widths[stage - 1], width, above, dtype)
+            else:
+                yield from halving_launches(3, width // 2, (batch, *size), dtype, "relu")
+                yield from halving_launches(3, width // 2, (batch, *size), dtype, "relu", pixels=True)
+                above = (batch, *(-(-side // 2) for side in size))
+                yield from halving_launches(width // 2, width, above, dtype, "relu")
         heads = (config.num_heads, config.key_dim, config.value_dim)
         yield from token_launches(batch, height * columns, width, hidden, *heads, dtype)
         yield from end_launches(batch, height * columns, width, 1000, dtype)
@@ -54,6 +63,30 @@ def map_launches(
     for launch in conv_mlp_launches(x, w1, h, h, w2, c, c, activation, out=out):
         yield "conv_mlp", shape, launch
     yield "pool_mixer", shape, pool_mixer_launch(x, c, out)
+
+
+def halving_launches(
+    channels: int,
+    outputs: int,
+    size: tuple[int, int, int],
+    dtype: torch.dtype,
+    activation: str | None = None,
+    *,
+    pixels: bool = False,
+) -> Iterator[tuple[str, str, Launch]]:
+    """`network_launches` for a convolution of maps [batch, channels, height, width]; size = (batch, height, width).
+
+    Images, of 3 channels, are contiguous, and `pixels` (uint8) [batch, height, width, channels]: both as they come.
+    """
+    batch, height, width = size
+    x = _empty(batch, height, width, channels, of=torch.uint8 if pixels else dtype).permute(0, 3, 1, 2)
+    if channels == 3 and not pixels:
+        x = x.contiguous()
+    weight = _empty(outputs, 3, 3, channels, of=dtype).permute(0, 3, 1, 2)
+    o, border, out = _empty(outputs), _empty(channels, of=dtype) if pixels else None, new_halved(x, weight)
+    shape = f"[{batch}, {channels}, {height}, {width}]" + (", uint8" if pixels else "")
+    for launch in conv_norm_launches(x, weight, o, o, activation, border, out=out):
+        yield "conv_norm", shape, launch
 
 
 def token_launches(

@@ -84,6 +84,8 @@ def question_of(launch: Launch) -> Question:
             source, sizes = "weight1_ptr", (constants["C"], rows)
         case "linear_kernel":
             operation, source, sizes = "linear", "weight_ptr", (constants["OUTPUTS"], constants["INPUTS"], rows)
+        case "conv_norm_kernel":
+            operation, source, sizes = "conv_norm", "weight_ptr", (constants["OUTPUTS"], constants["C"], rows)
         case "bias_attention_kernel":
             width = max(constants["KEY_DIM"], constants["BLOCK_V"])
             operation, source, sizes = "bias_attention", "qkv_ptr", (arguments["N"], width)
@@ -113,7 +115,9 @@ def candidates(question: Question) -> Iterator[Config | None]:
             for (block_m, warps), block_h, reload, stages in itertools.product(rows, hidden, (False, True), (1, 2, 3)):
                 if block_m * sizes[0] <= 128 * 256:
                     yield MlpConfig(block_m, block_h, reload, warps, stages)
-        case "linear":
+        case "linear" | "conv_norm":
+            if operation == "conv_norm":
+                yield None
             tiles = [(64,), (128,), (256,), (128, 128), (128, 64), (128, 64, 32), (128, 32), (256, 64)]
             fitting = [widths for widths in tiles if -(-sizes[0] // sum(widths)) * sum(widths) <= 1.15 * sizes[0]]
             depths = ((32, 3), (32, 4), (64, 3), (64, 4)) if dtype != torch.float32 else ((16, 3), (32, 2), (32, 3))

@@ -18,6 +18,7 @@ from .arguments import (
     autocast,
     check_bias,
     check_conv_mlp,
+    check_conv_norm,
     check_floating,
     check_heads,
     check_map,
@@ -36,6 +37,7 @@ from .backend import why_not_triton as why_not_triton
 from .config import BIAS_RESIZES, check_choice
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
+PIXEL_OFFSET = reference.PIXEL_OFFSET  # what `conv_norm` takes from uint8
 
 
 @torch.fx.wrap
@@ -142,6 +144,51 @@ def meta4d(
             dtype = products_dtype(x)
             weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
             return kernel(x, layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2, activation)
+
+
+@torch.fx.wrap
+def conv_norm(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    activation: str | None = None,
+    border: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """3x3 convolution of stride 2 and padding 1, BatchNorm, activation: act(scale * conv(x) + shift).
+
+    The stem's two convolutions and the downsamplings (paper section 4). Scale and shift hold the convolution's bias
+    and BatchNorm in eval mode: see `fold_batch_norm`.
+
+    Args:
+        x: [B, C, H, W], floating, of any strides; or uint8 with a `border`. uint8 x counts as x - PIXEL_OFFSET.
+        weight: [O, C, 3, 3], x's dtype (any floating one under autocast, or with uint8 x); best channels_last.
+        scale, shift: [O], float32 (float64 if the weight is).
+        activation: one of `ACTIVATIONS`, or None.
+        border: [C], float32 (float64 if the weight is): what uint8 x is padded with, in units of x - PIXEL_OFFSET, and
+            in the weight's dtype. Images that are to be normalised are padded with 0 after that, which is
+            255 * mean - PIXEL_OFFSET before it. None with floating x, which is padded with 0.
+        backend: "auto", "eager" or "triton".
+
+    Returns:
+        [B, O, ceil(H / 2), ceil(W / 2)] in x's dtype, or the weight's for uint8; from the kernels channels_last.
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, shape, activation or backend, naming the argument.
+        UnsupportedError: for backend="triton" where the kernels cannot run.
+    """
+    like = check_conv_norm(x, weight, scale, shift, activation, border)
+    match select_backend(backend, like, x, weight, scale, shift, activation=activation or "relu"):
+        case "eager":
+            return reference.conv_norm(x, weight, scale, shift, activation=activation, border=border)
+        case "triton":
+            from .kernels.conv_norm import conv_norm as kernel
+
+            dtype = products_dtype(like)
+            x = x if border is not None else x.to(dtype)
+            return kernel(x, weight.to(dtype), scale, shift, activation, border).to(like.dtype)
 
 
 @torch.fx.wrap

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _interim, ops
-from ._interim import PIXEL_OFFSET
 from .blocks import Downsample, Flat, Meta3D, Meta4D, Stem
 from .composition import is_plain, why_changed
 from .model import EfficientFormer, to_map
+from .reference import PIXEL_OFFSET
 from .stage import Stage
 
 OUTPUTS = ("logits", "pooled", "features")
@@ -101,7 +101,7 @@ class Packed:
             match step.operation:
                 case "conv_norm":
                     *tensors, border = step.tensors if step is self.pixels else (*step.tensors, None)
-                    x = _interim.conv_norm(x, *tensors, border=border, **step.options, backend=backend)
+                    x = ops.conv_norm(x, *tensors, border=border, **step.options, backend=backend)
                     sides = x.shape[2], x.shape[3]
                 case "meta4d":
                     x = _interim.meta4d(x, *step.tensors, **step.options, backend=backend)
@@ -113,7 +113,7 @@ class Packed:
                 case "linear_mlp":
                     x = _interim.linear_mlp(x, *step.tensors, **step.options, backend=backend)
                 case "head":
-                    x = _interim.head(x, *step.tensors, **step.options, backend=backend)
+                    x = ops.head(x, *step.tensors, **step.options, backend=backend)
                 case "group_norm":
                     maps = x if x.ndim == 4 else to_map(x, *sides)
                     weight, bias = (vector.to(x.dtype) for vector in step.tensors)

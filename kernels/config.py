@@ -15,6 +15,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,9 +51,19 @@ def mlp_config(operation: str, channels: int, rows: int, dtype: torch.dtype, dev
 def linear_config(outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: Device) -> LinearConfig:
     """Tiles of a [rows, inputs] x [inputs, outputs] product, no larger than it needs."""
     found: LinearConfig = answer("linear", dtype, device, outputs, inputs, rows)
-    whole = sum(found.widths)
-    widths = found.widths if outputs >= whole else (_power(outputs, 1 << (whole - 1).bit_length()),)
-    return LinearConfig(found.block_m, widths, _power(inputs, found.block_k), found.num_warps, found.num_stages)
+    return replace(found, widths=_fitting(found.widths, outputs), block_k=_power(inputs, found.block_k))
+
+
+def conv_config(outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: Device) -> LinearConfig | None:
+    """Tiles of a 3x3 convolution as a matrix product, whose depth is channels of a tap; None for the vendor's."""
+    found: LinearConfig | None = answer("conv_norm", dtype, device, outputs, inputs, rows)
+    return None if found is None else replace(found, widths=_fitting(found.widths, outputs))
+
+
+def _fitting(widths: tuple[int, ...], outputs: int) -> tuple[int, ...]:
+    """A tile's widths, or one that is no wider than the product."""
+    whole = sum(widths)
+    return widths if outputs >= whole else (_power(outputs, 1 << (whole - 1).bit_length()),)
 
 
 def attention_config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: Device) -> AttentionConfig:

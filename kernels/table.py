@@ -79,17 +79,20 @@ OPERATIONS: dict[str, type[Config]] = {
     "meta4d": MlpConfig,
     "conv_mlp": MlpConfig,
     "linear": LinearConfig,
+    "conv_norm": LinearConfig,
     "bias_attention": AttentionConfig,
     "pool_mixer": PoolConfig,
     "layer_norm": NormConfig,
     "token_mean": NormConfig,
     "head": HeadConfig,
 }
+OPTIONAL = ("meta4d", "conv_mlp", "conv_norm", "head")  # whose entries may say `use: null`, see `Entry`
 # What a shape consists of, and a condition may be about.
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "meta4d": ("channels", "rows"),
     "conv_mlp": ("channels", "rows"),
     "linear": ("outputs", "inputs", "rows"),
+    "conv_norm": ("outputs", "inputs", "rows"),
     "bias_attention": ("tokens", "width"),
     "pool_mixer": ("channels", "dense", "rows"),
     "layer_norm": ("channels", "rows"),
@@ -106,7 +109,7 @@ class Entry:
     Attributes:
         where: (dimension, relation, number); the relations are "=", "<=" and "multiple of".
         use: None for a fused MLP means: take two matrix products, with the hidden activations in memory; for the head:
-            pooling, then a matrix product.
+            pooling, then a matrix product; for the convolution: the vendor's library.
         gpu: the one card, by name, that it is for; None for all of the device class.
         source: where it was read, for messages.
     """
@@ -219,7 +222,7 @@ def read_config(found: Any, operation: str, source: str) -> Config | None:
         ValueError: for a field that is missing, unknown or of no allowed value; it names `source`.
     """
     kind = OPERATIONS[operation]
-    if found is None and kind in (MlpConfig, HeadConfig):
+    if found is None and operation in OPTIONAL:
         return None
     names = [field.name for field in fields(kind)]
     if not isinstance(found, Mapping) or set(found) != set(names):

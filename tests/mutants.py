@@ -129,7 +129,7 @@ MUTANTS = (
     Mutant("multiples ignored", "kernels/table.py", "return size % number == 0", "return True"),
     Mutant("tiles of other kernels taken", "kernels/config.py", 'if found["fingerprint"] != fingerprint():', "if False:"),
     Mutant("what was tuned here forgotten", "kernels/config.py", "_tuned_table() if device.name else", ""),
-    Mutant("tiles wider than the product", "kernels/config.py", "found.widths if outputs >= whole else", "found.widths if True else"),
+    Mutant("tiles wider than the product", "kernels/config.py", "return widths if outputs >= whole else", "return widths if True else"),
     Mutant("unknown activations let through", "effformer/backend.py", "if activation not in TRITON_ACTIVATIONS:", "if False:"),
     # the serving form
     Mutant("frozen: one head alone", "effformer/packing.py", "(one.bias + other.bias) / 2", "one.bias"),
