@@ -183,8 +183,8 @@ def _convolutions(device: torch.device) -> dict[str, Form]:
 
     def by(convolution: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> Form:
         def form(case: Case) -> Callable[[], Tensor]:
-            activation = case.options.get("activation")
-            if activation not in (None, "relu") or len(case.arguments) > 4:
+            activation = case.options["activation"]
+            if activation not in (None, "relu") or case.options.get("border") is not None:
                 raise ValueError(f"activation: got {activation}, allowed are None and relu, without a border")
             x, weight, scale, shift = case.arguments
             folded = (weight * scale[:, None, None, None]).to(weight.dtype, memory_format=torch.channels_last)

@@ -55,7 +55,7 @@ class Part:
         shape: of the operation's input.
         count: how many of them the network has.
         flops, bytes: of one.
-        options: what else the operation's cost depends on, as in `cost`.
+        options: what else there is to say of the operation, as in `effformer.verification.checks`.
     """
 
     name: str
@@ -152,11 +152,12 @@ def network_parts(
     height, width = size
     channels = in_chans
     for name, outputs in (("stem, 1st", config.widths[0] // 2), ("stem, 2nd", config.widths[0])):
-        add(name, "conv_norm", (batch, channels, height, width), 1, outputs=outputs)
+        add(name, "conv_norm", (batch, channels, height, width), 1, outputs=outputs, activation="relu")
         channels, height, width = outputs, halved(height), halved(width)
     for stage, (depth, outputs) in enumerate(zip(config.depths, config.widths, strict=True), 1):
         if stage > 1:
-            add(f"downsampling {stage - 1}", "conv_norm", (batch, channels, height, width), 1, outputs=outputs)
+            shape = (batch, channels, height, width)
+            add(f"downsampling {stage - 1}", "conv_norm", shape, 1, outputs=outputs, activation=None)
             channels, height, width = outputs, halved(height), halved(width)
         num_vit = config.num_vit if stage == len(config.depths) else 0
         hidden = int(channels * config.mlp_ratio)

@@ -34,6 +34,8 @@ MLP = Check("conv_mlp", (3, 8, 5, 4), torch.float32, {"hidden": 16}, ("here",))
 POOL = Check("pool_mixer", (3, 8, 5, 4), torch.float32, {}, ("here", "there"))
 ATTENTION = Check("bias_attention", (3, 9, 2 * 13), torch.float32, {"num_heads": 2, "key_dim": 4, "value_dim": 5}, ())
 TOKENS = Check("linear_mlp", (3, 9, 8), torch.float32, {"hidden": 16}, ())
+STEM = Check("conv_norm", (3, 3, 7, 6), torch.float32, {"outputs": 8, "activation": "relu"}, ())
+DOWN = Check("conv_norm", (3, 4, 7, 6), torch.float32, {"outputs": 8, "activation": None}, ())
 BLOCK = Check("meta4d", (3, 8, 5, 4), torch.float32, {"hidden": 16}, ())
 
 
@@ -52,7 +54,7 @@ def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         pytest.param(provider, check, id=f"{provider.name}-{check}")
         for provider in PROVIDERS[1:]
-        for check in (MLP, POOL, ATTENTION, TOKENS, BLOCK)
+        for check in (MLP, POOL, ATTENTION, TOKENS, BLOCK, STEM, DOWN)
         if provider.computes(check.operation)
     ],
 )
@@ -74,6 +76,7 @@ def test_who_computes_what() -> None:
     found = {op: [provider.name for provider in PROVIDERS if provider.computes(op)][3:] for op in OPERATIONS}
     assert found["bias_attention"] == ["SDPA", "FlexAttention"]
     assert found["meta4d"] == found["conv_mlp"] == found["linear_mlp"] == ["cuBLAS epilogue"]
+    assert found["conv_norm"] == ["folded convolution"]
     assert [provider.name for provider in PROVIDERS[:3]] == [OURS, "eager", "torch.compile"], "ours first"
     assert "interpreted kernels are not timed" in (PROVIDERS[0].why_not(CPU, torch.float32) or "")
     assert list(PROVIDERS[3].forms(torch.device("cuda"))) == ["efficient", "cuDNN"]
@@ -103,20 +106,14 @@ def test_an_activation_that_cublas_has_not() -> None:
         form(Case("conv_mlp", draw(MLP, CPU).arguments, {"activation": "relu"}))  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_a_folded_convolution(activation: str | None) -> None:
-    torch.manual_seed(0)
-    x, weight, scale, shift = torch.randn(2, 3, 5, 4), torch.randn(6, 3, 3, 3), torch.rand(6), torch.randn(6)
+def test_what_a_folded_convolution_is_not() -> None:
     (form,) = providers._convolutions(CPU).values()
-    result = form(Case("conv_norm", (x, weight, scale, shift), {"activation": activation}))()
-    exact = F.conv2d(x.double(), weight.double(), stride=2, padding=1)
-    exact = exact * scale[:, None, None].double() + shift[:, None, None].double()
-    exact = exact.clamp(min=0) if activation else exact
-    assert (result - exact).abs().max() < 1e-5
-    assert list(providers._convolutions(torch.device("cuda"))) == ["plain", "fused"]
-    for arguments, other in (((x, weight, scale, shift, torch.zeros(3)), None), ((x, weight, scale, shift), "gelu")):
+    case = draw(STEM, CPU)
+    assert isinstance(case, Case)
+    for options in ({"activation": "gelu"}, {"activation": "relu", "border": torch.ones(3)}):
         with pytest.raises(ValueError, match="allowed are None and relu, without a border"):
-            form(Case("conv_norm", arguments, {"activation": other}))
+            form(replace(case, options=options))
+    assert list(providers._convolutions(torch.device("cuda"))) == ["plain", "fused"]
 
 
 def test_copies_and_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,15 @@ def test_parts_are_those_of_the_network(name: str, size: tuple[int, int]) -> Non
     assert {(part.op, part.shape): part.count for part in parts} == dict(seen)
 
 
+@pytest.mark.parametrize("name", list_models())
+def test_parts_are_measured(name: str) -> None:
+    """Each is a cell of the kernel benchmark, by operation, shape and options."""
+    parts = network_parts(PRESETS[name], 2, (97, 190), torch.float16)
+    found = checks([name], {part.op for part in parts}, [torch.float16], size=(97, 190), batch_size=2)
+    measured = [(check.operation, check.shape, check.options) for check in found]
+    assert all((part.op, part.shape, part.options) in measured for part in parts)
+
+
 # --- FLOPs and bytes of an operation ------------------------------------------------------------------------------------
 
 CHECKS = checks(
