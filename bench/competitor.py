@@ -27,7 +27,7 @@ def import_timm() -> Any:
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _KEPT.append(library)
-    import timm  # type: ignore[import-untyped]
+    import timm
 
     return timm
 

@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import DeviceType
 
 from .. import kernels
 from .ladder import Built, Provider
@@ -49,7 +50,7 @@ def profile(call: Callable[[], object], device: torch.device) -> Profile:
 def read_profile(events: Any, on_gpu: bool) -> Profile:
     """A `Profile` from the profiler's events. Copies, fills and annotations are no kernels."""
     if on_gpu:
-        on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+        on_device = [event for event in events if event.device_type == DeviceType.CUDA]
         ran = [
             event
             for event in on_device

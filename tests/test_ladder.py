@@ -51,6 +51,7 @@ def small(timm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "_timm", lambda name: timm.create_model(name, embed_dims=(8, 12, 16, 24), **sizes))
     for name, value in {"LEAST_SECONDS": 0, "MOST_CALLS": 3, "LEAST_CALLS": 2, "ROUNDS": 2, "ROUND_SECONDS": 0}.items():
         monkeypatch.setattr(rung, name, value)
+    monkeypatch.setitem(rung.COMPARED, "cpu", 4)
 
 
 def figures(ms: float = 2.0, doubts: tuple[str, ...] = ()) -> Figures:
@@ -372,14 +373,15 @@ def test_command(
         str(tmp_path),
         "--provider",
     ]
-    assert main([*call, *EAGER]) == 0
+    names = ["timm eager", "timm eager, channels_last + BN folded", "ours eager", "ours frozen"]
+    assert main([*call, *names]) == 0
     out = capsys.readouterr().out
     assert "CPU run: says nothing about a GPU" in out
-    assert all(f"\n  {name} " in out for name in EAGER)
+    assert all(f"\n  {name} " in out for name in names)
     assert "baseline: timm eager" in out
     found = read_records(tmp_path / "cpu" / "backbone.jsonl")
-    assert {found_one.provider for found_one in found} == {*EAGER}
-    for name in EAGER:
+    assert {found_one.provider for found_one in found} == {*names}
+    for name in names:
         values = {r.metric: r.p50 for r in found if r.provider == name}
         assert set(values) == {
             "ms", "p99 ms", "img/s", "first call s", "compile s", "max error", "mean error", "top-1 agreement",
@@ -387,7 +389,7 @@ def test_command(
         assert 0 < values["mean error"] < values["max error"] < 1e-5
         assert values["top-1 agreement"] == 1.0
 
-    assert main([*call, *EAGER]) == 0
+    assert main([*call, *names]) == 0
     assert "1 of 1 cells are measured already" in capsys.readouterr().out
     assert main([*call, "ours eager", "--list"]) == 0
     assert "measured  efficientformer_l1, 2x3x224x224, float32: 1 rungs" in capsys.readouterr().out
