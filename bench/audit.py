@@ -64,7 +64,7 @@ class Job:
     @classmethod
     def of(cls, operation: str, shapes: list[str], dtype: str, device: Device, launch: Launch) -> Job:
         """The job of compiling `launch`."""
-        hidden = launch.constants["BLOCK_M"] * launch.constants.get("BLOCK_H", 0)
+        hidden = launch.constants.get("BLOCK_M", 0) * launch.constants.get("BLOCK_H", 0)
         source = source_of(launch, device.capability)
         return cls(operation, shapes, dtype, device, source, launch.configuration, hidden)
 

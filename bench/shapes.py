@@ -12,6 +12,7 @@ from ..kernels.attention_mixer import attention_mixer_launches
 from ..kernels.bias_attention import bias_attention_launch, new_values
 from ..kernels.conv_mlp import conv_mlp_launches
 from ..kernels.device import Device, stand_in
+from ..kernels.head import head_launches, new_logits
 from ..kernels.launch import Launch
 from ..kernels.layer_norm import layer_norm_launch
 from ..kernels.layout import token_rows
@@ -36,6 +37,7 @@ def network_launches(
             yield from map_launches(width, hidden, (batch, height, columns), dtype, config.act)
         heads = (config.num_heads, config.key_dim, config.value_dim)
         yield from token_launches(batch, height * columns, width, hidden, *heads, dtype)
+        yield from end_launches(batch, height * columns, width, 1000, dtype)
 
 
 def map_launches(
@@ -71,6 +73,16 @@ def token_launches(
         yield "linear_mlp", shape, launch
 
 
+def end_launches(
+    batch: int, tokens: int, channels: int, classes: int | None, dtype: torch.dtype
+) -> Iterator[tuple[str, str, Launch]]:
+    """`network_launches` for the network's end."""
+    x, c = _empty(batch, tokens, channels, of=dtype), _empty(channels)
+    weight, bias = (None, None) if classes is None else (_empty(classes, channels, of=dtype), _empty(classes))
+    for launch in head_launches(x, c, c, weight, bias, 1e-5, out=new_logits(x, weight)):
+        yield "head", f"[{batch}, {tokens}, {channels}]", launch
+
+
 def unusual_launches(dtype: torch.dtype, device: Device) -> Iterator[tuple[str, str, Launch]]:
     """What no published network has and the table has entries for: narrow and odd channels, wide or few tokens."""
     with stand_in(device):
@@ -81,6 +93,7 @@ def unusual_launches(dtype: torch.dtype, device: Device) -> Iterator[tuple[str, 
         tokens_of_8192 = token_rows(_empty(8, 49, 8192, of=dtype))
         norm = layer_norm_launch(tokens_of_8192, _empty(8192), _empty(8192), 1e-5, tokens_of_8192)
         yield "layer_norm", "[8, 49, 8192]", norm
+        yield from end_launches(8, 49, 8192, None, dtype)
         for tokens, key, value in ((12, 32, 128), (12, 48, 160), (49, 48, 160), (49, 320, 32)):
             qkv, bias = _empty(8, tokens, 8 * (2 * key + value), of=dtype), _empty(8, tokens, tokens)
             launch = bias_attention_launch(qkv, bias, 8, key, new_values(qkv, 8, key))

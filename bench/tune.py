@@ -31,6 +31,7 @@ from ..kernels.table import (
     AttentionConfig,
     Config,
     Entry,
+    HeadConfig,
     LinearConfig,
     MlpConfig,
     NormConfig,
@@ -46,7 +47,7 @@ from .timing import kernel_time
 REPEATS = 10
 FINALISTS, ROUNDS = 4, 5
 GAIN = 0.98  # of the time that the table's own configuration takes: less than 2% is noise
-FUSED = ("meta4d", "conv_mlp")
+FUSED = ("meta4d", "conv_mlp", "head")
 
 
 class DeviceLostError(RuntimeError):
@@ -88,6 +89,11 @@ def question_of(launch: Launch) -> Question:
             operation, source, sizes = "bias_attention", "qkv_ptr", (arguments["N"], width)
         case "pool_mixer_kernel":
             operation, source, sizes = "pool_mixer", "x_ptr", (constants["C"], int(arguments["stride_xc"] == 1), rows)
+        case "head_kernel":
+            images = launch.grid // -(-constants["CLASSES"] // constants["BLOCK_N"])
+            operation, source, sizes = "head", "weight_ptr", (constants["C"], constants["CLASSES"], images)
+        case "token_mean_kernel":
+            operation, source, sizes = "token_mean", "x_ptr", (constants["C"], launch.grid)
         case _:
             operation, source, sizes = "layer_norm", "x_ptr", (constants["C"], rows)
     return operation, arguments[source].dtype, sizes
@@ -123,6 +129,15 @@ def candidates(question: Question) -> Iterator[Config | None]:
         case "pool_mixer":
             for elements, block_c, warps in itertools.product((512, 1024, 2048, 4096), (8, 16, 32, 64), (2, 4, 8)):
                 yield PoolConfig(elements, block_c, warps)
+        case "head":
+            yield None
+            tiles = itertools.product((8192, 16384, 32768), (8, 16, 32, 64, 128), (4, 8, 16))
+            for elements, block_n, warps in tiles:
+                if elements <= 2048 * warps:
+                    yield HeadConfig(elements, block_n, warps)
+        case "token_mean":
+            for elements, warps in itertools.product((4096, 8192, 16384, 32768), (4, 8, 16)):
+                yield NormConfig(elements, warps)
         case _:
             for elements, warps in itertools.product((512, 1024, 2048, 4096), (1, 2, 4, 8)):
                 yield NormConfig(elements, warps)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import shape_of
+from .arguments import autocast, shape_of
 from .backbone import Backbone
 from .backend import BACKENDS, refuse_triton, why_not_triton
 from .config import check_choice, check_count
@@ -22,6 +22,8 @@ from .packing import OUTPUTS, pack
 Output = Literal["logits", "pooled", "features"]
 WhenFull = Literal["run", "pad"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_Result = TypeVar("_Result")
 
 _SIZES = 8  # image sizes without a graph whose attention bias is kept
 
@@ -108,7 +110,7 @@ class Frozen:
     Attributes:
         device, dtype, output: see `freeze`.
         backend: "eager" or "triton", whichever computes.
-        reason: why "auto" took eager; None where it did not.
+        reason: why that is "eager"; None where it is not.
     """
 
     def __init__(
@@ -146,11 +148,11 @@ class Frozen:
         self._pads = when_full == "pad"
         self._lock = threading.RLock()
         self._graphs: dict[Key, _Graph] = {}
-        self._biases: OrderedDict[tuple[int, int], list[Tensor]] = OrderedDict()
+        self._biases: dict[tuple[int, int], list[Tensor]] = {}  # of images without a graph
         self._pool: Any = None
         self._ready: torch.cuda.Event | None = None  # what the last call enqueued is done
         self._model = weakref.ref(network)
-        with torch.no_grad(), _no_autocast(self.device):
+        with self._turn():
             self._packed = self._pack(network)
 
     def __repr__(self) -> str:
@@ -165,7 +167,6 @@ class Frozen:
         """(batch, height, width, whether uint8) of the captured graphs."""
         return tuple(self._graphs)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor | list[Tensor]:
         """The output for images.
 
@@ -180,28 +181,43 @@ class Frozen:
             TypeError, ValueError: for images of another dtype, shape or device, or that need a gradient.
         """
         images = self._check(images)
-        with self._lock, _no_autocast(self.device):
-            if self.device.type != "cuda":
+        with self._turn():
+            key = self._key(images)
+            if key is None:
                 return self._run(images)
-            with torch.cuda.device(self.device):
-                return self._run_on_gpu(images)
+            if key not in self._graphs:
+                self._graphs[key] = self._capture(key)
+            return self._replay(self._graphs[key], images)
 
     def capture(self, *shapes: tuple[int, int, int], uint8: bool = False) -> None:
         """Capture a graph for each (batch, height, width), before a call does; these count into `max_graphs`.
 
         Raises:
-            ValueError: for more than `max_graphs`, or where there are no graphs.
+            ValueError: for more than `max_graphs`, where there are no graphs, or for sides or a batch below 1.
         """
-        keys = [(*shape, uint8) for shape in shapes]
-        with self._lock, torch.no_grad(), _no_autocast(self.device):
+        if uint8 and self._pixels is None:
+            raise ValueError("uint8: got True, allowed is False for a model frozen without mean and std")
+        for size in (size for shape in shapes for size in shape):
+            check_count("shapes", size, least=1)
+        with self._turn():
+            keys = [(*shape, uint8) for shape in shapes]
             if len({*self._graphs, *keys}) > self._max_graphs:
                 raise ValueError(f"shapes: got {shapes} beside {self.graphs}, allowed are {self._max_graphs} graphs")
-            if uint8 and self._pixels is None:
-                raise ValueError("uint8: got True, allowed is False for a model frozen without mean and std")
-            with torch.cuda.device(self.device):
-                for key in keys:
-                    if key not in self._graphs:
-                        self._graphs[key] = self._capture(key)
+            for key in keys:
+                if key not in self._graphs:
+                    self._graphs[key] = self._capture(key)
+
+    def input_buffer(self, batch: int, height: int, width: int, *, uint8: bool = False) -> Tensor:
+        """The images [batch, in_chans, height, width] that the graph of this shape reads, captured if need be.
+
+        Fill it and call the frozen model with it: nothing is copied. It is channels_last; `permute(0, 2, 3, 1)` shows
+        it as [B, H, W, in_chans]. A call with other images of the shape writes them into it.
+
+        Raises:
+            ValueError: as `capture`.
+        """
+        self.capture((batch, height, width), uint8=uint8)
+        return self._graphs[batch, height, width, uint8].images
 
     def clear(self) -> None:
         """Give up all graphs and their memory. The next calls capture anew."""
@@ -211,7 +227,6 @@ class Frozen:
             self._biases.clear()
             self._pool = None
 
-    @torch.no_grad()
     def refresh(self, model: EfficientFormer | Backbone | None = None) -> None:
         """Take new weights: those that the frozen model has now, or those of another of the same architecture.
 
@@ -223,7 +238,7 @@ class Frozen:
         network = self._model() if model is None else _network(model)
         if network is None:
             raise ValueError("model: got None, and the frozen model no longer exists; allowed is a model")
-        with self._lock, _no_autocast(self.device):
+        with self._turn():
             packed = self._pack(network)
             self._wait()
             self._packed.take(packed)
@@ -232,7 +247,6 @@ class Frozen:
                     target.copy_(source)
             self._biases.clear()
             self._model = weakref.ref(network)
-            self._wait()
 
     # --- the parts of a call ------------------------------------------------------------------------------------------
 
@@ -261,37 +275,49 @@ class Frozen:
             raise ValueError(f"images: got shape {shape_of(images)}, which may be either of {allowed}")
         return images if first else images.permute(0, 3, 1, 2)
 
-    def _biases_of(self, height: int, width: int) -> list[Tensor]:
-        sides = height, width
-        if sides not in self._biases:
-            self._biases[sides] = self._packed.biases(height, width)
-            while len(self._biases) > _SIZES:
-                self._biases.popitem(last=False)
-        self._biases.move_to_end(sides)
-        return self._biases[sides]
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call at a time, in order on the GPU, too, whatever their streams; without gradients or autocast."""
+        # Tensors made in inference mode could not be written again outside of it.
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
+            if self.device.type != "cuda":
+                yield
+                return
+            with torch.cuda.device(self.device):
+                stream = torch.cuda.current_stream()
+                if torch.cuda.is_current_stream_capturing():
+                    yield
+                    return
+                if self._ready is not None:
+                    stream.wait_event(self._ready)
+                try:
+                    yield
+                finally:
+                    self._ready = self._ready or torch.cuda.Event()
+                    self._ready.record(stream)
 
     def _run(self, images: Tensor) -> Tensor | list[Tensor]:
-        return self._packed.run(images, self._biases_of(images.shape[2], images.shape[3]), self.backend)
+        sides = images.shape[2], images.shape[3]
+        biases = self._biases.get(sides)
+        if biases is None:
+            biases = self._packed.biases(*sides)
+            if not self._within_a_graph():
+                self._biases[sides] = biases
+                while len(self._biases) > _SIZES:
+                    del self._biases[next(iter(self._biases))]
+        if self.device.type == "cuda":
+            for bias in biases:  # it may be given up while this stream still reads it
+                bias.record_stream(torch.cuda.current_stream())
+        return self._packed.run(images, biases, self.backend)
 
-    def _run_on_gpu(self, images: Tensor) -> Tensor | list[Tensor]:
-        stream = torch.cuda.current_stream()
-        if torch.cuda.is_current_stream_capturing():
-            return self._run(images)
-        if self._ready is not None:
-            stream.wait_event(self._ready)  # another stream may still be using the buffers
-        key = self._key(images)
-        if key is None:
-            results = self._run(images)
-        else:
-            if key not in self._graphs:
-                self._graphs[key] = self._capture(key)
-            results = self._replay(self._graphs[key], images)
-        self._ready = self._ready or torch.cuda.Event()
-        self._ready.record(stream)
-        return results
+    def _within_a_graph(self) -> bool:
+        """Whether the caller is capturing a graph: what is computed now will only exist when that is replayed."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _key(self, images: Tensor) -> Key | None:
         """The graph for these images, captured or to be captured; None for no graph."""
+        if self._within_a_graph():
+            return None
         batch, _, height, width = images.shape
         key = batch, height, width, images.dtype == torch.uint8
         if key in self._graphs or (batch > 0 and len(self._graphs) < self._max_graphs):
@@ -301,7 +327,8 @@ class Frozen:
 
     def _replay(self, graph: _Graph, images: Tensor) -> Tensor | list[Tensor]:
         batch = images.shape[0]
-        graph.images[:batch].copy_(images, non_blocking=True)  # what is padded is what an earlier call left
+        if (images.data_ptr(), images.stride()) != (graph.images.data_ptr(), graph.images.stride()):
+            graph.images[:batch].copy_(images)  # what is padded is what an earlier call left
         graph.graph.replay()
 
         def own(result: Tensor) -> Tensor:
@@ -311,33 +338,37 @@ class Frozen:
 
     def _capture(self, key: Key) -> _Graph:
         batch, height, width, uint8 = key
-        images = torch.zeros(
-            (batch, self.in_chans, height, width),
-            dtype=torch.uint8 if uint8 else self.dtype,
-            device=self.device,
-            memory_format=torch.channels_last,
-        )
+        dtype = torch.uint8 if uint8 else self.dtype
+        # channels_last by its strides, also where a side is 1
+        images = torch.zeros((batch, height, width, self.in_chans), dtype=dtype, device=self.device)
+        images = images.permute(0, 3, 1, 2)
         biases = self._packed.biases(height, width)
 
         def forward() -> Tensor | list[Tensor]:
             return self._packed.run(images, biases, self.backend)
 
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(2):  # what is compiled, loaded or chosen at first calls is not for a graph
-                forward()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-            results = forward()
+        self._pool, graph, results = _captured(forward, self._pool)
         return _Graph(graph, images, biases, results)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _captured(forward: Callable[[], _Result], pool: Any) -> tuple[Any, torch.cuda.CUDAGraph, _Result]:
+    """The memory pool (a new one for None), a graph of `forward`, and the result that each replay writes again."""
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(2):  # what is compiled, loaded or chosen at first calls is not for a graph
+            forward()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    pool = pool or torch.cuda.graph_pool_handle()
+    # Other threads may use the GPU meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+        results = forward()
+    return pool, graph, results
 
 
 def _network(model: nn.Module) -> EfficientFormer:
@@ -361,6 +392,6 @@ def _normalisation(
     return tuple(mean), tuple(std)
 
 
-def _no_autocast(device: torch.device) -> torch.autocast:
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Frozen weights have one dtype: autocast is not for them."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if autocast(device.type) else contextlib.nullcontext()

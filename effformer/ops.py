@@ -294,6 +294,57 @@ def linear_mlp(
 
 
 @torch.fx.wrap
+def head(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """The network's end: the mean of LayerNorm(x) over the tokens and, given its weight, a linear layer on it.
+
+    The network's two heads, whose mean is its result, are one with the mean of their weights and of their biases.
+
+    Args:
+        x: [B, N, C], floating.
+        norm_weight, norm_bias: [C], of the LayerNorm, float32 (float64 if x is).
+        weight: [classes, C], x's dtype (any floating one under autocast), or None for the pooled features.
+        bias: [classes], float32 (float64 if x is), with a weight; None without.
+        eps: of the LayerNorm.
+        backend: "auto", "eager" or "triton".
+
+    Returns:
+        [B, classes], or [B, C] without a weight, in x's dtype.
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, shape or backend, naming the argument.
+        UnsupportedError: for backend="triton" where the kernels cannot run.
+    """
+    check_tokens("x", x)
+    channels = x.shape[2]
+    check_vectors(x, channels, norm_weight=norm_weight, norm_bias=norm_bias)
+    if (weight is None) != (bias is None):
+        given = "bias" if weight is None else "weight"
+        raise ValueError(f"{given}: got it alone, allowed are weight and bias together, or neither")
+    arguments: tuple[Tensor, ...] = (x, norm_weight, norm_bias)
+    if weight is not None and bias is not None:
+        check_weight("weight", weight, x, outputs=None, inputs=channels, outputs_name="classes")
+        check_vectors(x, weight.shape[0], bias=bias)
+        arguments += (weight, bias)
+    match select_backend(backend, *arguments, products=weight is not None):
+        case "eager":
+            return reference.head(x, norm_weight, norm_bias, weight, bias, eps=eps)
+        case "triton":
+            from .kernels.head import head as kernel
+
+            weight = None if weight is None else weight.to(products_dtype(x))
+            return kernel(x, norm_weight, norm_bias, weight, bias, eps)
+
+
+@torch.fx.wrap
 def expand_bias(table: Tensor, height: int, width: int, *, resolution: int, resize: str = "table") -> Tensor:
     """The attention bias of a [height, width] map of tokens from its learned table. Nothing is cached.
 

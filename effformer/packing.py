@@ -6,7 +6,7 @@ BatchNorm, convolution biases and layer scales are folded into scales and shifts
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -34,7 +34,8 @@ class Step:
     """`ops.<operation>(x, *tensors, **options)`, or "tokens" (map to tokens) or "feature" (a map is returned).
 
     Attributes:
-        tensors: matrices and filters in the network's dtype, vectors in float32 (float64 for float64).
+        tensors: matrices and filters in the network's dtype, vectors in float32 (float64 for float64); the last of
+            the first convolution for pixels is its border.
         table: of `attention_mixer`, whose bias is expanded from it by `expand_bias(table, height, width, **resize)`.
     """
 
@@ -99,15 +100,16 @@ class Packed:
                 step = self.pixels
             match step.operation:
                 case "conv_norm":
-                    x = _interim.conv_norm(x, *step.tensors, **step.options, backend=backend)
+                    *tensors, border = step.tensors if step is self.pixels else (*step.tensors, None)
+                    x = _interim.conv_norm(x, *tensors, border=border, **step.options, backend=backend)
                     sides = x.shape[2], x.shape[3]
                 case "meta4d":
                     x = _interim.meta4d(x, *step.tensors, **step.options, backend=backend)
                 case "tokens":
                     x = x.flatten(2).transpose(1, 2)
                 case "attention_mixer":
-                    tensors = *step.tensors[:_BIAS], next(remaining), *step.tensors[_BIAS:]
-                    x = ops.attention_mixer(x, *tensors, **step.options, backend=backend)
+                    arguments = *step.tensors[:_BIAS], next(remaining), *step.tensors[_BIAS:]
+                    x = ops.attention_mixer(x, *arguments, **step.options, backend=backend)
                 case "linear_mlp":
                     x = _interim.linear_mlp(x, *step.tensors, **step.options, backend=backend)
                 case "head":
@@ -118,7 +120,7 @@ class Packed:
                     maps = F.group_norm(maps, 1, weight, bias, step.options["eps"])
                     if step.options["inline"]:
                         x = maps if x.ndim == 4 else maps.flatten(2).transpose(1, 2)
-                        features += [maps] * step.options["feature"]
+                        features += [maps] * step.options["wanted"]
                     else:
                         features.append(maps)
                 case "feature":
@@ -150,63 +152,80 @@ def pack(
             it does not have.
     """
     _check(model, output)
-    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    return _Packer(model, dtype, output, deterministic).packed(mean, std)
 
-    def own(tensor: Tensor, kind: torch.dtype) -> Tensor:
+
+@dataclass
+class _Packer:
+    model: EfficientFormer
+    dtype: torch.dtype
+    output: str
+    deterministic: bool
+
+    def packed(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Packed:
+        model = self.model
+        first, second = _exact(model.stem).folded()
+        pixels = None
+        if mean is not None and std is not None:
+            tensors = _for_pixels(first, first[0].new_tensor(mean), first[0].new_tensor(std), self.dtype)
+            pixels = self.step("conv_norm", *tensors, activation="relu")
+        steps = [self.step("conv_norm", *conv, activation="relu") for conv in (first, second)]
+        for index, stage in enumerate(cast("Iterable[Stage]", model.stages)):
+            if isinstance(stage.downsample, Downsample):
+                steps.append(self.step("conv_norm", *_exact(stage.downsample).folded()))
+            for block in stage.blocks:
+                steps += self.block(_exact(block))
+            steps += self.feature(index)
+        if self.output != "features":
+            steps.append(self.end())
+        return Packed(steps, pixels)
+
+    def step(self, operation: str, *tensors: Tensor, **options: Any) -> Step:
+        return Step(operation, tuple(self.own(tensor) for tensor in tensors), options)
+
+    def own(self, tensor: Tensor, *, vector: bool = False) -> Tensor:
+        """As the operations want it. What is packed are copies already: see `_exact`."""
+        accumulation = torch.float64 if self.dtype == torch.float64 else torch.float32
+        kind = accumulation if vector or tensor.ndim == 1 else self.dtype
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-        return tensor.detach().to(kind).clone(memory_format=layout)
+        return tensor.detach().to(kind).contiguous(memory_format=layout)
 
-    def step(operation: str, tensors: Sequence[Tensor], **options: Any) -> Step:
-        return Step(operation, tuple(own(t, dtype if t.ndim > 1 else accumulation) for t in tensors), options)
+    def block(self, block: nn.Module) -> Iterator[Step]:
+        if isinstance(block, Flat):
+            yield Step("tokens")
+            return
+        assert isinstance(block, Meta4D | Meta3D)
+        options: dict[str, Any] = {"activation": block.activation, "deterministic": self.deterministic}
+        if isinstance(block, Meta4D):
+            yield self.step("meta4d", *block.folded(), **options)
+            return
+        mixer = block.token_mixer
+        tensors = list(block.folded_mixer(mixer.attention_biases))
+        table = tensors.pop(_BIAS)
+        heads = {"num_heads": mixer.num_heads, "key_dim": mixer.key_dim, "eps": block.norm1.eps}
+        found = self.step("attention_mixer", *tensors, **heads)
+        found.table = self.own(table, vector=True)
+        found.resize = {"resolution": mixer.resolution, "resize": mixer.bias_resize}
+        yield found
+        yield self.step("linear_mlp", *block.folded_mlp(), eps=block.norm2.eps, **options)
 
-    stem = _exact(model.stem)
-    first, second = stem.folded()
-    steps = [step("conv_norm", first, activation="relu"), step("conv_norm", second, activation="relu")]
-    pixels = None
-    if mean is not None and std is not None:
-        *filters, border = _for_pixels(first, first[0].new_tensor(mean), first[0].new_tensor(std), dtype)
-        pixels = step("conv_norm", filters, activation="relu", border=own(border, accumulation))
-    norm_of = model.config.feature_norm
-    for index, stage in enumerate(cast("Sequence[Stage]", model.stages)):
-        if isinstance(stage.downsample, Downsample):
-            steps.append(step("conv_norm", _exact(stage.downsample).folded()))
-        for block in stage.blocks:
-            exact = _exact(block)
-            if isinstance(exact, Meta4D):
-                options = {"activation": exact.activation, "deterministic": deterministic}
-                steps.append(step("meta4d", exact.folded(), **options))
-            elif isinstance(exact, Flat):
-                steps.append(Step("tokens"))
-            elif isinstance(exact, Meta3D):
-                steps += _token_steps(exact, step, own, accumulation, deterministic)
-        if norm_of == "inline" or (norm_of == "tap" and output == "features"):
-            norm = _exact(model.feature_norms[index])
-            options = {"eps": norm.eps, "inline": norm_of == "inline", "feature": output == "features"}
-            steps.append(step("group_norm", (norm.weight, norm.bias), **options))
-        elif output == "features":
-            steps.append(Step("feature"))
-    if output != "features":
-        norm = _exact(model.norm)
-        tensors = [norm.weight, norm.bias]
-        if output == "logits":
-            heads = _exact(model.head), _exact(model.head_dist)
-            tensors += [(heads[0].weight + heads[1].weight) / 2, (heads[0].bias + heads[1].bias) / 2]
-        steps.append(step("head", tensors, eps=norm.eps))
-    return Packed(steps, pixels)
+    def feature(self, stage: int) -> Iterator[Step]:
+        """What happens to a stage's output on its way to the next, or to the caller."""
+        wanted, kind = self.output == "features", self.model.config.feature_norm
+        if kind == "inline" or (kind == "tap" and wanted):
+            norm = cast("nn.GroupNorm", _exact(self.model.feature_norms[stage]))
+            yield self.step("group_norm", norm.weight, norm.bias, eps=norm.eps, inline=kind == "inline", wanted=wanted)
+        elif wanted:
+            yield Step("feature")
 
-
-def _token_steps(block: Meta3D, step: Any, own: Any, accumulation: torch.dtype, deterministic: bool) -> Iterator[Step]:
-    mixer = block.token_mixer
-    nothing = mixer.attention_biases
-    tensors = list(block.folded_mixer(nothing))
-    del tensors[_BIAS]
-    heads = {"num_heads": mixer.num_heads, "key_dim": mixer.key_dim, "eps": block.norm1.eps}
-    found = step("attention_mixer", tensors, **heads)
-    found.table = own(mixer.attention_biases, accumulation)
-    found.resize = {"resolution": mixer.resolution, "resize": mixer.bias_resize}
-    yield found
-    options = {"activation": block.activation, "eps": block.norm2.eps, "deterministic": deterministic}
-    yield step("linear_mlp", block.folded_mlp(), **options)
+    def end(self) -> Step:
+        """Final norm, pooling and, for logits, both heads, whose mean is that of their weights and biases."""
+        norm = cast("nn.LayerNorm", _exact(self.model.norm))
+        if self.output == "pooled":
+            return self.step("head", norm.weight, norm.bias, eps=norm.eps)
+        one, other = (cast("nn.Linear", _exact(head)) for head in self.model.get_classifier())
+        weight, bias = (one.weight + other.weight) / 2, (one.bias + other.bias) / 2
+        return self.step("head", norm.weight, norm.bias, weight, bias, eps=norm.eps)
 
 
 def _for_pixels(
@@ -254,10 +273,10 @@ def _check(model: EfficientFormer, output: str) -> None:
 def _parts(model: EfficientFormer) -> Iterator[tuple[str, nn.Module]]:
     yield "the model", model
     yield "stem", model.stem
-    for index, stage in enumerate(model.stages):
+    for index, stage in enumerate(cast("Iterable[Stage]", model.stages)):
         yield f"stages.{index}", stage
-        yield f"stages.{index}.downsample", stage.downsample  # type: ignore[union-attr]
-        for number, block in enumerate(stage.blocks):  # type: ignore[arg-type, union-attr]
+        yield f"stages.{index}.downsample", stage.downsample
+        for number, block in enumerate(stage.blocks):
             yield f"stages.{index}.blocks.{number}", block
     if model.config.feature_norm is not None:
         for index, norm in enumerate(model.feature_norms):

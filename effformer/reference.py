@@ -140,6 +140,25 @@ def linear_mlp(
     return x + torch.addcmul(shift2, F.linear(hidden, weight2), scale2).to(x.dtype)
 
 
+def head(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+) -> Tensor:
+    """The network's end: the mean of LayerNorm(x) over the tokens, and a linear layer on it where there is one.
+
+    x [B, N, C], weight [classes, C], bias [classes]; returns [B, classes], or [B, C] without a weight.
+    """
+    pooled = _layer_norm(x, norm_weight, norm_bias, eps).mean(1)
+    if weight is None or bias is None:
+        return pooled
+    return F.linear(pooled, weight, bias.to(weight.dtype)).to(x.dtype)
+
+
 def split_heads(qkv: Tensor, *, num_heads: int, key_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k [B, num_heads, N, key_dim] and v [B, num_heads, N, value_dim] from qkv as in `bias_attention`."""
     batch, tokens, channels = qkv.shape

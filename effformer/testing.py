@@ -207,6 +207,16 @@ def linear_mlp_case(x: Tensor, hidden: int, activation: str = "gelu") -> Case:
     return Case("linear_mlp", arguments, {"activation": activation, "eps": 1e-5})
 
 
+def head_case(x: Tensor, classes: int | None = None) -> Case:
+    """`ops.head` of x [B, N, C]; the pooled features where `classes` is None."""
+    channels = x.shape[2]
+    norm = draw_vector(channels, 0.5, 1.5), draw_vector(channels, -0.2, 0.2)
+    linear: tuple[Tensor, ...] = ()
+    if classes is not None:
+        linear = draw_weight(classes, channels, x.dtype), draw_vector(classes, -0.2, 0.2)
+    return Case("head", (x, *norm, *linear), {"eps": 1e-5})
+
+
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Draw every part of `model` that its initial values would hide, in place; returns `model`.

@@ -31,6 +31,7 @@ from .testing import (
     conv_mlp_case,
     draw_map,
     float32_as_such,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -48,7 +49,11 @@ _MAP_CASES: dict[str, Callable[..., Case]] = {
     "conv_mlp": conv_mlp_case,
     "meta4d": meta4d_case,
 }
-_TOKEN_CASES: dict[str, Callable[..., Case]] = {"attention_mixer": attention_mixer_case, "linear_mlp": linear_mlp_case}
+_TOKEN_CASES: dict[str, Callable[..., Case]] = {
+    "attention_mixer": attention_mixer_case,
+    "linear_mlp": linear_mlp_case,
+    "head": head_case,
+}
 OPERATIONS = (*_MAP_CASES, "bias_attention", *_TOKEN_CASES, NETWORK)
 
 
@@ -112,6 +117,7 @@ def _calls(model: str, size: tuple[int, int], batch: int) -> Iterator[tuple[str,
             yield where, "bias_attention", (*tokens, qkv), heads
             yield where, "attention_mixer", (*tokens, channels), heads
             yield where, "linear_mlp", (*tokens, channels), hidden
+            yield where, "head", (*tokens, channels), {"classes": 1000}
     yield model, NETWORK, (batch, 3, *size), {"name": model}
 
 

@@ -16,12 +16,23 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .device import Device
-from .table import AttentionConfig, Entry, LinearConfig, MlpConfig, NormConfig, PoolConfig, Table, read_json, read_table
+from .table import (
+    AttentionConfig,
+    Entry,
+    HeadConfig,
+    LinearConfig,
+    MlpConfig,
+    NormConfig,
+    PoolConfig,
+    Table,
+    read_json,
+    read_table,
+)
 from .table import entries as parse
 
 SHIPPED = Path(__file__).with_name("configurations.json")
@@ -69,17 +80,45 @@ def pool_config(channels: int, rows: int, dtype: torch.dtype, device: Device, *,
     return max(1, found.elements // block_c), block_c, found.num_warps
 
 
-def norm_config(channels: int, rows: int, dtype: torch.dtype, device: Device) -> tuple[int, int, int]:
+def norm_config(
+    channels: int, rows: int, dtype: torch.dtype, device: Device, operation: str = "layer_norm"
+) -> tuple[int, int, int]:
     """(rows, channels) of a tile and the warps: whole rows, several where they are short.
+
+    `operation` is "layer_norm", or "token_mean", for which rows are images and a tile has rows of one.
 
     Raises:
         ValueError: for rows too long to be kept on chip.
     """
     if channels > 1 << 15:
         raise ValueError(f"x: got {channels} channels, allowed are {1 << 15} for LayerNorm on the kernels")
-    found: NormConfig = answer("layer_norm", dtype, device, channels, rows)
+    found: NormConfig = answer(operation, dtype, device, channels, rows)
     block_c = _power(channels, 1 << 15)
     return max(1, found.elements // block_c), block_c, found.num_warps
+
+
+class HeadTiles(NamedTuple):
+    """Tokens, channels, classes and, of these, those that are multiplied at once."""
+
+    block_t: int
+    block_c: int
+    block_n: int
+    block_w: int
+    num_warps: int
+
+
+def head_config(channels: int, classes: int, rows: int, dtype: torch.dtype, device: Device) -> HeadTiles | None:
+    """Tiles of the network's end for `rows` images, or None where it is two launches.
+
+    A first few of the class tile's weights wait in registers while the tokens are pooled: a quarter of a tile of these.
+    """
+    found: HeadConfig | None = answer("head", dtype, device, channels, classes, rows)
+    if found is None:
+        return None
+    block_c = _power(channels, 1 << 15)
+    block_n = 1 << max(0, min(classes, found.block_n) - 1).bit_length()
+    block_w = min(block_n, max(1, found.elements // 4 // block_c))
+    return HeadTiles(max(1, found.elements // block_c), block_c, block_n, block_w, found.num_warps)
 
 
 def _power(size: int, most: int) -> int:

@@ -64,7 +64,16 @@ class NormConfig:
     num_warps: int
 
 
-Config = MlpConfig | LinearConfig | AttentionConfig | PoolConfig | NormConfig
+@dataclass(frozen=True)
+class HeadConfig:
+    """Pooling and linear layer in one: elements of a tile, which has whole tokens, and the classes of a program."""
+
+    elements: int
+    block_n: int
+    num_warps: int
+
+
+Config = MlpConfig | LinearConfig | AttentionConfig | PoolConfig | NormConfig | HeadConfig
 
 OPERATIONS: dict[str, type[Config]] = {
     "meta4d": MlpConfig,
@@ -73,6 +82,8 @@ OPERATIONS: dict[str, type[Config]] = {
     "bias_attention": AttentionConfig,
     "pool_mixer": PoolConfig,
     "layer_norm": NormConfig,
+    "token_mean": NormConfig,
+    "head": HeadConfig,
 }
 # What a shape consists of, and a condition may be about.
 DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -82,6 +93,8 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "bias_attention": ("tokens", "width"),
     "pool_mixer": ("channels", "dense", "rows"),
     "layer_norm": ("channels", "rows"),
+    "token_mean": ("channels", "rows"),
+    "head": ("channels", "classes", "rows"),
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -92,7 +105,8 @@ class Entry:
 
     Attributes:
         where: (dimension, relation, number); the relations are "=", "<=" and "multiple of".
-        use: None for a fused MLP means: take two matrix products, with the hidden activations in memory.
+        use: None for a fused MLP means: take two matrix products, with the hidden activations in memory; for the head:
+            pooling, then a matrix product.
         gpu: the one card, by name, that it is for; None for all of the device class.
         source: where it was read, for messages.
     """
@@ -205,7 +219,7 @@ def read_config(found: Any, operation: str, source: str) -> Config | None:
         ValueError: for a field that is missing, unknown or of no allowed value; it names `source`.
     """
     kind = OPERATIONS[operation]
-    if found is None and kind is MlpConfig:
+    if found is None and kind in (MlpConfig, HeadConfig):
         return None
     names = [field.name for field in fields(kind)]
     if not isinstance(found, Mapping) or set(found) != set(names):

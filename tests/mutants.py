@@ -17,8 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("test_kernel_values.py", "test_kernels.py", "test_operators.py", "test_kernel_shapes.py")
-# What concerns these files is looked for first.
+# What concerns these files is looked for first, or alone.
 CONFIGURATIONS = ("kernels/config.py", "kernels/device.py", "kernels/table.py")
+SERVING = ("effformer/inference.py", "effformer/packing.py")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,16 @@ MUTANTS = (
     Mutant("eps dropped", "kernels/layer_norm.py", "variance + eps", "variance"),
     Mutant("padding counted into the variance", "kernels/layer_norm.py", "centred = tl.where(there, b_x - (tl.sum(b_x, 1) / C)[:, None], 0.0)", "centred = b_x - (tl.sum(b_x, 1) / C)[:, None]"),
     Mutant("norm's bias dropped", "kernels/layer_norm.py", "normalised * weight + bias", "normalised * weight"),
+    # the network's end
+    Mutant("tokens that do not exist counted", "kernels/head.py", "tl.where(t < N, tl.rsqrt(variance + eps), 0.0)", "tl.rsqrt(variance + eps)"),
+    Mutant("padding counted into the variance", "kernels/head.py", "centred = tl.where(there, b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None], 0.0)", "centred = b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None]"),
+    Mutant("only the last tile of tokens pooled", "kernels/head.py", "b_sum += tl.sum(centred", "b_sum = tl.sum(centred"),
+    Mutant("norm's bias dropped", "kernels/head.py", "* weight + tl.load(norm_bias_ptr + c, mask=c < C, other=0.0)", "* weight"),
+    Mutant("eps dropped", "kernels/head.py", "tl.rsqrt(variance + eps)", "tl.rsqrt(variance)"),
+    Mutant("weights of the first classes for all", "kernels/head.py", "b_weight = _class_rows(weight_ptr, n + BLOCK_W,", "b_weight = _class_rows(weight_ptr, n,"),
+    Mutant("classes beyond the last written", "kernels/head.py", "b_out.to(out_ptr.dtype.element_ty), mask=n < CLASSES)", "b_out.to(out_ptr.dtype.element_ty))"),
+    Mutant("offset of a token in 32 bits", "kernels/head.py", "(t.to(tl.int64) * stride_xn)", "(t * stride_xn).to(tl.int32)"),
+    Mutant("bias of the linear layer dropped", "kernels/head.py", "tl.sum(b_product, 1) + tl.load(bias_ptr + n, mask=n < CLASSES, other=0.0)", "tl.sum(b_product, 1)"),
     # attention
     Mutant("bias dropped", "kernels/bias_attention.py", "tl.where(tl.abs(b_s) < float(\"inf\"), b_finite, b_s)", "tl.where(tl.abs(b_s) < float(\"inf\"), 0.0, b_s)"),
     Mutant("bias not divided by the scale", "kernels/bias_attention.py", "b_finite, b_s) * (1.0 / SCALE)", "b_finite, b_s)"),
@@ -120,6 +131,32 @@ MUTANTS = (
     Mutant("what was tuned here forgotten", "kernels/config.py", "_tuned_table() if device.name else", ""),
     Mutant("tiles wider than the product", "kernels/config.py", "found.widths if outputs >= whole else", "found.widths if True else"),
     Mutant("unknown activations let through", "effformer/backend.py", "if activation not in TRITON_ACTIVATIONS:", "if False:"),
+    # the serving form
+    Mutant("frozen: one head alone", "effformer/packing.py", "(one.bias + other.bias) / 2", "one.bias"),
+    Mutant("frozen: padding of pixels is black", "effformer/packing.py", "border = 255 * mean - PIXEL_OFFSET", "border = 0 * mean - PIXEL_OFFSET"),
+    Mutant("frozen: the border's share not taken back", "effformer/packing.py", "shift - scale * (weight.sum((2, 3)) @ border)", "shift"),
+    Mutant("frozen: std of the channels mixed up", "effformer/packing.py", "(middle / std)[:, None, None]", "(middle / std.flip(0))[:, None, None]"),
+    Mutant("frozen: weights shared with the model", "effformer/packing.py", "copy.deepcopy(module).double()", "module.double()"),
+    Mutant("frozen: new weights of the first convolution alone", "effformer/packing.py", "for target, source in zip(self.tensors(), other.tensors(), strict=True):", "for target, source in list(zip(self.tensors(), other.tensors(), strict=True))[:1]:"),
+    Mutant("frozen: another architecture's weights taken", "effformer/packing.py", "if _structure(self) != _structure(other):", "if False:"),
+    Mutant("frozen: bias of the image's sides, not the map's", "effformer/packing.py", "sides = (sides[0] + 1) // 2, (sides[1] + 1) // 2", "pass"),
+    Mutant("frozen: a tapped norm goes on to the next stage", "effformer/packing.py", 'inline=kind == "inline"', "inline=True"),
+    Mutant("frozen: hooks lost", "effformer/packing.py", "if not is_plain(module, known):", "if False:"),
+    Mutant("frozen: training mode let through", "effformer/packing.py", "if model.training:", "if False:"),
+    Mutant("frozen: a stem with other strides let through", "effformer/packing.py", "return geometry ==", "return True or geometry =="),
+    Mutant("frozen: old biases in the graphs", "effformer/inference.py", "                    target.copy_(source)", "                    pass"),
+    Mutant("frozen: old biases without a graph", "effformer/inference.py", "            self._biases.clear()\n            self._model", "            self._model"),
+    Mutant("frozen: graphs beyond the limit", "effformer/inference.py", "len(self._graphs) < self._max_graphs", "True"),
+    Mutant("frozen: padded to the largest", "effformer/inference.py", "return min(larger)", "return max(larger)"),
+    Mutant("frozen: padded to another size", "effformer/inference.py", "if known[1:] == key[1:] and", "if"),
+    Mutant("frozen: padding returned", "effformer/inference.py", "result[:batch].clone(memory_format=torch.preserve_format)", "result.clone()"),
+    Mutant("frozen: results overwritten", "effformer/inference.py", "if self._new_outputs else", "if False else"),
+    Mutant("frozen: images not copied", "effformer/inference.py", "graph.images[:batch].copy_(images)", "pass"),
+    Mutant("frozen: other images in the buffer's memory", "effformer/inference.py", "if (images.data_ptr(), images.stride()) !=", "if (images.data_ptr(), graph.images.stride()) !="),
+    Mutant("frozen: autocast let in", "effformer/inference.py", "torch.autocast(device.type, enabled=False) if", "contextlib.nullcontext() if"),
+    Mutant("frozen: tensors of inference mode kept", "effformer/inference.py", "torch.inference_mode(False), ", ""),
+    Mutant("frozen: threads do not wait", "effformer/inference.py", "with self._lock, torch.inference_mode(False)", "with torch.inference_mode(False)"),
+    Mutant("frozen: a gradient lost", "effformer/inference.py", "if torch.is_grad_enabled() and images.requires_grad:", "if False:"),
 )  # fmt: skip
 
 
@@ -164,8 +201,8 @@ def main() -> None:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             plant(mutant, Path(folder))
-            first = ("test_configurations.py",) if mutant.file in CONFIGURATIONS else ()
-            killer = red(Path(folder), first + TESTS)
+            tests = ("test_configurations.py", *TESTS) if mutant.file in CONFIGURATIONS else TESTS
+            killer = red(Path(folder), ("test_freeze.py",) if mutant.file in SERVING else tests)
         survived += killer is None
         lines.append(f"{'SURVIVED' if killer is None else 'killed':8} {mutant.fault} ({mutant.file}): {killer or '-'}")
         print(f"{lines[-1]}  [{time.monotonic() - begin:.0f} s]", flush=True)

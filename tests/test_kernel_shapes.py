@@ -21,6 +21,7 @@ from effformer.testing import (
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -96,3 +97,9 @@ def test_attention_mixer(x: torch.Tensor, num_heads: int, key_dim: int, value_di
 @given(tokens(), st.integers(1, 150), ACTIVATIONS)
 def test_linear_mlp(x: torch.Tensor, hidden: int, activation: str) -> None:
     check(linear_mlp_case(x, hidden, activation))
+
+
+@drawn
+@given(tokens(), st.none() | st.integers(1, 150), st.integers(1, 12))
+def test_head(x: torch.Tensor, classes: int | None, copies: int) -> None:
+    check(head_case(x.repeat(copies, 1, 1), classes))

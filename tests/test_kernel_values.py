@@ -27,6 +27,7 @@ from effformer.testing import (
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -154,6 +155,9 @@ def test_infinity_at_every_place_of_a_small_map(value: float) -> None:
 def test_special_values_in_tokens(dtype: torch.dtype) -> None:
     x = spoil(torch.randn(4, 40, 48).to(dtype))
     check(linear_mlp_case(x, 100))
+    for classes in (None, 20):
+        assert not head_case(x, classes).exact().isfinite().all()
+        check(head_case(x, classes))
     check(attention_mixer_case(x, num_heads=2, key_dim=16, value_dim=24))
 
 
@@ -285,6 +289,17 @@ def test_attention_offsets_beyond_32_bits(tokens: int, far: str) -> None:
     same(Case("bias_attention", (x, bias), case.options).run("triton"), case.run("triton"))
 
 
+@pytest.mark.parametrize("far", ["images", "tokens"])
+def test_head_offsets_beyond_32_bits(far: str) -> None:
+    near = torch.randn(2, 70, 24).half()
+    strides = (FAR, 24, 1) if far == "images" else (24, FAR // 69, 1)
+    x = far_storage(near.numel()).as_strided(near.shape, strides)
+    x.copy_(near)
+    for classes in (None, 20):
+        case = head_case(near, classes)
+        same(Case("head", (x, *case.arguments[1:]), case.options).run("triton"), case.run("triton"))
+
+
 def test_bias_offsets_beyond_32_bits() -> None:
     case = bias_attention_case(1, 9, torch.float32, num_heads=3, key_dim=4, value_dim=6)
     qkv, bias = case.arguments
@@ -301,6 +316,8 @@ def test_bias_offsets_beyond_32_bits() -> None:
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="x: got a map of 65536x32768, allowed are 2147479552 pixels an image"):
         map_rows(torch.empty(1, device="meta").expand(1, 1, 65536, 32768))
+    with pytest.raises(ValueError, match="x: got 40000 channels, allowed are 32768 for LayerNorm"):
+        head_case(torch.zeros(1, 1, 40_000).half(), 2).run("triton")
     with pytest.raises(ValueError, match="x: got 40000 channels, allowed are 32768 for LayerNorm"):
         norm_config(40_000, 1, torch.float16, HOPPER)
     with pytest.raises(ValueError, match="key_dim: got 2000, allowed are up to 1816 in torch.float16"):

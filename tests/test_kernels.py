@@ -19,6 +19,7 @@ from effformer.testing import (
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -65,6 +66,7 @@ def test_tokens_may_be_a_transposed_map() -> None:
     assert x.stride(2) == 70
     check(linear_mlp_case(x, 128), ulps=0.5)
     check(attention_mixer_case(x, num_heads=2, key_dim=16, value_dim=24), ulps=0.5)
+    check(head_case(x, 20), ulps=0.5)
     out = linear_mlp_case(x, 128).run("triton")
     assert out.is_contiguous()
 
@@ -133,6 +135,9 @@ def test_empty_batches() -> None:
         bias_attention_case(0, 9, torch.float16, num_heads=2, key_dim=4, value_dim=6),
         linear_mlp_case(torch.randn(0, 9, 48).half(), 96),
         attention_mixer_case(torch.randn(0, 9, 48).half(), num_heads=2, key_dim=4, value_dim=6),
+        head_case(torch.randn(0, 9, 48).half(), 5),
+        head_case(torch.randn(2, 9, 48).half(), 0),
+        head_case(torch.randn(0, 9, 48).half()),
     ):
         assert case.run("triton").shape == case.run("eager").shape
 
@@ -161,6 +166,7 @@ def test_arguments_are_left_alone() -> None:
         bias_attention_case(2, 49, torch.float16, num_heads=2, key_dim=16, value_dim=24),
         attention_mixer_case(torch.randn(2, 9, 48).half(), num_heads=2, key_dim=16, value_dim=24),
         linear_mlp_case(torch.randn(2, 9, 48).half(), 96),
+        head_case(torch.randn(2, 9, 48).half(), 96),
     ):
         before = [argument.clone() for argument in case.arguments]
         case.run("triton").fill_(torch.nan)
@@ -206,3 +212,17 @@ def test_attention_mixer(channels: int, tokens: int, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("channels", [448, 512, 768])
 def test_linear_mlp(channels: int, dtype: torch.dtype) -> None:
     check(linear_mlp_case(torch.randn(3, 90, channels).to(dtype), 4 * channels))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [448, 512, 768])
+def test_head(channels: int, dtype: torch.dtype) -> None:
+    """One image, few and many: one kernel with a few classes a program, with many, and pooling apart; 2.3 token tiles."""
+    for batch, classes in ((1, 21), (2, 150), (33, 150), (3, None)):
+        check(head_case(torch.randn(batch, 150 if batch < 3 else 49, channels).to(dtype), classes))
+
+
+def test_tokens_that_do_not_exist_are_not_pooled() -> None:
+    """Without an eps, a row of zeros would have an infinite scale."""
+    case = head_case(torch.randn(2, 21, 40), 7)
+    check(Case(case.operation, case.arguments, {"eps": 0.0}), ulps=1)

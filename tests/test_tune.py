@@ -307,6 +307,7 @@ def on_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Tuned | Non
             "bias_attention",
             "attention_mixer",
             "linear_mlp",
+            "head",
         }
         assert {check.dtype for check in todo} == {torch.float16, torch.bfloat16}
         assert {check.shape[0] for check in todo} == {256, 1}

@@ -19,6 +19,7 @@ from effformer.testing import (
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -64,11 +65,13 @@ class Work:
                 return bias_attention_case(batch, tokens, dtype, **HEADS)
             case "attention_mixer":
                 return attention_mixer_case(torch.randn(batch, tokens, self.channels).to(dtype), **HEADS)
+            case "head":
+                return head_case(torch.randn(batch, tokens, self.channels).to(dtype), 70 if REHEARSED else 1000)
         return linear_mlp_case(torch.randn(batch, tokens, self.channels).to(dtype), 4 * self.channels)
 
 
 MAPS = ("pool_mixer", "conv_mlp", "meta4d")
-TOKENS = ("attention_mixer", "linear_mlp")
+TOKENS = ("attention_mixer", "linear_mlp", "head")
 
 
 def _works() -> list[Work]:

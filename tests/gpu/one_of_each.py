@@ -19,6 +19,7 @@ from effformer.testing import (
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -44,6 +45,8 @@ def cases(dtype: torch.dtype) -> list[Case]:
         bias_attention_case(2, 150, dtype, num_heads=2, key_dim=32, value_dim=128),
         attention_mixer_case(tokens, **heads),
         linear_mlp_case(tokens, 100),
+        head_case(tokens, 30),
+        head_case(tokens.repeat(20, 1, 1), 30),
     ]
 
 

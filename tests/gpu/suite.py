@@ -59,6 +59,7 @@ PIECES = (
     Piece("accuracy", ("gpu/test_gpu_accuracy.py",), MANY, 240),
     Piece("repeats", ("gpu/test_gpu_repeats.py",), 1, 240),
     Piece("models", ("gpu/test_gpu_models.py",), min(4, MANY), 240),
+    Piece("frozen", ("gpu/test_gpu_frozen.py",), min(4, MANY), 240),
     Piece(
         "kernels",
         ("test_kernels.py", "test_operators.py", "test_kernel_models.py", "test_kernel_values.py", "test_kernel_shapes.py"),

@@ -24,6 +24,7 @@ from effformer.testing import (
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -43,6 +44,8 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
         "bias_attention": bias_attention_case(2, 49, dtype, **heads),
         "attention_mixer": attention_mixer_case(tokens, **heads),
         "linear_mlp": linear_mlp_case(tokens, 96),
+        "head": head_case(tokens, 30),
+        "head of pooled features": head_case(tokens),
     }
 
 
@@ -93,6 +96,8 @@ def test_what_is_launched() -> None:
         "linear_kernel": 2 + 2 + 2,
         "bias_attention_kernel": 2,
         "layer_norm_kernel": 2,
+        "head_kernel": 1,
+        "token_mean_kernel": 1,
     }
 
 

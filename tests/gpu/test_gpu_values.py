@@ -11,6 +11,7 @@ from effformer.testing import (
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -48,6 +49,7 @@ def test_tokens(tokens: int, value: float, dtype: torch.dtype) -> None:
     for place in range(tokens):
         x[place, place, 7 * place % 48] = value
     check(linear_mlp_case(x, 100))
+    check(head_case(x, 20))
     check(attention_mixer_case(x, **HEADS))
 
 
