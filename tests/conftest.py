@@ -127,21 +127,6 @@ def narrow() -> Callable[..., EfficientFormer]:
 
 @pytest.fixture(scope="session")
 def timm() -> Any:
-    """timm, on a CPU build of torch too: torchvision's operators do not load there, and it asks for two of them."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error) or torch.version.cuda is not None:
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
-    import timm
+    from effformer.bench.competitor import import_timm
 
-    return timm
-
-
-_KEPT: list[torch.library.Library] = []  # a library that is collected takes its operators with it
+    return import_timm()
