@@ -37,13 +37,14 @@ def network_launches(
             hidden = int(width * config.mlp_ratio)
             yield from map_launches(width, hidden, (batch, height, columns), dtype, config.act)
             if stage:
-                above = (batch, *(-(-side // (4 << stage - 1)) for side in size))
-                yield from halving_launches(config.widths[stage - 1], width, above, dtype)
+                double = (batch, *(-(-side // (2 << stage)) for side in size))
+                yield from halving_launches(config.widths[stage - 1], width, double, dtype)
             else:
                 yield from halving_launches(3, width // 2, (batch, *size), dtype, "relu")
                 yield from halving_launches(3, width // 2, (batch, *size), dtype, "relu", pixels=True)
-                above = (batch, *(-(-side // 2) for side in size))
-                yield from halving_launches(width // 2, width, above, dtype, "relu")
+                yield from halving_launches(
+                    width // 2, width, (batch, *(-(-side // 2) for side in size)), dtype, "relu"
+                )
         heads = (config.num_heads, config.key_dim, config.value_dim)
         yield from token_launches(batch, height * columns, width, hidden, *heads, dtype)
         yield from end_launches(batch, height * columns, width, 1000, dtype)
@@ -68,7 +69,7 @@ def map_launches(
 def halving_launches(
     channels: int,
     outputs: int,
-    size: tuple[int, int, int],
+    size: tuple[int, ...],
     dtype: torch.dtype,
     activation: str | None = None,
     *,

@@ -107,8 +107,8 @@ class Packed:
                 step = self.pixels
             match step.operation:
                 case "conv_norm":
-                    *tensors, border = step.tensors if step is self.pixels else (*step.tensors, None)
-                    x = ops.conv_norm(x, *tensors, border=border, **step.options, backend=backend)
+                    border = step.tensors[3] if step is self.pixels else None
+                    x = ops.conv_norm(x, *step.tensors[:3], border=border, **step.options, backend=backend)
                     sides = x.shape[2], x.shape[3]
                 case "meta4d":
                     x = ops.meta4d(x, *step.tensors, **step.options, backend=backend)
