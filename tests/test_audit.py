@@ -51,6 +51,7 @@ def test_l1_on_hopper(tmp_path: Path) -> None:
         "linear_kernel",
         "layer_norm_kernel",
         "bias_attention_kernel",
+        "conv_norm_kernel",
         "head_kernel",
         "token_mean_kernel",
     }

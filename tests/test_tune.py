@@ -323,6 +323,7 @@ def on_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Tuned | Non
             "bias_attention",
             "attention_mixer",
             "linear_mlp",
+            "conv_norm",
             "head",
         }
         assert {check.dtype for check in todo} == {torch.float16, torch.bfloat16}

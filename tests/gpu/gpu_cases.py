@@ -18,6 +18,7 @@ from effformer.testing import (
     attention_mixer_case,
     bias_attention_case,
     conv_mlp_case,
+    conv_norm_case,
     draw_map,
     head_case,
     linear_mlp_case,
@@ -56,6 +57,9 @@ class Work:
             match self.operation:
                 case "pool_mixer":
                     return pool_mixer_case(x)
+                case "conv_norm":
+                    outputs = {3: 24}.get(self.channels, 2 * self.channels)
+                    return conv_norm_case(x, outputs, "relu" if self.channels <= 48 else None)
                 case "conv_mlp":
                     return conv_mlp_case(x, 4 * self.channels)
             return meta4d_case(x, 4 * self.channels)
@@ -70,7 +74,7 @@ class Work:
         return linear_mlp_case(torch.randn(batch, tokens, self.channels).to(dtype), 4 * self.channels)
 
 
-MAPS = ("pool_mixer", "conv_mlp", "meta4d")
+MAPS = ("pool_mixer", "conv_mlp", "meta4d", "conv_norm")
 TOKENS = ("attention_mixer", "linear_mlp", "head")
 
 
@@ -89,8 +93,13 @@ def _works() -> list[Work]:
         tokens = [(config.widths[-1], 7, 7, 512) for config in PRESETS.values()]
         attention = [(0, 7, 7, 512), (0, 16, 20, 64)]
         tokens.append((PRESETS["efficientformer_l1"].widths[-1], 16, 20, 64))
+    # The stem's two convolutions and the downsamplings.
+    halved = [(3, 9, 7, 2), (24, 9, 7, 2)] if REHEARSED else [(3, 224, 224, 8), (24, 112, 112, 16), (48, 112, 112, 16)]
+    if not REHEARSED:
+        halved += [(channels, height, width, fills) for channels, height, width, fills in maps if height > 7]
     return [
-        *(Work(operation, *sizes) for operation in MAPS for sizes in maps),
+        *(Work(operation, *sizes) for operation in MAPS if operation != "conv_norm" for sizes in maps),
+        *(Work("conv_norm", *sizes) for sizes in halved),
         *(Work("bias_attention", *sizes) for sizes in attention),
         *(Work(operation, *sizes) for operation in TOKENS for sizes in tokens),
     ]

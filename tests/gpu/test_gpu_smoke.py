@@ -23,6 +23,7 @@ from effformer.testing import (
     attention_mixer_case,
     bias_attention_case,
     conv_mlp_case,
+    conv_norm_case,
     draw_map,
     head_case,
     linear_mlp_case,
@@ -39,6 +40,9 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
     return {
         "pool_mixer": pool_mixer_case(draw_map((2, 48, 9, 11), dtype)),
         "conv_mlp": conv_mlp_case(draw_map((2, 48, 9, 11), dtype), 96),
+        "conv_norm": conv_norm_case(draw_map((2, 24, 9, 11), dtype), 48),
+        "conv_norm of images": conv_norm_case(draw_map((2, 3, 9, 11), dtype, "contiguous"), 24, "relu"),
+        "conv_norm of pixels": conv_norm_case(torch.randint(0, 256, (2, 3, 9, 11), dtype=torch.uint8), 24, None, dtype),
         "meta4d in one kernel": meta4d_case(draw_map((2, 48, 9, 11), dtype), 96),
         "meta4d in three kernels": meta4d_case(draw_map((2, 240, 16, 17), dtype), 96),
         "meta4d in parts": meta4d_case(draw_map((2, 240, 5, 6), dtype), 96),
@@ -95,6 +99,7 @@ def test_what_is_launched() -> None:
     assert seen == {
         "pool_mixer_kernel": 2,
         "mlp_kernel": 2,
+        "conv_norm_kernel": 3,
         "split_mlp_kernel": 1,
         "split_sum_kernel": 1,
         "linear_kernel": 2 + 2 + 2,
