@@ -78,7 +78,7 @@ def _run(
         if on_gpu:
             torch.cuda.synchronize(device)
 
-    with watched_freezing() as frozen:
+    with provider.compiling(), watched_freezing() as frozen:
         built = build(provider, cell, device)
         synchronise()
         start = time.perf_counter()

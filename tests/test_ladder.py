@@ -203,6 +203,16 @@ def test_what_inductor_froze_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert seen.channels_last == (layout == torch.channels_last)
 
 
+def test_dynamo_knows_that_weights_are_frozen() -> None:
+    from torch._dynamo.utils import is_parameter_freezing
+
+    with torch.no_grad(), BY_NAME["timm torch.compile max-autotune"].compiling():
+        assert is_parameter_freezing()
+        assert torch._inductor.config.triton.cudagraphs
+    with torch.no_grad(), BY_NAME["timm torch.compile"].compiling():
+        assert not is_parameter_freezing()
+
+
 def test_private_pools_count_what_no_tensor_has() -> None:
     segments = [
         {"device": 0, "total_size": 100, "allocated_size": 30, "segment_pool_id": (0, 0)},
