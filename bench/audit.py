@@ -42,7 +42,7 @@ TARGETS = {
 SIZES = ((224, 224), (512, 640))
 BATCHES = (256, 64, 8, 1)
 
-_PRODUCTS = ("mlp_kernel", "linear_kernel", "bias_attention_kernel")
+_PRODUCTS = ("conv_norm_kernel", "mlp_kernel", "split_mlp_kernel", "linear_kernel", "bias_attention_kernel")
 
 
 @dataclass

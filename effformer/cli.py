@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure on this machine. `effformer bench [options]` is `effformer bench run [options]`.",
     ).add_subparsers(required=True, metavar="COMMAND")
     _add_bench_run(bench)
+    _add_bench_kernels(bench)
     tune = bench.add_parser(
         "tune",
         help="search for the fastest tiles on this GPU",
@@ -213,6 +214,36 @@ def _add_bench_run(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -
                      "results for each GPU; default: %(default)s")  # fmt: skip
     run.add_argument("--list", action="store_true", help="only say what there is to measure, and what is measured")
     run.set_defaults(command="bench")
+
+
+def _add_bench_kernels(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    kernels = bench.add_parser(
+        "kernels",
+        help="time the fused operations against eager PyTorch, torch.compile and others",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Time each fused operation, at the shapes that it has in a network, by our kernels and by what one could\n"
+            "take instead: eager PyTorch, torch.compile, scaled_dot_product_attention, FlexAttention, cuBLAS with\n"
+            "epilogues. Device time on a GPU, with cold caches; its share of what matrix products and copies reach in\n"
+            "the same run; and the error against float64. Outcomes are kept as soon as they are there, in\n"
+            "FOLDER/<gpu>/kernels.jsonl: the same command goes on where it stopped.\n"
+            "Exit status: 0 when all is measured, 75 when the time was over first, 1 if one of our kernels failed."
+        ),
+        epilog="example:\n  effformer bench kernels --op meta4d --dtype bfloat16 --batch-size 256 1",
+    )
+    operations = [name for name in OPERATIONS if name != "network"]
+    kernels.add_argument("--model", nargs="+", choices=PRESETS, help="default: all; on a CPU l1")
+    kernels.add_argument("--op", nargs="+", choices=operations, default=operations, help="default: all")
+    kernels.add_argument("--dtype", nargs="+", choices=DTYPES, help="in this order, default: bfloat16 float16 float32; "
+                         "on a CPU float32")  # fmt: skip
+    kernels.add_argument("--batch-size", nargs="+", type=_positive, metavar="N", help="default: 256 1 8 64; on a CPU "
+                         "1")  # fmt: skip
+    kernels.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    kernels.add_argument("--minutes", type=_minutes, default=9.0, metavar="M", help="up to 10, of all this command "
+                         "takes; default: %(default)s")  # fmt: skip
+    kernels.add_argument("--output", type=Path, default=Path("bench/results"), metavar="FOLDER", help="default: "
+                         "%(default)s")  # fmt: skip
+    kernels.set_defaults(command="bench_kernels")
 
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:

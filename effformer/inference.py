@@ -243,7 +243,7 @@ class Frozen:
             self._wait()
             self._packed.take(packed)
             for (_, height, width, _), graph in self._graphs.items():
-                for target, source in zip(graph.biases, self._packed.biases(height, width), strict=True):
+                for target, source in zip(graph.biases, self._packed.biases(height, width, self.backend), strict=True):
                     target.copy_(source)
             self._biases.clear()
             self._model = weakref.ref(network)
@@ -300,7 +300,7 @@ class Frozen:
         sides = images.shape[2], images.shape[3]
         biases = self._biases.get(sides)
         if biases is None:
-            biases = self._packed.biases(*sides)
+            biases = self._packed.biases(*sides, self.backend)
             if not self._within_a_graph():
                 self._biases[sides] = biases
                 while len(self._biases) > _SIZES:
@@ -342,7 +342,7 @@ class Frozen:
         # channels_last by its strides, also where a side is 1
         images = torch.zeros((batch, height, width, self.in_chans), dtype=dtype, device=self.device)
         images = images.permute(0, 3, 1, 2)
-        biases = self._packed.biases(height, width)
+        biases = self._packed.biases(height, width, self.backend)
 
         def forward() -> Tensor | list[Tensor]:
             return self._packed.run(images, biases, self.backend)

@@ -14,19 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _interim, ops
-from ._interim import PIXEL_OFFSET
+from . import ops
 from .blocks import Downsample, Flat, Meta3D, Meta4D, Stem
 from .composition import is_plain, why_changed
 from .model import EfficientFormer, to_map
+from .reference import PIXEL_OFFSET
 from .stage import Stage
 
 OUTPUTS = ("logits", "pooled", "features")
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-# Places in the arguments of `ops.attention_mixer`, counted without x, of the bias, which depends on the image size.
-_BIAS = 4
+# Places in the arguments of `ops.attention_mixer`, counted without x. The bias depends on the image size.
+_QKV_WEIGHT, _BIAS = 2, 4
 
 
 @dataclass
@@ -54,10 +54,12 @@ class Packed:
     """The steps of a network.
 
     Attributes:
+        dtype: of images and results.
         steps: in order; the first is the stem's first convolution, on normalised images.
         pixels: the same convolution on uint8 images, mean and std folded in; None where there are none.
     """
 
+    dtype: torch.dtype
     steps: list[Step]
     pixels: Step | None
 
@@ -77,20 +79,25 @@ class Packed:
         for target, source in zip(self.tensors(), other.tensors(), strict=True):
             target.copy_(source)
 
-    def biases(self, height: int, width: int) -> list[Tensor]:
-        """The attention bias of each 3D block for images of these sides."""
+    def biases(self, height: int, width: int, backend: str) -> list[Tensor]:
+        """The attention bias of each 3D block for images of these sides, as `run` wants them."""
         sides = height, width
         for step in self.steps:
             if step.operation == "conv_norm":
                 sides = (sides[0] + 1) // 2, (sides[1] + 1) // 2
-        return [
-            ops.expand_bias(step.table, *sides, **step.resize).contiguous()
-            for step in self.steps
-            if step.table is not None
-        ]
+        found = []
+        for step in self.steps:
+            if step.table is not None:
+                bias = ops.expand_bias(step.table, *sides, **step.resize)
+                if backend == "triton":
+                    heads, key_dim = step.options["num_heads"], step.options["key_dim"]
+                    value_dim = step.tensors[_QKV_WEIGHT].shape[0] // heads - 2 * key_dim
+                    bias = ops.prepare_bias(bias, key_dim=key_dim, value_dim=value_dim, dtype=self.dtype)
+                found.append(bias.contiguous())
+        return found
 
     def run(self, x: Tensor, biases: Sequence[Tensor], backend: str) -> Tensor | list[Tensor]:
-        """The result for images x [B, in_chans, H, W], normalised or uint8; `biases` are those of their size."""
+        """The result for images x [B, in_chans, H, W], normalised or uint8; `biases` are theirs, for this backend."""
         features: list[Tensor] = []
         sides = x.shape[2], x.shape[3]
         remaining = iter(biases)
@@ -101,19 +108,20 @@ class Packed:
             match step.operation:
                 case "conv_norm":
                     *tensors, border = step.tensors if step is self.pixels else (*step.tensors, None)
-                    x = _interim.conv_norm(x, *tensors, border=border, **step.options, backend=backend)
+                    x = ops.conv_norm(x, *tensors, border=border, **step.options, backend=backend)
                     sides = x.shape[2], x.shape[3]
                 case "meta4d":
-                    x = _interim.meta4d(x, *step.tensors, **step.options, backend=backend)
+                    x = ops.meta4d(x, *step.tensors, **step.options, backend=backend)
                 case "tokens":
                     x = x.flatten(2).transpose(1, 2)
                 case "attention_mixer":
                     arguments = *step.tensors[:_BIAS], next(remaining), *step.tensors[_BIAS:]
-                    x = ops.attention_mixer(x, *arguments, **step.options, backend=backend)
+                    prepared = backend == "triton"
+                    x = ops.attention_mixer(x, *arguments, **step.options, prepared=prepared, backend=backend)
                 case "linear_mlp":
-                    x = _interim.linear_mlp(x, *step.tensors, **step.options, backend=backend)
+                    x = ops.linear_mlp(x, *step.tensors, **step.options, backend=backend)
                 case "head":
-                    x = _interim.head(x, *step.tensors, **step.options, backend=backend)
+                    x = ops.head(x, *step.tensors, **step.options, backend=backend)
                 case "group_norm":
                     maps = x if x.ndim == 4 else to_map(x, *sides)
                     weight, bias = (vector.to(x.dtype) for vector in step.tensors)
@@ -178,7 +186,7 @@ class _Packer:
             steps += self.feature(index)
         if self.output != "features":
             steps.append(self.end())
-        return Packed(steps, pixels)
+        return Packed(self.dtype, steps, pixels)
 
     def step(self, operation: str, *tensors: Tensor, **options: Any) -> Step:
         return Step(operation, tuple(self.own(tensor) for tensor in tensors), options)

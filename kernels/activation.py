@@ -14,11 +14,15 @@ relu(x) is (x + |x|) / 2, so that -inf gives NaN, as x * Phi(x) does, while inf 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 # NetsPresso's name -> the kernels'.
 NAMES = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "hard_swish": "hard_swish"}
+
+# The same by PyTorch, beside the vendor's library.
+FUNCTIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "hard_swish": F.hardswish}
 
 # Coefficients of p from the constant on.
 EXP3 = tl.constexpr((-1.00033479, -1.143408, -0.483782587, -0.0292018158))

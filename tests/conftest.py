@@ -101,6 +101,16 @@ def kernel_device(record_property: Callable[[str, object], None]) -> Iterator[No
 
 
 @pytest.fixture
+def many_rows() -> Iterator[None]:
+    """The tiles that many rows get, whatever their number: tests are small, and few rows take others (test_split.py)."""
+    from effformer.kernels import config
+
+    entries = config.shipped_table().entries
+    with config.using(config.Table(e for e in entries if "rows" not in {dimension for dimension, *_ in e.where})):
+        yield
+
+
+@pytest.fixture
 def narrow() -> Callable[..., EfficientFormer]:
     """Build a small network of every kind of part, in eval mode and float64, with randomised weights."""
 

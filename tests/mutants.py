@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("test_kernel_values.py", "test_kernels.py", "test_operators.py", "test_kernel_shapes.py")
+TESTS = (
+    "test_kernel_values.py",
+    "test_kernels.py",
+    "test_operators.py",
+    "test_split.py",
+    "test_conv_norm.py",
+    "test_kernel_shapes.py",
+)
 # What concerns these files is looked for first, or alone.
 CONFIGURATIONS = ("kernels/config.py", "kernels/device.py", "kernels/table.py")
 SERVING = ("effformer/inference.py", "effformer/packing.py")
@@ -50,9 +57,10 @@ MUTANTS = (
     Mutant("offset of a line in 32 bits", "kernels/tiles.py", "h.to(tl.int64) * stride_h", "(h * stride_h).to(tl.int32)"),
     Mutant("offset of a column in 32 bits", "kernels/tiles.py", "+ w.to(tl.int64) * stride_w", "+ (w * stride_w).to(tl.int32)"),
     Mutant("offset of a channel in 32 bits", "kernels/pool_mixer.py", "(c.to(tl.int64) * stride_xc)", "(c * stride_xc).to(tl.int32)"),
-    Mutant("offset of a query in 32 bits", "kernels/bias_attention.py", "p_q = p_head + (row * stride_qn)", "p_q = p_head + (m * stride_qn).to(tl.int32)"),
-    Mutant("offset of a key in 32 bits", "kernels/bias_attention.py", "p_k = p_head + (column * stride_qn)", "p_k = p_head + (n * stride_qn).to(tl.int32)"),
-    Mutant("offset of a value in 32 bits", "kernels/bias_attention.py", "p_values + (n.to(tl.int64) * stride_qn)", "p_values + (n * stride_qn).to(tl.int32)"),
+    Mutant("offsets of attention in 32 bits", "kernels/bias_attention.py", "offsets = i.to(tl.int64) * stride", "offsets = (i * stride).to(tl.int32)"),
+    Mutant("offset of a tile of queries in 32 bits", "kernels/bias_attention.py", "first_row = (i_m * BLOCK_M).to(tl.int64)", "first_row = i_m * BLOCK_M"),
+    Mutant("far bias taken for near", "kernels/bias_attention.py", "max(tokens * channels, tokens * sum(bias.stride()[1:])) <", "tokens * channels <"),
+    Mutant("any strides taken for dense", "kernels/bias_attention.py", "qkv.is_contiguous() and", ""),
     Mutant("second tile written over the first", "kernels/tiles.py", "tl.minimum(i_tile, rows) * BLOCK_M", "tl.minimum(i_tile, 0) * BLOCK_M"),
     Mutant("image of a row lost", "kernels/tiles.py", "b = first // pixels + p // pixels", "b = first // pixels"),
     Mutant("channel mask missing at the last piece", "kernels/tiles.py", "return sum(widths[: piece + 1]) > size", "return False"),
@@ -71,15 +79,30 @@ MUTANTS = (
     Mutant("doubled GELU not halved", "kernels/activation.py", 'return 2.0 if form == "gelu_exp3_x2"', 'return 1.0 if form == "gelu_exp3_x2"'),
     Mutant("hard_swish unbounded", "kernels/activation.py", "tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0)", "tl.maximum(x + 3.0, 0.0)"),
     # fused MLP
-    Mutant("scale1 not applied", "kernels/conv_mlp.py", "b_hidden * scale1[None, :] + shift1", "b_hidden + shift1"),
-    Mutant("shift1 dropped", "kernels/conv_mlp.py", "* scale1[None, :] + shift1[None, :]", "* scale1[None, :]"),
-    Mutant("last hidden chunk skipped", "kernels/conv_mlp.py", "tl.range(0, HIDDEN, BLOCK_H", "tl.range(0, HIDDEN - 1 - (HIDDEN - 1) % BLOCK_H, BLOCK_H"),
-    Mutant("hidden channels beyond the last read", "kernels/conv_mlp.py", "mask=(c < C) & (n < HIDDEN)", "mask=(c < C)"),
+    Mutant("scale1 not applied", "kernels/hidden.py", "b_hidden = b_hidden * _load_hidden(scale1_ptr, n, HIDDEN, BLOCK_H)", "b_hidden = b_hidden * 1.0"),
+    Mutant("shift1 dropped", "kernels/hidden.py", "b_hidden = b_hidden + _load_hidden(shift1_ptr, n, HIDDEN, BLOCK_H)", "b_hidden = b_hidden + 0.0"),
+    Mutant("last hidden chunk skipped", "kernels/hidden.py", "tl.range(first, last, BLOCK_H", "tl.range(first, last - 1 - (last - 1) % BLOCK_H, BLOCK_H"),
+    Mutant("hidden channels beyond the last read", "kernels/hidden.py", "mask=(c < C) & (n < HIDDEN)", "mask=(c < C)"),
     Mutant("scale2 not applied", "kernels/conv_mlp.py", "(b_acc[i] * scale2 +", "(b_acc[i] +"),
     Mutant("shift2 dropped", "kernels/conv_mlp.py", " + load_vector(shift2_ptr, c, C, WIDTHS, i))", ")"),
     Mutant("residual skipped", "kernels/conv_mlp.py", "result = residual.to(tl.float32) +", "result ="),
-    Mutant("second accumulator forgets", "kernels/conv_mlp.py", "tl.dot(b_act, b_w2, b_acc[i],", "tl.dot(b_act, b_w2, b_acc[i] * (i == 0),"),
+    Mutant("second accumulator forgets", "kernels/hidden.py", "tl.dot(b_act, b_w2, b_acc[i],", "tl.dot(b_act, b_w2, b_acc[i] * (i == 0),"),
     Mutant("residual taken before pooling", "kernels/conv_mlp.py", "        if POOL and RELOAD:\n            residual = tl.load(p_out", "        if False:\n            residual = tl.load(p_out"),
+    # split MLP
+    Mutant("a chunk added twice", "kernels/split_mlp.py", "tl.minimum(first + CHUNK, HIDDEN)", "tl.minimum(first + CHUNK + BLOCK_H, HIDDEN)"),
+    Mutant("all parts of the first chunk", "kernels/split_mlp.py", "first = i_s * CHUNK", "first = i_s * 0"),
+    Mutant("parts written over the first", "kernels/split_mlp.py", "o_out += i_s.to(tl.int64) * stride_os", "o_out += i_s.to(tl.int64) * 0"),
+    Mutant("offset of a part in 32 bits", "kernels/split_mlp.py", "i_s.to(tl.int64) * stride_os", "(i_s * stride_os).to(tl.int32)"),
+    Mutant("rows past the end added", "kernels/split_mlp.py", "mask = inside[:, None] & channel_mask(", "mask = (row >= 0)[:, None] & channel_mask("),
+    Mutant("a part stored and not added", "kernels/split_mlp.py", "tl.atomic_add(p_out, b_acc[i], mask=mask, sem=\"relaxed\")", "tl.store(p_out, b_acc[i], mask=mask)"),
+    Mutant("last part forgotten", "kernels/split_mlp.py", "tl.static_range(PARTS)", "tl.static_range(max(PARTS - 1, 1))"),
+    Mutant("sum left as it is", "kernels/split_mlp.py", "if CLEAR:", "if False:"),
+    Mutant("channel tile ignored in the sum", "kernels/split_mlp.py", "c = i_c * BLOCK_C + tl.arange", "c = tl.arange"),
+    Mutant("residual taken before pooling", "kernels/split_mlp.py", "residual = pool_tile(p_residual, there, h, w, H, W, stride_rh, stride_rw, layer_scale)", "residual = tl.load(p_residual, mask=there, other=0.0)"),
+    Mutant("gain of the hidden forgotten", "kernels/split_mlp.py", "* (1.0 / X_GAIN)", ""),
+    Mutant("shift2 dropped", "kernels/split_mlp.py", "(b_sum * scale2 + shift2)", "(b_sum * scale2)"),
+    Mutant("any order allowed silently", "kernels/split_mlp.py", "if deterministic or not torch.are", "if True or not torch.are"),
+    Mutant("always in order", "kernels/meta4d.py", "map_rows(out), config, deterministic=deterministic)", "map_rows(out), config)"),
     # matrix products
     Mutant("inputs beyond the last read", "kernels/linear.py", "inside[:, None] & (first + k < INPUTS)[None, :]", "inside[:, None]"),
     Mutant("outputs beyond the last written", "kernels/linear.py", "mask = mask & there[None, :]", "mask = mask"),
@@ -105,16 +128,20 @@ MUTANTS = (
     Mutant("bias dropped", "kernels/bias_attention.py", "tl.where(tl.abs(b_s) < float(\"inf\"), b_finite, b_s)", "tl.where(tl.abs(b_s) < float(\"inf\"), 0.0, b_s)"),
     Mutant("bias not divided by the scale", "kernels/bias_attention.py", "b_finite, b_s) * (1.0 / SCALE)", "b_finite, b_s)"),
     Mutant("a finite mask overflows", "kernels/bias_attention.py", "tl.where(tl.abs(b_s) < float(\"inf\"), b_finite, b_s)", "b_s"),
-    Mutant("bias index order swapped", "kernels/bias_attention.py", "(row * stride_bm)[:, None]", "(row * stride_bn)[:, None]"),
+    Mutant("bias index order swapped", "kernels/bias_attention.py", "_times(r, stride_bm, DENSE)", "_times(r, stride_bn, DENSE)"),
     Mutant("bias of the first head for all", "kernels/bias_attention.py", "i_h.to(tl.int64) * stride_bh", "i_h.to(tl.int64) * 0"),
     Mutant("values of the wrong head", "kernels/bias_attention.py", "p_values = p_head +", "p_values = qkv_ptr + i_b * stride_qb +"),
-    Mutant("keys read for queries", "kernels/bias_attention.py", "((KEY_DIM + c).to(tl.int64)", "(c.to(tl.int64)"),
+    Mutant("keys read for queries", "kernels/bias_attention.py", "_times(KEY_DIM + c, stride_qc, DENSE)", "_times(c, stride_qc, DENSE)"),
     Mutant("keys beyond the last not masked", "kernels/bias_attention.py", 'other=-float("inf"))', "other=0.0)"),
     Mutant("sum not faded with the maximum", "kernels/bias_attention.py", "b_sum = b_sum * fade +", "b_sum = b_sum +"),
     Mutant("values not faded with the maximum", "kernels/bias_attention.py", "faded = b_acc[i] * fade[:, None]", "faded = b_acc[i]"),
     Mutant("a masked tile poisons its row", "kernels/bias_attention.py", 'tl.where(b_new == -float("inf"), 0.0, b_new)', "b_new"),
     Mutant("no maximum subtracted", "kernels/bias_attention.py", "(b_s - tl.max(b_s, 1)[:, None]) * TO_BITS", "b_s * TO_BITS"),
-    Mutant("values past 256 never written", "kernels/bias_attention.py", "v = i_v * BLOCK_V + c", "v = c"),
+    Mutant("values past 256 never written", "kernels/bias_attention.py", "i_h * VALUE_DIM + i_v * BLOCK_V\n", "i_h * VALUE_DIM\n"),
+    Mutant("prepared bias not divided by the scale", "kernels/bias_attention.py", ") / key_dim**-0.5", ")"),
+    Mutant("prepared finite mask overflows", "kernels/bias_attention.py", "bias.clamp(-limit, limit)", "bias"),
+    Mutant("prepared keys beyond the last not masked", "kernels/bias_attention.py", "value=-torch.inf", "value=0.0"),
+    Mutant("prepared mask forgotten", "kernels/bias_attention.py", "torch.where(bias.isinf(), bias, ", "torch.where(bias.isnan(), bias, "),
     # registration and choice
     Mutant("fake of another layout", "kernels/meta4d.py", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x)", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x.contiguous())"),
     Mutant("gradients silently lost", "effformer/backend.py", "backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)", "backward = False"),
@@ -129,7 +156,7 @@ MUTANTS = (
     Mutant("multiples ignored", "kernels/table.py", "return size % number == 0", "return True"),
     Mutant("tiles of other kernels taken", "kernels/config.py", 'if found["fingerprint"] != fingerprint():', "if False:"),
     Mutant("what was tuned here forgotten", "kernels/config.py", "_tuned_table() if device.name else", ""),
-    Mutant("tiles wider than the product", "kernels/config.py", "found.widths if outputs >= whole else", "found.widths if True else"),
+    Mutant("tiles wider than the product", "kernels/config.py", "return widths if outputs >= whole else", "return widths if True else"),
     Mutant("unknown activations let through", "effformer/backend.py", "if activation not in TRITON_ACTIVATIONS:", "if False:"),
     # the serving form
     Mutant("frozen: one head alone", "effformer/packing.py", "(one.bias + other.bias) / 2", "one.bias"),

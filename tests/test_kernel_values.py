@@ -18,7 +18,7 @@ from effformer.kernels.layout import map_rows
 from effformer.kernels.linear import linear_launch
 from effformer.kernels.pool_mixer import pool_mixer_launch
 from effformer.kernels.tiles import split
-from machine import DEVICE, DTYPES, ON_GPU, check, room, same
+from machine import DEVICE, DTYPES, ON_GPU, Prepared, check, prepared, room, same
 
 from effformer import reference
 from effformer.testing import (
@@ -34,7 +34,7 @@ from effformer.testing import (
 )
 
 NAN, INF = float("nan"), float("inf")
-pytestmark = pytest.mark.usefixtures("kernel_device")
+pytestmark = pytest.mark.usefixtures("kernel_device", "many_rows")
 
 
 # --- GELU -----------------------------------------------------------------------------------------------------------------
@@ -169,6 +169,7 @@ def test_special_values_in_attention(tokens: int, channel: int, value: float) ->
     case.arguments[0][1, tokens - 2, 56 + channel] = value
     assert not case.exact().isfinite().all()
     check(case)
+    check(prepared(case))
 
 
 @pytest.mark.parametrize("tokens", [49, 150])
@@ -183,6 +184,7 @@ def test_bias_may_mask(tokens: int) -> None:
     assert exact[:, [3, 5, 6], 24:].isnan().all()
     assert exact[..., :24].isfinite().all()
     check(case)
+    check(prepared(case))
 
 
 @pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, -1e38])
@@ -194,6 +196,7 @@ def test_finite_masks_stay_finite(tokens: int, mask: float) -> None:
     case.arguments[1][0, :, 5:9] = mask
     assert case.exact().isfinite().all()
     check(case)
+    check(prepared(case))
 
 
 @pytest.mark.parametrize("tokens", [49, 150])
@@ -202,6 +205,7 @@ def test_large_scores_do_not_overflow(tokens: int) -> None:
     case.arguments[1].mul_(1e4)
     assert case.exact().isfinite().all()
     check(case)
+    check(prepared(case))
 
 
 def test_hidden_values_may_exceed_half_of_float16() -> None:
@@ -274,19 +278,20 @@ def test_any_stride_may_be_far(far: str) -> None:
 
 
 @pytest.mark.parametrize("far", ["images", "tokens", "channels"])
-@pytest.mark.parametrize("tokens", [49, 80])
+@pytest.mark.parametrize("tokens", [49, 150])
 def test_attention_offsets_beyond_32_bits(tokens: int, far: str) -> None:
     case = bias_attention_case(2, tokens, torch.float16, num_heads=2, key_dim=16, value_dim=24)
     near, bias = case.arguments
     channels = near.shape[2]
     strides = {
         "images": (FAR, channels, 1),
-        "tokens": (channels, FAR // (tokens - 1), 1),
+        "tokens": (channels, FAR // min(tokens - 1, 127), 1),  # the second tile of queries begins beyond them, too
         "channels": (tokens, 1, FAR // (channels - 1)),
     }[far]
-    x = far_storage(near.numel()).as_strided(near.shape, strides)
+    x = far_storage(near.numel() + max(tokens - 128, 0) * strides[1]).as_strided(near.shape, strides)
     x.copy_(near)
     same(Case("bias_attention", (x, bias), case.options).run("triton"), case.run("triton"))
+    same(Prepared("bias_attention", (x, bias), case.options).run("triton"), prepared(case).run("triton"))
 
 
 @pytest.mark.parametrize("far", ["images", "tokens"])
@@ -349,3 +354,4 @@ def test_configurations_for_other_devices_compute_the_same(device: Device, monke
         for channels in (48, 224, 320):
             check(meta4d_case(draw_map((2, channels, 9, 11), torch.float16), 2 * channels))
         check(attention_mixer_case(torch.randn(2, 80, 48).half(), num_heads=2, key_dim=16, value_dim=24))
+        check(prepared(bias_attention_case(2, 80, torch.float16, num_heads=2, key_dim=16, value_dim=24)))

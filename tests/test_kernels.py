@@ -10,11 +10,14 @@ from collections.abc import Callable
 import machine
 import pytest
 import torch
-from machine import DTYPES
+from effformer.kernels.attention_mixer import attention_mixer
+from effformer.kernels.bias_attention import prepare_bias
+from machine import DTYPES, prepared
 
 from effformer.testing import (
     LAYOUTS,
     Case,
+    accuracy,
     attention_mixer_case,
     bias_attention_case,
     conv_mlp_case,
@@ -28,7 +31,7 @@ from effformer.testing import (
 L1, L3, L7 = (48, 96, 224, 448), (64, 128, 320, 512), (96, 192, 384, 768)
 WIDTHS = sorted({*L1, *L3, *L7})
 SIZE = (2, 11, 13)  # 286 pixels: 2 tiles of 128 rows and 30 rows
-pytestmark = pytest.mark.usefixtures("kernel_device")
+pytestmark = pytest.mark.usefixtures("kernel_device", "many_rows")
 
 
 def image(channels: int, dtype: torch.dtype, layout: str = "channels_last") -> torch.Tensor:
@@ -78,6 +81,7 @@ def test_attention_reads_strided_arguments() -> None:
     wide[:, ::2, 1::2] = qkv
     strided = Case(case.operation, (wide[:, ::2, 1::2], bias.mT.contiguous().mT), case.options)
     machine.same(strided.run("triton"), case.run("triton"))
+    machine.same(prepared(strided).run("triton"), prepared(case).run("triton"))
     shared = Case(case.operation, (qkv[:1].expand(2, -1, -1), bias[:1].expand(3, -1, -1)), case.options)
     check(shared, ulps=0.5)
 
@@ -157,6 +161,7 @@ def test_empty_batches() -> None:
 def test_heads_of_any_size(heads: int, key_dim: int, value_dim: int, tokens: int) -> None:
     case = bias_attention_case(2, tokens, torch.float16, num_heads=heads, key_dim=key_dim, value_dim=value_dim)
     check(case, ulps=1)
+    check(prepared(case), ulps=1)
 
 
 def test_arguments_are_left_alone() -> None:
@@ -198,7 +203,9 @@ def test_pool_mixer(channels: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [49, 150])  # one tile of keys; three, the last in part
 def test_bias_attention(tokens: int, dtype: torch.dtype) -> None:
-    check(bias_attention_case(2, tokens, dtype, num_heads=8, key_dim=32, value_dim=128), ulps=0.5)
+    case = bias_attention_case(2, tokens, dtype, num_heads=8, key_dim=32, value_dim=128)
+    check(case, ulps=0.5)
+    check(prepared(case), ulps=0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -206,6 +213,18 @@ def test_bias_attention(tokens: int, dtype: torch.dtype) -> None:
 def test_attention_mixer(channels: int, tokens: int, dtype: torch.dtype) -> None:
     x = torch.randn(3, tokens, channels).to(dtype)
     check(attention_mixer_case(x, num_heads=8, key_dim=32, value_dim=128))
+
+
+def test_attention_mixer_with_a_prepared_bias() -> None:
+    case = attention_mixer_case(torch.randn(2, 150, 64).half(), num_heads=2, key_dim=16, value_dim=24)
+    bias = case.arguments[5]
+    arguments = (*case.arguments[:5], prepare_bias(bias, 16, 24, torch.float16), *case.arguments[6:])
+    result = attention_mixer(*arguments, 2, 16, 1e-5, prepared=True)
+    assert accuracy(result, case.exact(), case.run("eager")).passes(0.5)
+    with pytest.raises(
+        ValueError, match=r"bias: got a prepared one of shape \[2, 150, 150\].*prepare it for 150 tokens"
+    ):
+        attention_mixer(*case.arguments, 2, 16, 1e-5, prepared=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

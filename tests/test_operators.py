@@ -78,6 +78,13 @@ def test_opcheck_of_a_block_in_three_launches() -> None:
     torch.library.opcheck(OPERATORS["meta4d"], operator_arguments(case))
 
 
+def test_opcheck_of_a_prepared_bias() -> None:
+    case = cases(torch.float32)["attention_mixer"]
+    arguments = list(operator_arguments(case))
+    arguments[5] = bias_attention.prepare_bias(arguments[5], 4, 6, torch.float32)
+    torch.library.opcheck(OPERATORS["attention_mixer"], (*arguments, True))
+
+
 def test_opcheck_of_pooled_features() -> None:
     x, *norm = head_case(torch.randn(2, 9, 20)).arguments
     torch.library.opcheck(OPERATORS["head"], (x, *norm, None, None, 1e-5))

@@ -76,7 +76,7 @@ TOKENS = ("attention_mixer", "linear_mlp", "head")
 
 def _works() -> list[Work]:
     if REHEARSED:
-        maps = [(48, 6, 5, 2), (232, 3, 3, 2)]  # one kernel; three
+        maps = [(48, 6, 5, 2), (232, 3, 3, 2)]  # one kernel; two, or three in float32
         tokens = [(40, 3, 5, 2)]
         attention = [(0, 3, 5, 2), (0, 7, 10, 2)]  # one tile of keys; two
     else:

@@ -41,6 +41,8 @@ def cases(dtype: torch.dtype) -> list[Case]:
         meta4d_case(draw_map((2, 224, 5, 3), dtype), 224),
         meta4d_case(draw_map((2, 230, 5, 27), dtype), 300),
         meta4d_case(draw_map((2, 448, 5, 3), dtype), 448),
+        meta4d_case(draw_map((2, 224, 32, 33), dtype), 100),  # too many rows to be split
+        meta4d_case(draw_map((2, 230, 16, 17), dtype), 100),
         bias_attention_case(2, 49, dtype, num_heads=2, key_dim=32, value_dim=128),
         bias_attention_case(2, 150, dtype, num_heads=2, key_dim=32, value_dim=128),
         attention_mixer_case(tokens, **heads),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from machine import DTYPES, REHEARSED, check, id_of
+from machine import DTYPES, REHEARSED, check, id_of, prepared
 
 from effformer.testing import (
     attention_mixer_case,
@@ -64,6 +64,7 @@ def test_attention(tokens: int, part: str, value: float, dtype: torch.dtype) -> 
     for place in range(tokens):
         case.arguments[0][place, place, first + 7 * place % size] = value
     check(case)
+    check(prepared(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
@@ -78,6 +79,7 @@ def test_bias(tokens: int, value: float, dtype: torch.dtype) -> None:
     bias[1, tokens - 1] = value
     bias[1, :, : tokens // 2] = -float("inf")
     check(case)
+    check(prepared(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=id_of)

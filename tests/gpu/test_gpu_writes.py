@@ -12,7 +12,7 @@ import pytest
 import torch
 from effformer.kernels.launch import Launch, recorded
 from gpu_cases import WORKS, Work
-from machine import DTYPES, finite, id_of, same
+from machine import DTYPES, finite, id_of, prepared, same
 
 from effformer.testing import (
     Case,
@@ -87,4 +87,6 @@ def test_odd_sizes(channels: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
 @pytest.mark.parametrize(("tokens", "key_dim", "value_dim"), [(1, 1, 1), (65, 17, 33), (200, 40, 130), (20, 8, 300)])
 def test_odd_heads(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
-    check(bias_attention_case(2, tokens, dtype, num_heads=3, key_dim=key_dim, value_dim=value_dim))
+    case = bias_attention_case(2, tokens, dtype, num_heads=3, key_dim=key_dim, value_dim=value_dim)
+    check(case)
+    check(prepared(case))
