@@ -253,6 +253,14 @@ def test_a_cell_holds_all_rungs_and_the_drift(cache: Path) -> None:
     assert ms.why == "the machine drifted: +20% at the end of the cell"
 
 
+def test_floor_shares() -> None:
+    found = figures()
+    assert backbone.floor_share(found, CELL, "ms", 2.0) is None
+    found.evidence["floor ms"] = 0.5
+    shares = [backbone.floor_share(found, CELL, metric, p50) for metric, p50 in (("ms", 2.0), ("img/s", 1e3))]
+    assert shares == [0.25, 0.25]  # two images in 2 ms, and in 2 ms
+
+
 def test_a_failing_rung_takes_no_other_with_it(cache: Path) -> None:
     def run(provider: ladder.Provider, cell: Cell, speed_alone: bool, seconds: float) -> Figures:
         if provider.name in ("ours eager", "timm eager"):
@@ -398,6 +406,8 @@ def test_command(
     assert all(f"\n  {name} " in out for name in names)
     assert "baseline: timm eager" in out
     found = read_records(tmp_path / "cpu" / "backbone.jsonl")
+    (share,) = [r.roofline for r in found if r.provider == "ours frozen" and r.metric == "ms"]
+    assert share is not None
     assert {found_one.provider for found_one in found} == {*names}
     for name in names:
         values = {r.metric: r.p50 for r in found if r.provider == name}
