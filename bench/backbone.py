@@ -188,7 +188,7 @@ def run_cell(
                 p50,
                 p20=p20,
                 p80=p80,
-                roofline=floor_share(provider, cell, p50) if metric == "ms" else None,
+                roofline=floor_share(figures, cell, metric, p50),
                 why="; ".join(figures.doubts) or None,
                 evidence={**base, **figures.evidence} if metric == "ms" else {},
             )
@@ -238,9 +238,12 @@ def _drifted(record: Record, again: Figures | None, failure: str | None) -> Reco
     return replace(record, evidence={**record.evidence, "again": p50, "drift": round(drift, 4)}, why=why)
 
 
-def floor_share(provider: Provider, cell: Cell, ms: float) -> float | None:
-    """Fraction of the floor's speed: not known without the ceilings of this machine."""
-    return None
+def floor_share(figures: Figures, cell: Cell, metric: str, p50: float) -> float | None:
+    """Fraction of the floor's speed, by ceilings measured in the same process; of ours frozen alone."""
+    floor: float | None = figures.evidence.get("floor ms")
+    if floor is None or metric not in ("ms", "img/s"):
+        return None
+    return floor / p50 if metric == "ms" else floor * p50 / (1e3 * cell.batch)
 
 
 def _record(cell: Cell, provider: Provider, machine: Machine, metric: str, p50: float, **more: Any) -> Record:

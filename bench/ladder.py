@@ -6,8 +6,9 @@ computing. Each is built as whoever wants it fast would build it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,6 +69,19 @@ class Provider:
     @property
     def wants_graph(self) -> bool:
         return self.whose == "frozen" or bool(self.options and self.options.get("triton.cudagraphs"))
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Within it the first calls are made: Dynamo asks the global configuration, not the options of a compilation,
+        whether weights are to be frozen, and otherwise hands them to Inductor as inputs.
+        """
+        if self.options is None:
+            yield
+            return
+        from torch._inductor import config
+
+        with config.patch(dict(self.options)):
+            yield
 
     @property
     def is_rival(self) -> bool:
@@ -153,7 +167,7 @@ class Built:
 
 @torch.no_grad()
 def build(provider: Provider, cell: Cell, device: torch.device) -> Built:
-    """A rung with the weights of `draw_weights`, on `device`."""
+    """A rung with the weights of `draw_weights`, on `device`; what it compiles, it compiles within `compiling`."""
     state, dtype = draw_weights(cell.model, cell.torch_dtype), cell.torch_dtype
     model = _timm(cell.model) if provider.whose == "timm" else _ours(cell.model, provider.backend)
     model.load_state_dict(state, strict=True)

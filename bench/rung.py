@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import PRESETS
 from ..testing import float32_as_such
+from .ceilings import measure_ceilings
 from .evidence import doubts, evidence, watched_freezing
 from .ladder import BY_NAME, Cell, Provider, build, draw_images, exact_network
+from .roofline import network_floor
 
 WARM_UP = 5  # calls; Inductor's graphs warm up, are captured, and are replayed from the third on
 LEAST_CALLS, MOST_CALLS = 10, 200
@@ -61,6 +64,11 @@ def measure_rung(provider: Provider, cell: Cell, device: torch.device, *, speed_
     if logits is not None:
         for metric, value in agreement(cell, drawn, logits, device).items():
             figures.put(metric, value)
+    if provider.whose == "frozen" and not speed_alone:
+        size, dtype = (cell.height, cell.width), cell.torch_dtype
+        ceilings = measure_ceilings(device, dtype).ceilings
+        figures.evidence["floor ms"] = 1e3 * network_floor(PRESETS[cell.model], cell.batch, size, dtype, ceilings)
+        figures.evidence |= asdict(ceilings)
     return figures
 
 
@@ -78,7 +86,7 @@ def _run(
         if on_gpu:
             torch.cuda.synchronize(device)
 
-    with watched_freezing() as frozen:
+    with provider.compiling(), watched_freezing() as frozen:
         built = build(provider, cell, device)
         synchronise()
         start = time.perf_counter()

@@ -203,6 +203,16 @@ def test_what_inductor_froze_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert seen.channels_last == (layout == torch.channels_last)
 
 
+def test_dynamo_knows_that_weights_are_frozen() -> None:
+    from torch._dynamo.utils import is_parameter_freezing
+
+    with torch.no_grad(), BY_NAME["timm torch.compile max-autotune"].compiling():
+        assert is_parameter_freezing()
+        assert torch._inductor.config.triton.cudagraphs
+    with torch.no_grad(), BY_NAME["timm torch.compile"].compiling():
+        assert not is_parameter_freezing()
+
+
 def test_private_pools_count_what_no_tensor_has() -> None:
     segments = [
         {"device": 0, "total_size": 100, "allocated_size": 30, "segment_pool_id": (0, 0)},
@@ -241,6 +251,14 @@ def test_a_cell_holds_all_rungs_and_the_drift(cache: Path) -> None:
     (ms,) = [r for r in outcome.records if r.provider == "ours frozen" and r.metric == "ms"]
     assert ms.evidence["drift"] == pytest.approx(0.2)
     assert ms.why == "the machine drifted: +20% at the end of the cell"
+
+
+def test_floor_shares() -> None:
+    found = figures()
+    assert backbone.floor_share(found, CELL, "ms", 2.0) is None
+    found.evidence["floor ms"] = 0.5
+    shares = [backbone.floor_share(found, CELL, metric, p50) for metric, p50 in (("ms", 2.0), ("img/s", 1e3))]
+    assert shares == [0.25, 0.25]  # two images in 2 ms, and in 2 ms
 
 
 def test_a_failing_rung_takes_no_other_with_it(cache: Path) -> None:
@@ -388,6 +406,8 @@ def test_command(
     assert all(f"\n  {name} " in out for name in names)
     assert "baseline: timm eager" in out
     found = read_records(tmp_path / "cpu" / "backbone.jsonl")
+    (share,) = [r.roofline for r in found if r.provider == "ours frozen" and r.metric == "ms"]
+    assert share is not None
     assert {found_one.provider for found_one in found} == {*names}
     for name in names:
         values = {r.metric: r.p50 for r in found if r.provider == name}
