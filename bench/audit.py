@@ -42,7 +42,7 @@ TARGETS = {
 SIZES = ((224, 224), (512, 640))
 BATCHES = (256, 64, 8, 1)
 
-_PRODUCTS = ("mlp_kernel", "linear_kernel", "bias_attention_kernel")
+_PRODUCTS = ("conv_norm_kernel", "mlp_kernel", "split_mlp_kernel", "linear_kernel", "bias_attention_kernel")
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Job:
     @classmethod
     def of(cls, operation: str, shapes: list[str], dtype: str, device: Device, launch: Launch) -> Job:
         """The job of compiling `launch`."""
-        hidden = launch.constants["BLOCK_M"] * launch.constants.get("BLOCK_H", 0)
+        hidden = launch.constants.get("BLOCK_M", 0) * launch.constants.get("BLOCK_H", 0)
         source = source_of(launch, device.capability)
         return cls(operation, shapes, dtype, device, source, launch.configuration, hidden)
 

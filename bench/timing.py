@@ -1,23 +1,36 @@
-"""Wall time of a callable, on a CPU or a GPU."""
+"""Time of a callable: by the wall clock, or that of the device alone with nothing of an earlier call in its cache."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+COLD = 3  # the arguments of a rotation are this many times as large as the cache
+LEAST_CALLS = 10  # in a graph, so that what it takes to start one hardly counts
+CPU_CACHE = 64 * 2**20  # bytes: PyTorch does not know a CPU's
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call: 20th, 50th and 80th percentile over `repeats` calls after a warm-up."""
+    """Milliseconds a call: 20th, 50th, 80th and 99th percentile over `repeats` measurements after a warm-up."""
 
     p20: float
     p50: float
     p80: float
+    p99: float
     repeats: int
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Timing:
+        """Percentiles of two or more times in milliseconds."""
+        cuts = statistics.quantiles(times, n=100, method="inclusive")
+        return cls(cuts[19], cuts[49], cuts[79], cuts[98], len(times))
 
 
 def measure(
@@ -44,12 +57,115 @@ def measure(
         call()
         synchronise()
         times.append(time.perf_counter() - start)
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
-    return Timing(1e3 * deciles[1], 1e3 * deciles[4], 1e3 * deciles[7], len(times))
+    return Timing.of([1e3 * taken for taken in times])
+
+
+def device_time(
+    make: Callable[[], Callable[[], object]],
+    device: torch.device,
+    footprint: int,
+    *,
+    least_repeats: int = 5,
+    least_seconds: float = 0.2,
+) -> Timing:
+    """Device time of one call in a `Rotation`: of `make`, `device` and `footprint` see there.
+
+    On a GPU each measurement is the mean over one round of the rotation; launching from Python does not count.
+    `least_repeats`, `least_seconds`: stop once both are reached.
+    """
+    rotation = Rotation(make, device, footprint)
+    rotation.times(2)
+    times: list[float] = []
+    end = time.perf_counter() + least_seconds
+    while len(times) < max(least_repeats, 2) or time.perf_counter() < end:
+        times += rotation.times(max(least_repeats, 2) if device.type == "cuda" else 1)
+    return Timing.of(times)
+
+
+class Rotation:
+    """The same call on copies of its arguments, one after another: none finds in the cache what another one left.
+
+    The copies are `COLD` times as large as the cache, two at least. On a GPU a round of them is captured in a CUDA
+    graph, where every call writes its result to memory of its own.
+
+    Args:
+        make: returns a call on a new copy of its arguments, whose first use is not timed; on a GPU one that a graph
+            can capture.
+        device: where it computes.
+        footprint: bytes of the arguments and the result of one call, 1 or more.
+    """
+
+    def __init__(self, make: Callable[[], Callable[[], object]], device: torch.device, footprint: int) -> None:
+        copies = max(2, -(-COLD * cache_size(device) // footprint))
+        self.device = device
+        self.calls = [make() for _ in range(copies)]
+        self._turn = 0
+        self._round = copies * -(-LEAST_CALLS // copies)
+        self._graph = captured(self.calls, self._round, device) if device.type == "cuda" else None
+
+    def times(self, repeats: int) -> list[float]:
+        """Milliseconds of one call, `repeats` times: on a GPU of a round of them each, by CUDA events."""
+        if self._graph is None:
+            return [self._wall_time() for _ in range(repeats)]
+        with torch.cuda.device(self.device):
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+            self._graph.replay()  # keeps the device busy while the next one is launched
+            for event in events[:-1]:
+                event.record()
+                self._graph.replay()
+            events[-1].record()
+            torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) / self._round for start, end in itertools.pairwise(events)]
+
+    def _wall_time(self) -> float:
+        call = self.calls[self._turn]
+        self._turn = (self._turn + 1) % len(self.calls)
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+
+
+class DeviceClock:
+    """A clock that only advances by the time of a call in a rotation: a timer for who would else time the launch."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def run(self, rotation: Rotation) -> None:
+        self.seconds += rotation.times(1)[0] / 1e3
+
+
+def cache_size(device: torch.device) -> int:
+    """Bytes of a GPU's L2 cache; `CPU_CACHE` for a CPU."""
+    if device.type != "cuda":
+        return CPU_CACHE
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def captured(calls: Sequence[Callable[[], object]], total: int, device: torch.device) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `total` calls, taken from `calls` in turns, after a first use of one of them.
+
+    A result keeps its memory until as many others were computed: none is written to lines that are still cached.
+    """
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            calls[0]()  # what is compiled or loaded at the first call is not for a graph
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        results: deque[object] = deque(maxlen=len(calls))
+        with torch.cuda.graph(graph):
+            for index in range(total):
+                results.append(calls[index % len(calls)]())
+    return graph
 
 
 def kernel_time(call: Callable[[], object], device: torch.device) -> float:
-    """Median milliseconds of `call`; on a GPU device time by CUDA events, with nothing of an earlier run in L2.
+    """Median milliseconds of `call`, of which there is only one: on a GPU by CUDA events, L2 overwritten before each.
 
     There `call` is captured in a CUDA graph, so that the time to launch does not count; it must not allocate.
     """
@@ -57,14 +173,7 @@ def kernel_time(call: Callable[[], object], device: torch.device) -> float:
         return measure(call, device).p50
     from triton.testing import do_bench
 
+    graph = captured([call], 1, device)
     with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()  # what is compiled or loaded at the first call is not for a graph
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
         found: float = do_bench(graph.replay, warmup=10, rep=50, return_mode="median")
     return found

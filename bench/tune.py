@@ -31,10 +31,12 @@ from ..kernels.table import (
     AttentionConfig,
     Config,
     Entry,
+    HeadConfig,
     LinearConfig,
     MlpConfig,
     NormConfig,
     PoolConfig,
+    SplitConfig,
     read_config,
 )
 from ..outcome import Check
@@ -46,7 +48,8 @@ from .timing import kernel_time
 REPEATS = 10
 FINALISTS, ROUNDS = 4, 5
 GAIN = 0.98  # of the time that the table's own configuration takes: less than 2% is noise
-FUSED = ("meta4d", "conv_mlp")
+FEW_ROWS = 4096  # with more, the parts of a split MLP are more to read and write than the GPU gains by them
+FUSED = ("meta4d", "conv_mlp", "linear_mlp", "head")
 
 
 class DeviceLostError(RuntimeError):
@@ -81,13 +84,25 @@ def question_of(launch: Launch) -> Question:
         case "mlp_kernel":
             operation = "meta4d" if constants["POOL"] else "conv_mlp"
             source, sizes = "weight1_ptr", (constants["C"], rows)
+        case "split_mlp_kernel":
+            operation = "meta4d" if constants["POOL"] else "conv_mlp" if constants["HAS_SCALE"] else "linear_mlp"
+            source, sizes = "weight1_ptr", (constants["C"], rows)
+        case "split_sum_kernel":
+            operation, source, sizes = "split_sum", "out_ptr", (constants["C"], rows)
         case "linear_kernel":
             operation, source, sizes = "linear", "weight_ptr", (constants["OUTPUTS"], constants["INPUTS"], rows)
+        case "conv_norm_kernel":
+            operation, source, sizes = "conv_norm", "weight_ptr", (constants["OUTPUTS"], constants["C"], rows)
         case "bias_attention_kernel":
             width = max(constants["KEY_DIM"], constants["BLOCK_V"])
             operation, source, sizes = "bias_attention", "qkv_ptr", (arguments["N"], width)
         case "pool_mixer_kernel":
             operation, source, sizes = "pool_mixer", "x_ptr", (constants["C"], int(arguments["stride_xc"] == 1), rows)
+        case "head_kernel":
+            images = launch.grid // -(-constants["CLASSES"] // constants["BLOCK_N"])
+            operation, source, sizes = "head", "weight_ptr", (constants["C"], constants["CLASSES"], images)
+        case "token_mean_kernel":
+            operation, source, sizes = "token_mean", "x_ptr", (constants["C"], launch.grid)
         case _:
             operation, source, sizes = "layer_norm", "x_ptr", (constants["C"], rows)
     return operation, arguments[source].dtype, sizes
@@ -100,14 +115,20 @@ def candidates(question: Question) -> Iterator[Config | None]:
     """
     operation, dtype, sizes = question
     match operation:
-        case "meta4d" | "conv_mlp":
+        case "meta4d" | "conv_mlp" | "linear_mlp":
             yield None
+            if sizes[1] <= FEW_ROWS and dtype != torch.float32:
+                yield from _splits(sizes[0])
+            if operation == "linear_mlp":
+                return
             rows = [(64, 4), (64, 8), (128, 8)] if dtype != torch.float32 else [(32, 4), (32, 8), (64, 8)]
             hidden = (32, 64, 128) if dtype != torch.float32 else (16, 32, 64)
             for (block_m, warps), block_h, reload, stages in itertools.product(rows, hidden, (False, True), (1, 2, 3)):
                 if block_m * sizes[0] <= 128 * 256:
                     yield MlpConfig(block_m, block_h, reload, warps, stages)
-        case "linear":
+        case "linear" | "conv_norm":
+            if operation == "conv_norm":
+                yield None
             tiles = [(64,), (128,), (256,), (128, 128), (128, 64), (128, 64, 32), (128, 32), (256, 64)]
             fitting = [widths for widths in tiles if -(-sizes[0] // sum(widths)) * sum(widths) <= 1.15 * sizes[0]]
             depths = ((32, 3), (32, 4), (64, 3), (64, 4)) if dtype != torch.float32 else ((16, 3), (32, 2), (32, 3))
@@ -120,12 +141,28 @@ def candidates(question: Question) -> Iterator[Config | None]:
                 for stages in (1,) if block_n >= sizes[0] else (1, 2):
                     if block_m <= most and block_n <= most:
                         yield AttentionConfig(block_m, block_n, warps, stages)
-        case "pool_mixer":
+        case "pool_mixer" | "split_sum":
             for elements, block_c, warps in itertools.product((512, 1024, 2048, 4096), (8, 16, 32, 64), (2, 4, 8)):
                 yield PoolConfig(elements, block_c, warps)
+        case "head":
+            yield None
+            sizes_of_tiles, classes = (8192, 16384, 32768), (8, 16, 32, 64, 128)
+            for elements, block_n, warps in itertools.product(sizes_of_tiles, classes, (4, 8, 16)):
+                if elements <= 2048 * warps:
+                    yield HeadConfig(elements, block_n, warps)
+        case "token_mean":
+            for elements, warps in itertools.product((4096, 8192, 16384, 32768), (4, 8, 16)):
+                yield NormConfig(elements, warps)
         case _:
             for elements, warps in itertools.product((512, 1024, 2048, 4096), (1, 2, 4, 8)):
                 yield NormConfig(elements, warps)
+
+
+def _splits(channels: int) -> Iterator[SplitConfig]:
+    for block_m, block_h, chunk in itertools.product((16, 32, 64), (32, 64), (32, 64, 128, 256)):
+        for stages in (1, 2) if chunk > block_h else (1,):  # a chunk that is one tile needs no pipeline
+            if chunk >= block_h:
+                yield SplitConfig(block_m, block_h, chunk, 4 if block_m * channels <= 16 * 512 else 8, stages)
 
 
 @dataclass(frozen=True)
@@ -190,7 +227,7 @@ class State:
         question = operation, DTYPES[dtype], tuple(sizes)
 
         def config(name: str) -> Config | None:
-            return read_config(record[name], operation, self.path.name)
+            return read_config(record[name], [operation], self.path.name)
 
         if "trial" in record:
             self.trials.setdefault(question, {})[config("use")] = record["trial"]
@@ -276,7 +313,7 @@ def tune(
             subject = draw(check, device)
             with preferring(), recorded(run=False), asked() as questions:
                 subject.run("triton")
-            # The products that a fused MLP competes with are tuned before it.
+            # The products that a fused MLP (or head) competes with are tuned before it.
             unknown = sorted(
                 set(questions) - set(state.tuned), key=lambda question: (question[0] in FUSED, repr(question))
             )
@@ -363,7 +400,7 @@ class _Search:
         return list(found.values())
 
     def _launches(self, question: Question, use: Config | None, *, run: bool = False) -> list[Launch]:
-        """What `use` launches that concerns the question: for an MLP all, since it may be fused or not."""
+        """What `use` launches that concerns the question: for an MLP or the head all, since it may be fused or not."""
         with recorded(run=run) as launches:
             self._result(question, use)
         if question[0] in FUSED:

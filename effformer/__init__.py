@@ -4,6 +4,7 @@ from . import ops
 from .backbone import build_backbone
 from .config import EfficientFormerConfig
 from .factory import create_model, list_models
+from .inference import Frozen, freeze
 from .model import EfficientFormer, set_backend
 from .version import __version__
 from .weights import load_checkpoint
@@ -12,8 +13,10 @@ __all__ = [
     "__version__",
     "EfficientFormer",
     "EfficientFormerConfig",
+    "Frozen",
     "build_backbone",
     "create_model",
+    "freeze",
     "list_models",
     "load_checkpoint",
     "ops",

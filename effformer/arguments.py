@@ -102,6 +102,32 @@ def check_conv_mlp(
     check_vectors(x, channels, scale2=scale2, shift2=shift2)
 
 
+def check_conv_norm(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, activation: str | None, border: Tensor | None
+) -> Tensor:
+    """Everything of `conv_norm`; returns the tensor whose dtype the others must fit, and the output has."""
+    if activation is not None:
+        check_choice("activation", activation, tuple(ACTIVATIONS))
+    if x.ndim != 4:
+        raise ValueError(f"x: got shape {shape_of(x)}, allowed is [B, C, H, W]")
+    if weight.ndim != 4 or tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
+        raise ValueError(f"weight: got shape {shape_of(weight)}, allowed is [outputs, {x.shape[1]}, 3, 3]")
+    check_floating("weight", weight)
+    check_device("weight", weight, x)
+    pixels = x.dtype == torch.uint8
+    if pixels != (border is not None):
+        got = "None" if border is None else f"shape {shape_of(border)}"
+        raise ValueError(f"border: got {got} with x in {x.dtype}, allowed is [C] with uint8 x, and else None")
+    like = weight if pixels else x
+    check_floating("x", like)
+    if weight.dtype != like.dtype and not autocast(x.device.type):
+        raise TypeError(f"weight: got {weight.dtype}, allowed is x's {x.dtype} (or any floating dtype in autocast)")
+    check_vectors(like, weight.shape[0], scale=scale, shift=shift)
+    if border is not None:
+        check_vectors(like, x.shape[1], border=border)
+    return like
+
+
 def check_heads(channels: int, num_heads: int, key_dim: int) -> None:
     """A number of QKV channels that makes `num_heads` heads of q, k and at least one value."""
     if num_heads < 1 or key_dim < 1 or channels % num_heads or channels // num_heads <= 2 * key_dim:

@@ -75,6 +75,10 @@ class Stem(nn.Sequential):
         self.norm2 = nn.BatchNorm2d(width, **dd)
         self.act2 = nn.ReLU()
 
+    def folded(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """(weight, scale, shift) of both convolutions in eval mode."""
+        return (self.conv1.weight, *_fold(self.conv1, self.norm1)), (self.conv2.weight, *_fold(self.conv2, self.norm2))
+
 
 class Downsample(nn.Module):
     """3x3 convolution of stride 2 with BatchNorm: [B, in_width, H, W] -> [B, width, ceil(H/2), ceil(W/2)]."""
@@ -86,6 +90,10 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
+
+    def folded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(weight, scale, shift) of the convolution in eval mode."""
+        return self.conv.weight, *_fold(self.conv, self.norm)
 
 
 class Pooling(nn.Module):
@@ -141,21 +149,15 @@ class Meta4D(nn.Module):
             ops.refuse_triton(self.backend, reason)
             x = x + self.drop_path1(self.ls1(self.token_mixer(x)))
             return x + self.drop_path2(self.ls2(self.mlp(x)))
+        return ops.meta4d(x, *self.folded(), activation=self.activation, backend=self.backend)
+
+    def folded(self) -> tuple[Tensor, ...]:
+        """Layer scale, weights, scales and shifts, as `ops.meta4d` takes them after x."""
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         scale1, shift1 = _fold(fc1, self.mlp.norm1)
         scale2, shift2 = _fold(fc2, self.mlp.norm2, self.ls2.gamma)
-        return ops.meta4d(
-            x,
-            ops.upcast(self.ls1.gamma),
-            fc1.weight.flatten(1),
-            scale1,
-            shift1,
-            fc2.weight.flatten(1),
-            scale2,
-            shift2,
-            activation=self.activation,
-            backend=self.backend,
-        )
+        weight1, weight2 = fc1.weight.flatten(1), fc2.weight.flatten(1)
+        return ops.upcast(self.ls1.gamma), weight1, scale1, shift1, weight2, scale2, shift2
 
     def why_composed(self) -> str | None:
         """Why `ops.meta4d` does not describe this forward; None where it does."""
@@ -324,17 +326,9 @@ class Meta3D(nn.Module):
 
     def _fused_mixer(self, x: Tensor, height: int, width: int) -> Tensor:
         mixer = self.token_mixer
-        scale = ops.fold_layer_scale(mixer.proj.bias, self.ls1.gamma)
         return ops.attention_mixer(
             x,
-            ops.upcast(self.norm1.weight),
-            ops.upcast(self.norm1.bias),
-            mixer.qkv.weight,
-            ops.upcast(mixer.qkv.bias),
-            mixer.bias(height, width),
-            mixer.proj.weight,
-            scale[0],
-            scale[1],
+            *self.folded_mixer(mixer.bias(height, width)),
             num_heads=mixer.num_heads,
             key_dim=mixer.key_dim,
             eps=self.norm1.eps,
@@ -342,21 +336,23 @@ class Meta3D(nn.Module):
         )
 
     def _fused_mlp(self, x: Tensor) -> Tensor:
+        return ops.linear_mlp(
+            x, *self.folded_mlp(), activation=self.activation, eps=self.norm2.eps, backend=self.backend
+        )
+
+    def folded_mixer(self, bias: Tensor) -> tuple[Tensor, ...]:
+        """Norm, weights, the attention's `bias`, scale and shift, as `ops.attention_mixer` takes them after x."""
+        mixer = self.token_mixer
+        scale = ops.fold_layer_scale(mixer.proj.bias, self.ls1.gamma)
+        norm = ops.upcast(self.norm1.weight), ops.upcast(self.norm1.bias)
+        return *norm, mixer.qkv.weight, ops.upcast(mixer.qkv.bias), bias, mixer.proj.weight, scale[0], scale[1]
+
+    def folded_mlp(self) -> tuple[Tensor, ...]:
+        """Norm, weights, scale and shifts, as `ops.linear_mlp` takes them after x."""
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         scale = ops.fold_layer_scale(fc2.bias, self.ls2.gamma)
-        return ops.linear_mlp(
-            x,
-            ops.upcast(self.norm2.weight),
-            ops.upcast(self.norm2.bias),
-            fc1.weight,
-            ops.upcast(fc1.bias),
-            fc2.weight,
-            scale[0],
-            scale[1],
-            activation=self.activation,
-            eps=self.norm2.eps,
-            backend=self.backend,
-        )
+        norm = ops.upcast(self.norm2.weight), ops.upcast(self.norm2.bias)
+        return *norm, fc1.weight, ops.upcast(fc1.bias), fc2.weight, scale[0], scale[1]
 
     def why_composed(self) -> str | None:
         """Why `ops.attention_mixer` and `ops.linear_mlp` do not describe this forward; None where they do."""

@@ -18,6 +18,9 @@ from .version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 where something could not be read or done, 2 for a wrong call."""
+    argv = [*(sys.argv[1:] if argv is None else argv)]
+    if argv[:1] == ["bench"] and _means_run(argv[1:2]):
+        argv.insert(1, "run")
     arguments = _parser().parse_args(argv)
     try:
         status: int = importlib.import_module(f".commands.{arguments.command}", __package__).main(arguments)
@@ -25,6 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"effformer: error: {error}", file=sys.stderr)
         return 1
     return status
+
+
+def _means_run(first: Sequence[str]) -> bool:
+    """Whether what follows `bench` is no subcommand, and no question for those."""
+    return not first or (first[0].startswith("-") and first[0] not in ("-h", "--help"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,9 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="for programs")
     evaluate.set_defaults(command="evaluate")
 
-    bench = commands.add_parser("bench", help="search for the fastest tiles").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+    bench = commands.add_parser(
+        "bench",
+        help="how fast is it, beside timm's? search for the fastest tiles",
+        formatter_class=formatter,
+        description="Measure on this machine. `effformer bench [options]` is `effformer bench run [options]`.",
+    ).add_subparsers(required=True, metavar="COMMAND")
+    _add_bench_run(bench)
+    _add_bench_kernels(bench)
     tune = bench.add_parser(
         "tune",
         help="search for the fastest tiles on this GPU",
@@ -168,6 +181,69 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--force", action="store_true", help="replace TARGET if it exists")
     convert.set_defaults(command="convert")
     return parser
+
+
+def _add_bench_run(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = bench.add_parser(
+        "run",
+        help="whole networks: ours beside timm's, as it is and compiled",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Throughput, latency, memory, errors against float64 and top-1 agreement with float32, of timm's network\n"
+            "(eager, BatchNorm folded, torch.compile up to max-autotune) and ours (eager, Triton, frozen), same\n"
+            "weights and images, each in a process of its own. A cell is a model at a batch size, dtype and image\n"
+            "size. It is written when all of these are through; what is there already is not measured again.\n"
+            "Exit status: 0 when all is measured, 75 when the time was over first, 1 if one of ours failed."
+        ),
+        epilog="example:\n  effformer bench --model efficientformer_l1 --dtype bfloat16 --batch-size 256 1",
+    )
+    run.add_argument("--model", nargs="+", choices=PRESETS, help="default: all; on a CPU l1")
+    run.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, help="default: both of 16 bit; on a CPU float32 and bfloat16"
+    )
+    run.add_argument("--batch-size", nargs="+", type=_positive, metavar="N", help="default: 256 1 8 64 1024; on a CPU "
+                     "1 8")  # fmt: skip
+    run.add_argument("--size", nargs="+", type=_size, metavar="HxW", help="of the images, default: 224x224 384x384 "
+                     "512x512; on a CPU 224x224")  # fmt: skip
+    run.add_argument("--provider", nargs="+", metavar="NAME", help="of those that --list names, default: all; on a CPU "
+                     "all without max-autotune")  # fmt: skip
+    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    run.add_argument("--minutes", type=_minutes, default=9.0, metavar="M", help="up to 10, of all this command takes; "
+                     "default: %(default)s")  # fmt: skip
+    run.add_argument("--output", type=Path, default=Path("bench/results"), metavar="FOLDER", help="holds a folder of "
+                     "results for each GPU; default: %(default)s")  # fmt: skip
+    run.add_argument("--list", action="store_true", help="only say what there is to measure, and what is measured")
+    run.set_defaults(command="bench")
+
+
+def _add_bench_kernels(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    kernels = bench.add_parser(
+        "kernels",
+        help="time the fused operations against eager PyTorch, torch.compile and others",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Time each fused operation, at the shapes that it has in a network, by our kernels and by what one could\n"
+            "take instead: eager PyTorch, torch.compile, scaled_dot_product_attention, FlexAttention, cuBLAS with\n"
+            "epilogues. Device time on a GPU, with cold caches; its share of what matrix products and copies reach in\n"
+            "the same run; and the error against float64. Outcomes are kept as soon as they are there, in\n"
+            "FOLDER/<gpu>/kernels.jsonl: the same command goes on where it stopped.\n"
+            "Exit status: 0 when all is measured, 75 when the time was over first, 1 if one of our kernels failed."
+        ),
+        epilog="example:\n  effformer bench kernels --op meta4d --dtype bfloat16 --batch-size 256 1",
+    )
+    operations = [name for name in OPERATIONS if name != "network"]
+    kernels.add_argument("--model", nargs="+", choices=PRESETS, help="default: all; on a CPU l1")
+    kernels.add_argument("--op", nargs="+", choices=operations, default=operations, help="default: all")
+    kernels.add_argument("--dtype", nargs="+", choices=DTYPES, help="in this order, default: bfloat16 float16 float32; "
+                         "on a CPU float32")  # fmt: skip
+    kernels.add_argument("--batch-size", nargs="+", type=_positive, metavar="N", help="default: 256 1 8 64; on a CPU "
+                         "1")  # fmt: skip
+    kernels.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
+    kernels.add_argument("--minutes", type=_minutes, default=9.0, metavar="M", help="up to 10, of all this command "
+                         "takes; default: %(default)s")  # fmt: skip
+    kernels.add_argument("--output", type=Path, default=Path("bench/results"), metavar="FOLDER", help="default: "
+                         "%(default)s")  # fmt: skip
+    kernels.set_defaults(command="bench_kernels")
 
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:

@@ -209,7 +209,7 @@ class EfficientFormer(nn.Module):
             x, tokens = output.features, output.tokens_of is not None
             if output.stage in take:
                 feature = self.norm(x) if norm and tokens else x
-                feature = _to_map(feature, *output.tokens_of) if output.tokens_of else feature
+                feature = to_map(feature, *output.tokens_of) if output.tokens_of else feature
                 if self.config.feature_norm == "tap":
                     feature = self.feature_norms[output.stage](feature)
                 intermediates.append(feature)
@@ -227,7 +227,7 @@ class EfficientFormer(nn.Module):
             tokens_of = size if index == self.num_stages - 1 else None
             if self.config.feature_norm == "inline":
                 norm = self.feature_norms[index]
-                x = norm(x) if tokens_of is None else norm(_to_map(x, *tokens_of)).flatten(2).transpose(1, 2)
+                x = norm(x) if tokens_of is None else norm(to_map(x, *tokens_of)).flatten(2).transpose(1, 2)
             yield StageOutput(index, x, tokens_of)
 
     # --- what timm's tools ask of a model -----------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def init_linear(linear: nn.Linear) -> None:
     nn.init.zeros_(linear.bias)
 
 
-def _to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
     """[B, N, C] -> [B, C, height, width]."""
     channels_first = tokens.transpose(1, 2)
     return channels_first.reshape(channels_first.shape[0], channels_first.shape[1], height, width)

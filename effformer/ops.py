@@ -16,8 +16,10 @@ from torch import Tensor
 from . import reference
 from .arguments import (
     autocast,
+    check_accumulation_dtype,
     check_bias,
     check_conv_mlp,
+    check_conv_norm,
     check_floating,
     check_heads,
     check_map,
@@ -36,6 +38,7 @@ from .backend import why_not_triton as why_not_triton
 from .config import BIAS_RESIZES, check_choice
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
+PIXEL_OFFSET = reference.PIXEL_OFFSET  # what `conv_norm` takes from uint8
 
 
 @torch.fx.wrap
@@ -78,6 +81,7 @@ def conv_mlp(
     shift2: Tensor,
     *,
     activation: str = "gelu",
+    deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """1x1 convolutional MLP with its residual: x + scale2 * (W2 · act(scale1 * (W1 · x) + shift1)) + shift2.
@@ -89,6 +93,8 @@ def conv_mlp(
         weight1, weight2: [hidden, C] and [C, hidden], x's dtype (any floating one under autocast).
         scale1, shift1: [hidden]; scale2, shift2: [C]; float32 (float64 if x is).
         activation: one of `ACTIVATIONS`; "gelu" is the exact form.
+        deterministic: whether the same input gives the same bits each time. False lets the programs that share out the
+            hidden channels of a few rows add in whatever order they end, which takes less memory. Eager has no such.
         backend: "auto", "eager" or "triton".
 
     Returns:
@@ -97,6 +103,7 @@ def conv_mlp(
     Raises:
         TypeError, ValueError: for a wrong dtype, shape, activation or backend, naming the argument.
         UnsupportedError: for backend="triton" where the kernels cannot run.
+        RuntimeError: for deterministic=False on the kernels under `torch.use_deterministic_algorithms(True)`.
     """
     check_map(x)
     check_conv_mlp(x, weight1, scale1, shift1, weight2, scale2, shift2, activation)
@@ -108,7 +115,9 @@ def conv_mlp(
             from .kernels.conv_mlp import conv_mlp as kernel
 
             dtype = products_dtype(x)
-            return kernel(x, weight1.to(dtype), scale1, shift1, weight2.to(dtype), scale2, shift2, activation)
+            return kernel(
+                x, weight1.to(dtype), scale1, shift1, weight2.to(dtype), scale2, shift2, activation, deterministic
+            )
 
 
 @torch.fx.wrap
@@ -123,6 +132,7 @@ def meta4d(
     shift2: Tensor,
     *,
     activation: str = "gelu",
+    deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """A whole 4D MetaBlock in eval mode: `conv_mlp(pool_mixer(x, layer_scale1), ...)`.
@@ -141,7 +151,52 @@ def meta4d(
 
             dtype = products_dtype(x)
             weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
-            return kernel(x, layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2, activation)
+            return kernel(x, layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2, activation, deterministic)
+
+
+@torch.fx.wrap
+def conv_norm(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    activation: str | None = None,
+    border: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """3x3 convolution of stride 2 and padding 1, BatchNorm, activation: act(scale * conv(x) + shift).
+
+    The stem's two convolutions and the downsamplings (paper section 4). Scale and shift hold the convolution's bias
+    and BatchNorm in eval mode: see `fold_batch_norm`.
+
+    Args:
+        x: [B, C, H, W], floating, of any strides; or uint8 with a `border`. uint8 x counts as x - PIXEL_OFFSET.
+        weight: [O, C, 3, 3], x's dtype (any floating one under autocast, or with uint8 x); best channels_last.
+        scale, shift: [O], float32 (float64 if the weight is).
+        activation: one of `ACTIVATIONS`, or None.
+        border: [C], float32 (float64 if the weight is): what uint8 x is padded with, in units of x - PIXEL_OFFSET, and
+            in the weight's dtype. Images that are to be normalised are padded with 0 after that, which is
+            255 * mean - PIXEL_OFFSET before it. None with floating x, which is padded with 0.
+        backend: "auto", "eager" or "triton".
+
+    Returns:
+        [B, O, ceil(H / 2), ceil(W / 2)] in x's dtype, or the weight's for uint8; from the kernels channels_last.
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, shape, activation or backend, naming the argument.
+        UnsupportedError: for backend="triton" where the kernels cannot run.
+    """
+    like = check_conv_norm(x, weight, scale, shift, activation, border)
+    match select_backend(backend, like, x, weight, scale, shift, activation=activation or "relu"):
+        case "eager":
+            return reference.conv_norm(x, weight, scale, shift, activation=activation, border=border)
+        case "triton":
+            from .kernels.conv_norm import conv_norm as kernel
+
+            dtype = products_dtype(like)
+            x = x if border is not None else x.to(dtype)
+            return kernel(x, weight.to(dtype), scale, shift, activation, border).to(like.dtype)
 
 
 @torch.fx.wrap
@@ -189,6 +244,7 @@ def attention_mixer(
     num_heads: int,
     key_dim: int,
     eps: float = 1e-5,
+    prepared: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """First half of a 3D MetaBlock: x + scale * (proj · attention(qkv · LayerNorm(x) + qkv_bias)) + shift.
@@ -200,11 +256,12 @@ def attention_mixer(
         x: [B, N, C], floating.
         norm_weight, norm_bias: [C], of the LayerNorm.
         qkv_weight, qkv_bias: [num_heads * (2 * key_dim + value_dim), C] and its first dimension.
-        bias: [num_heads, N, N].
+        bias: [num_heads, N, N]; or what `prepare_bias` returned for it.
         proj_weight: [C, num_heads * value_dim].
         scale, shift: [C].
         num_heads, key_dim: integers of 1 or more; value_dim follows from qkv_weight.
         eps: of the LayerNorm.
+        prepared: whether the bias is a prepared one. Only the kernels take it.
         backend: "auto", "eager" or "triton".
 
     Weights have x's dtype (any floating one under autocast), vectors and bias are float32 (float64 if x is).
@@ -224,10 +281,15 @@ def attention_mixer(
     check_weight("proj_weight", proj_weight, x, outputs=channels, inputs=values, outputs_name="channels")
     check_vectors(x, channels, norm_weight=norm_weight, norm_bias=norm_bias, scale=scale, shift=shift)
     check_vectors(x, qkv_weight.shape[0], qkv_bias=qkv_bias)
-    check_bias(bias, x, num_heads)
+    if prepared:
+        check_accumulation_dtype("bias", bias, x)  # its shape is the kernels' business
+    else:
+        check_bias(bias, x, num_heads)
     arguments = (norm_weight, norm_bias, qkv_weight, qkv_bias, bias, proj_weight, scale, shift)
     match select_backend(backend, x, *arguments):
         case "eager":
+            if prepared:
+                raise ValueError("prepared: got True, allowed is False where eager PyTorch computes")
             return reference.attention_mixer(x, *arguments, num_heads=num_heads, key_dim=key_dim, eps=eps)
         case "triton":
             from .kernels.attention_mixer import attention_mixer as kernel
@@ -235,7 +297,30 @@ def attention_mixer(
             dtype = products_dtype(x)
             qkv_weight, proj_weight = qkv_weight.to(dtype), proj_weight.to(dtype)
             arguments = (norm_weight, norm_bias, qkv_weight, qkv_bias, bias, proj_weight, scale, shift)
-            return kernel(x, *arguments, num_heads, key_dim, eps)
+            return kernel(x, *arguments, num_heads, key_dim, eps, prepared)
+
+
+def prepare_bias(bias: Tensor, *, key_dim: int, value_dim: int, dtype: torch.dtype) -> Tensor:
+    """A bias as the kernels of `attention_mixer` want it, for one that stays the same over many calls.
+
+    They need not divide, bound or mask it then. It is for one number of tokens, one dtype, one GPU and its
+    configurations.
+
+    Args:
+        bias: [num_heads, N, N], float32.
+        key_dim, value_dim: of the attention.
+        dtype: what the attention's products are computed in: float16, bfloat16 or float32.
+
+    Raises:
+        TypeError, ValueError: for a bias of another shape or dtype.
+        UnsupportedError: where the kernels cannot run.
+    """
+    check_tokens("bias", bias)
+    check_bias(bias, bias[:1].mT, bias.shape[0])
+    refuse_triton("triton", why_not_triton(bias.device, dtype, asked_for=True))
+    from .kernels.bias_attention import prepare_bias as prepare
+
+    return prepare(bias, key_dim, value_dim, dtype)
 
 
 @torch.fx.wrap
@@ -251,6 +336,7 @@ def linear_mlp(
     *,
     activation: str = "gelu",
     eps: float = 1e-5,
+    deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Second half of a 3D MetaBlock: x + scale2 * (W2 · act(W1 · LayerNorm(x) + shift1)) + shift2.
@@ -264,6 +350,8 @@ def linear_mlp(
         shift1: [hidden]; scale2, shift2: [C]; vectors are float32 (float64 if x is).
         activation: one of `ACTIVATIONS`; "gelu" is the exact form.
         eps: of the LayerNorm.
+        deterministic: whether the same input gives the same bits each time. False lets the programs that share out the
+            hidden channels of a few rows add in whatever order they end, which takes less memory. Eager has no such.
         backend: "auto", "eager" or "triton".
 
     Returns:
@@ -272,6 +360,7 @@ def linear_mlp(
     Raises:
         TypeError, ValueError: for a wrong dtype, shape, activation or backend, naming the argument.
         UnsupportedError: for backend="triton" where the kernels cannot run.
+        RuntimeError: for deterministic=False on the kernels under `torch.use_deterministic_algorithms(True)`.
     """
     check_tokens("x", x)
     check_choice("activation", activation, ACTIVATIONS)
@@ -290,7 +379,59 @@ def linear_mlp(
 
             dtype = products_dtype(x)
             weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
-            return kernel(x, norm_weight, norm_bias, weight1, shift1, weight2, scale2, shift2, activation, eps)
+            arguments = (norm_weight, norm_bias, weight1, shift1, weight2, scale2, shift2)
+            return kernel(x, *arguments, activation, eps, deterministic)
+
+
+@torch.fx.wrap
+def head(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """The network's end: the mean of LayerNorm(x) over the tokens and, given its weight, a linear layer on it.
+
+    The network's two heads, whose mean is its result, are one with the mean of their weights and of their biases.
+
+    Args:
+        x: [B, N, C], floating.
+        norm_weight, norm_bias: [C], of the LayerNorm, float32 (float64 if x is).
+        weight: [classes, C], x's dtype (any floating one under autocast), or None for the pooled features.
+        bias: [classes], float32 (float64 if x is), with a weight; None without.
+        eps: of the LayerNorm.
+        backend: "auto", "eager" or "triton".
+
+    Returns:
+        [B, classes], or [B, C] without a weight, in x's dtype.
+
+    Raises:
+        TypeError, ValueError: for a wrong dtype, shape or backend, naming the argument.
+        UnsupportedError: for backend="triton" where the kernels cannot run.
+    """
+    check_tokens("x", x)
+    channels = x.shape[2]
+    check_vectors(x, channels, norm_weight=norm_weight, norm_bias=norm_bias)
+    if (weight is None) != (bias is None):
+        given = "bias" if weight is None else "weight"
+        raise ValueError(f"{given}: got it alone, allowed are weight and bias together, or neither")
+    arguments: tuple[Tensor, ...] = (x, norm_weight, norm_bias)
+    if weight is not None and bias is not None:
+        check_weight("weight", weight, x, outputs=None, inputs=channels, outputs_name="classes")
+        check_vectors(x, weight.shape[0], bias=bias)
+        arguments += (weight, bias)
+    match select_backend(backend, *arguments, products=weight is not None):
+        case "eager":
+            return reference.head(x, norm_weight, norm_bias, weight, bias, eps=eps)
+        case "triton":
+            from .kernels.head import head as kernel
+
+            weight = None if weight is None else weight.to(products_dtype(x))
+            return kernel(x, norm_weight, norm_bias, weight, bias, eps)
 
 
 @torch.fx.wrap

@@ -34,6 +34,35 @@ def pool_mixer(x: Tensor, layer_scale: Tensor) -> Tensor:
     return x + (layer_scale[:, None, None] * (pooled - x)).to(x.dtype)
 
 
+# A pixel of 0 to 255 less this is exact in float16 and bfloat16, and near 0 on average.
+PIXEL_OFFSET = 120
+
+
+def conv_norm(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    activation: str | None = None,
+    border: Tensor | None = None,
+) -> Tensor:
+    """3x3 convolution of stride 2 and padding 1, BatchNorm, activation: act(scale * conv(x) + shift).
+
+    x [B, C, H, W], weight [O, C, 3, 3], scale and shift [O]. uint8 x counts as x - PIXEL_OFFSET, in the weight's dtype,
+    and its padding as border [C].
+    """
+    if border is None:
+        y = F.conv2d(x, weight, stride=2, padding=1)
+    else:
+        batch, channels, height, width = x.shape
+        padded = border.to(weight.dtype)[:, None, None].expand(batch, channels, height + 2, width + 2).contiguous()
+        padded[:, :, 1:-1, 1:-1] = x.to(weight.dtype) - PIXEL_OFFSET
+        y = F.conv2d(padded, weight, stride=2)
+    y = _affine(y, scale, shift)
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
 def conv_mlp(
     x: Tensor,
     weight1: Tensor,
@@ -138,6 +167,25 @@ def linear_mlp(
     hidden = F.linear(_layer_norm(x, norm_weight, norm_bias, eps), weight1, shift1.to(weight1.dtype))
     hidden = ACTIVATIONS[activation](hidden)
     return x + torch.addcmul(shift2, F.linear(hidden, weight2), scale2).to(x.dtype)
+
+
+def head(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+) -> Tensor:
+    """The network's end: the mean of LayerNorm(x) over the tokens, and a linear layer on it where there is one.
+
+    x [B, N, C], weight [classes, C], bias [classes]; returns [B, classes], or [B, C] without a weight.
+    """
+    pooled = _layer_norm(x, norm_weight, norm_bias, eps).mean(1)
+    if weight is None or bias is None:
+        return pooled
+    return F.linear(pooled, weight, bias.to(weight.dtype)).to(x.dtype)
 
 
 def split_heads(qkv: Tensor, *, num_heads: int, key_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -161,6 +161,18 @@ def conv_mlp_case(x: Tensor, hidden: int, activation: str = "gelu") -> Case:
     return Case("conv_mlp", (x, *_mlp(x.shape[1], hidden, x.dtype)), {"activation": activation})
 
 
+def conv_norm_case(x: Tensor, outputs: int, activation: str | None = None, dtype: torch.dtype | None = None) -> Case:
+    """`ops.conv_norm` of x [B, C, H, W], floating, or uint8 with weights in `dtype`."""
+    channels, kind = x.shape[1], dtype or x.dtype
+    weight = draw_weight(outputs, 9 * channels, kind).reshape(outputs, 3, 3, channels).permute(0, 3, 1, 2)
+    scale, shift = draw_vector(outputs, 0.5, 1.5), draw_vector(outputs, -0.2, 0.2)
+    options: dict[str, Any] = {"activation": activation}
+    if x.dtype == torch.uint8:
+        scale = scale / 60  # about what pixels deviate from their mean
+        options["border"] = draw_vector(channels, -20.0, 20.0).round()  # exact in every dtype
+    return Case("conv_norm", (x, weight, scale, shift), options)
+
+
 def meta4d_case(x: Tensor, hidden: int, activation: str = "gelu") -> Case:
     """`ops.meta4d` of x [B, C, H, W]."""
     channels = x.shape[1]
@@ -205,6 +217,16 @@ def linear_mlp_case(x: Tensor, hidden: int, activation: str = "gelu") -> Case:
     norm = draw_vector(channels, 0.5, 1.5), draw_vector(channels, -0.2, 0.2)
     arguments = (x, *norm, weight1, shift1, weight2, scale2, shift2)
     return Case("linear_mlp", arguments, {"activation": activation, "eps": 1e-5})
+
+
+def head_case(x: Tensor, classes: int | None = None) -> Case:
+    """`ops.head` of x [B, N, C]; the pooled features where `classes` is None."""
+    channels = x.shape[2]
+    norm = draw_vector(channels, 0.5, 1.5), draw_vector(channels, -0.2, 0.2)
+    linear: tuple[Tensor, ...] = ()
+    if classes is not None:
+        linear = draw_weight(classes, channels, x.dtype), draw_vector(classes, -0.2, 0.2)
+    return Case("head", (x, *norm, *linear), {"eps": 1e-5})
 
 
 @torch.no_grad()

@@ -29,8 +29,10 @@ from .testing import (
     attention_mixer_case,
     bias_attention_case,
     conv_mlp_case,
+    conv_norm_case,
     draw_map,
     float32_as_such,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -47,8 +49,13 @@ _MAP_CASES: dict[str, Callable[..., Case]] = {
     "pool_mixer": pool_mixer_case,
     "conv_mlp": conv_mlp_case,
     "meta4d": meta4d_case,
+    "conv_norm": conv_norm_case,
 }
-_TOKEN_CASES: dict[str, Callable[..., Case]] = {"attention_mixer": attention_mixer_case, "linear_mlp": linear_mlp_case}
+_TOKEN_CASES: dict[str, Callable[..., Case]] = {
+    "attention_mixer": attention_mixer_case,
+    "linear_mlp": linear_mlp_case,
+    "head": head_case,
+}
 OPERATIONS = (*_MAP_CASES, "bias_attention", *_TOKEN_CASES, NETWORK)
 
 
@@ -95,15 +102,21 @@ def checks(
 def _calls(model: str, size: tuple[int, int], batch: int) -> Iterator[tuple[str, str, tuple[int, ...], dict[str, Any]]]:
     """(where, operation, input's shape, options) of all that `model` computes of `OPERATIONS`."""
     config = preset(model)
-    height, width = (_halved(_halved(side)) for side in size)  # the stem
+    (height, width), inputs = size, 3
+    for outputs in (config.widths[0] // 2, config.widths[0]):
+        convolution: dict[str, Any] = {"outputs": outputs, "activation": "relu"}
+        yield f"{model} stem", "conv_norm", (batch, inputs, height, width), convolution
+        height, width, inputs = _halved(height), _halved(width), outputs
     for stage, (depth, channels) in enumerate(zip(config.depths, config.widths, strict=True), 1):
-        if stage > 1:
-            height, width = _halved(height), _halved(width)
         where = f"{model} stage {stage}"
+        if stage > 1:
+            convolution = {"outputs": channels, "activation": None}
+            yield where, "conv_norm", (batch, config.widths[stage - 2], height, width), convolution
+            height, width = _halved(height), _halved(width)
         hidden: dict[str, Any] = {"hidden": int(channels * config.mlp_ratio)}
         num_vit = config.num_vit if stage == len(config.depths) else 0
         if depth > num_vit:
-            for operation in _MAP_CASES:
+            for operation in ("pool_mixer", "conv_mlp", "meta4d"):
                 yield where, operation, (batch, channels, height, width), hidden if operation != "pool_mixer" else {}
         if num_vit:
             tokens = batch, height * width
@@ -112,6 +125,7 @@ def _calls(model: str, size: tuple[int, int], batch: int) -> Iterator[tuple[str,
             yield where, "bias_attention", (*tokens, qkv), heads
             yield where, "attention_mixer", (*tokens, channels), heads
             yield where, "linear_mlp", (*tokens, channels), hidden
+            yield where, "head", (*tokens, channels), {"classes": 1000}
     yield model, NETWORK, (batch, 3, *size), {"name": model}
 
 

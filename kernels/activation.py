@@ -13,12 +13,25 @@ relu(x) is (x + |x|) / 2, so that -inf gives NaN, as x * Phi(x) does, while inf 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # NetsPresso's name -> the kernels'.
 NAMES = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "hard_swish": "hard_swish"}
+
+# The same by PyTorch, beside the vendor's library.
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "hard_swish": F.hardswish,
+}
 
 # Coefficients of p from the constant on.
 EXP3 = tl.constexpr((-1.00033479, -1.143408, -0.483782587, -0.0292018158))

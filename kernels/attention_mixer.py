@@ -30,10 +30,14 @@ def attention_mixer_launches(
     num_heads: int,
     key_dim: int,
     eps: float,
+    prepared: bool = False,
     *,
     out: Tensor,
 ) -> list[Launch]:
-    """Norm, QKV, attention, projection; what lies between them has the weights' dtype."""
+    """Norm, QKV, attention, projection; what lies between them has the weights' dtype.
+
+    `prepared`: the bias is what `prepare_bias` returned for that dtype.
+    """
     rows = token_rows(x)
     normed = new_tokens(x, x.shape[2], qkv_weight.dtype)
     qkv = new_tokens(x, qkv_weight.shape[0], qkv_weight.dtype)
@@ -41,7 +45,7 @@ def attention_mixer_launches(
     return [
         layer_norm_launch(rows, norm_weight, norm_bias, eps, token_rows(normed)),
         linear_launch(token_rows(normed), qkv_weight, None, qkv_bias, token_rows(qkv)),
-        bias_attention_launch(qkv, bias, num_heads, key_dim, values),
+        bias_attention_launch(qkv, bias, num_heads, key_dim, values, prepared=prepared),
         linear_launch(token_rows(values), proj_weight, scale, shift, token_rows(out), residual=rows),
     ]
 
@@ -58,7 +62,8 @@ def _fake(x: Tensor, *arguments: Any) -> Tensor:
 
 attention_mixer = register(
     "attention_mixer(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, Tensor qkv_bias, Tensor bias, "
-    "Tensor proj_weight, Tensor scale, Tensor shift, int num_heads, int key_dim, float eps) -> Tensor",
+    "Tensor proj_weight, Tensor scale, Tensor shift, int num_heads, int key_dim, float eps, "
+    "bool prepared=False) -> Tensor",
     _implementation,
     _fake,
 )

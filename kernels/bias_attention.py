@@ -2,10 +2,13 @@
 
 One program takes a tile of queries of one head. The scores start from the bias, divided by the scale, as accumulator
 of q · kᵀ: they stay in the layout of matrix products, and one multiplication scales both, on the way to the exponent.
+A bias that stays the same over many calls can be divided, and laid out in tiles, once: `prepare_bias`.
 """
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,10 +18,15 @@ from .device import device_of
 from .launch import Launch, dot_precision, run
 from .layout import new_tokens
 from .library import register
-from .tiles import channels_of, split, width
+from .table import AttentionConfig
+from .tiles import channel_mask, channels_of, split, width
 
 # Values of a head that one program computes; more of them are split over programs.
 MOST_VALUES = 256
+# Up to here offsets are counted in 32 bits: half of what these hold, and tiles reach beyond the last token.
+MOST_OFFSET = 2**30
+# No finite bias, divided by the scale, counts for more: float32 has room for a product beside it.
+MOST_SCORE = tl.constexpr(1e38)
 
 
 @triton.jit
@@ -40,6 +48,8 @@ def bias_attention_kernel(
     VALUE_WIDTHS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     SCALE: tl.constexpr,
+    DENSE: tl.constexpr,
+    PREPARED: tl.constexpr,
     ONE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -53,31 +63,37 @@ def bias_attention_kernel(
     i_h = i_bh % HEADS
     i_b = (i_bh // HEADS).to(tl.int64)
 
-    m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = m < N
-    row = m.to(tl.int64)
+    if DENSE:  # constants, which become part of the instructions
+        stride_qn = HEADS * (2 * KEY_DIM + VALUE_DIM)
+        stride_qc = 1
+    r = tl.arange(0, BLOCK_M)
+    first_row = (i_m * BLOCK_M).to(tl.int64)
+    inside = i_m * BLOCK_M + r < N
     p_head = qkv_ptr + i_b * stride_qb + (i_h * (2 * KEY_DIM + VALUE_DIM)).to(tl.int64) * stride_qc
     p_values = p_head + (2 * KEY_DIM + i_v * BLOCK_V).to(tl.int64) * stride_qc
-    p_bias = bias_ptr + i_h.to(tl.int64) * stride_bh + (row * stride_bm)[:, None]
+    p_queries = p_head + first_row * stride_qn
+    p_bias = bias_ptr + i_h.to(tl.int64) * stride_bh + first_row * stride_bm
+    p_bias += _times(r, stride_bm, DENSE)[:, None]
 
     b_q = ()
     for i in tl.static_range(len(KEY_WIDTHS)):
         c = channels_of(KEY_WIDTHS, i)
-        p_q = p_head + (row * stride_qn)[:, None] + (c.to(tl.int64) * stride_qc)[None, :]
-        b_q = b_q + (tl.load(p_q, mask=inside[:, None] & (c < KEY_DIM)[None, :], other=0.0),)
+        p_q = p_queries + _times(r, stride_qn, DENSE)[:, None] + _times(c, stride_qc, DENSE)[None, :]
+        b_q = b_q + (tl.load(p_q, mask=inside[:, None] & channel_mask(c, KEY_DIM, KEY_WIDTHS, i), other=0.0),)
 
     TO_BITS: tl.constexpr = SCALE * 1.4426950408889634  # exp(x) = 2 ** (x * log2(e))
     if ONE_TILE:
         n = tl.arange(0, BLOCK_N)
         b_s = _scores(
-            b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn, KEY_DIM, KEY_WIDTHS, SCALE, PRECISION
-        )
+            b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn,
+            KEY_DIM, KEY_WIDTHS, SCALE, DENSE, PREPARED, PRECISION,
+        )  # fmt: skip
         # The difference first: a fused b_s * TO_BITS - maximum would leave the maximum's rounding error, of any size.
         b_p = tl.math.exp2((b_s - tl.max(b_s, 1)[:, None]) * TO_BITS)
         b_sum = tl.sum(b_p, 1)
         b_acc = ()
         for i in tl.static_range(len(VALUE_WIDTHS)):
-            b_v = _values(p_values, n, N, stride_qn, stride_qc, i_v, VALUE_DIM, VALUE_WIDTHS, i, BLOCK_V)
+            b_v = _values(p_values, n, N, stride_qn, stride_qc, i_v, VALUE_DIM, VALUE_WIDTHS, i, BLOCK_V, DENSE)
             b_acc = b_acc + (tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION),)
     else:
         b_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -89,7 +105,7 @@ def bias_attention_kernel(
             n = first + tl.arange(0, BLOCK_N)
             b_s = _scores(
                 b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn,
-                KEY_DIM, KEY_WIDTHS, SCALE, PRECISION,
+                KEY_DIM, KEY_WIDTHS, SCALE, DENSE, PREPARED, PRECISION,
             )  # fmt: skip
             b_new = tl.maximum(b_max, tl.max(b_s, 1))
             # A row that has seen -inf alone has no maximum yet to subtract.
@@ -100,59 +116,115 @@ def bias_attention_kernel(
             b_max = b_new
             b_next = ()
             for i in tl.static_range(len(VALUE_WIDTHS)):
-                b_v = _values(p_values, n, N, stride_qn, stride_qc, i_v, VALUE_DIM, VALUE_WIDTHS, i, BLOCK_V)
+                b_v = _values(p_values, n, N, stride_qn, stride_qc, i_v, VALUE_DIM, VALUE_WIDTHS, i, BLOCK_V, DENSE)
                 faded = b_acc[i] * fade[:, None]
                 b_next = b_next + (tl.dot(b_p.to(b_v.dtype), b_v, faded, input_precision=PRECISION),)
             b_acc = b_next
 
     reciprocal = (1.0 / b_sum)[:, None]
+    p_out = out_ptr + (i_b * N + first_row) * (HEADS * VALUE_DIM) + i_h * VALUE_DIM + i_v * BLOCK_V
     for i in tl.static_range(len(VALUE_WIDTHS)):
         c = channels_of(VALUE_WIDTHS, i)
-        v = i_v * BLOCK_V + c
-        p_out = out_ptr + ((i_b * N + row) * (HEADS * VALUE_DIM) + i_h * VALUE_DIM)[:, None] + v[None, :]
-        mask = inside[:, None] & ((c < BLOCK_V) & (v < VALUE_DIM))[None, :]
-        tl.store(p_out, (b_acc[i] * reciprocal).to(out_ptr.dtype.element_ty), mask=mask)
+        mask = inside[:, None] & _value_mask(c, i_v, VALUE_DIM, VALUE_WIDTHS, i, BLOCK_V)
+        p_piece = p_out + (r * (HEADS * VALUE_DIM))[:, None] + c[None, :]
+        tl.store(p_piece, (b_acc[i] * reciprocal).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _times(i, stride, SHORT: tl.constexpr):
+    """Offsets i * stride; in 32 bits where they fit."""
+    if SHORT:
+        offsets = i * stride
+    else:
+        offsets = i.to(tl.int64) * stride
+    return offsets
 
 
 @triton.jit
 def _scores(
     b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn,
-    KEY_DIM: tl.constexpr, KEY_WIDTHS: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_DIM: tl.constexpr, KEY_WIDTHS: tl.constexpr, SCALE: tl.constexpr, DENSE: tl.constexpr, PREPARED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q · kᵀ + bias / SCALE, [BLOCK_M, BLOCK_N], -inf for keys that do not exist."""
-    there = n < N
-    column = n.to(tl.int64)
-    b_s = tl.load(p_bias + (column * stride_bn)[None, :], mask=inside[:, None] & there[None, :], other=-float("inf"))
-    # A finite mask such as float32's lowest stays finite: only -inf takes a key away for good.
-    LIMIT: tl.constexpr = 1e38 * SCALE
-    b_finite = tl.minimum(tl.maximum(b_s, -LIMIT), LIMIT)
-    b_s = tl.where(tl.abs(b_s) < float("inf"), b_finite, b_s) * (1.0 / SCALE)
+    there = (n < N)[None, :]
+    p_bias += _times(n, stride_bn, DENSE)[None, :]
+    if PREPARED:
+        b_s = tl.load(p_bias)
+    else:
+        b_s = tl.load(p_bias, mask=inside[:, None] & there, other=-float("inf"))
+        # A finite mask such as float32's lowest stays finite: only -inf takes a key away for good.
+        LIMIT: tl.constexpr = MOST_SCORE * SCALE
+        b_finite = tl.minimum(tl.maximum(b_s, -LIMIT), LIMIT)
+        b_s = tl.where(tl.abs(b_s) < float("inf"), b_finite, b_s) * (1.0 / SCALE)
     for i in tl.static_range(len(KEY_WIDTHS)):
         c = channels_of(KEY_WIDTHS, i)
-        p_k = p_head + (column * stride_qn)[None, :] + ((KEY_DIM + c).to(tl.int64) * stride_qc)[:, None]
-        b_k = tl.load(p_k, mask=there[None, :] & (c < KEY_DIM)[:, None], other=0.0)
+        p_k = p_head + _times(n, stride_qn, DENSE)[None, :] + _times(KEY_DIM + c, stride_qc, DENSE)[:, None]
+        b_k = tl.load(p_k, mask=there & channel_mask(c, KEY_DIM, KEY_WIDTHS, i).T, other=0.0)
         b_s = tl.dot(b_q[i], b_k, b_s, input_precision=PRECISION)
     return b_s
 
 
 @triton.jit
 def _values(
-    p_values, n, N, stride_qn, stride_qc, i_v,
-    VALUE_DIM: tl.constexpr, VALUE_WIDTHS: tl.constexpr, PIECE: tl.constexpr, BLOCK_V: tl.constexpr,
+    p_values, n, N, stride_qn, stride_qc, i_v, VALUE_DIM: tl.constexpr, VALUE_WIDTHS: tl.constexpr, PIECE: tl.constexpr,
+    BLOCK_V: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_N, width], zeros for what does not exist."""
     c = channels_of(VALUE_WIDTHS, PIECE)
-    mask = (n < N)[:, None] & ((c < BLOCK_V) & (i_v * BLOCK_V + c < VALUE_DIM))[None, :]
-    p_v = p_values + (n.to(tl.int64) * stride_qn)[:, None] + (c.to(tl.int64) * stride_qc)[None, :]
+    mask = (n < N)[:, None] & _value_mask(c, i_v, VALUE_DIM, VALUE_WIDTHS, PIECE, BLOCK_V)
+    p_v = p_values + _times(n, stride_qn, DENSE)[:, None] + _times(c, stride_qc, DENSE)[None, :]
     return tl.load(p_v, mask=mask, other=0.0)
 
 
-def bias_attention_launch(qkv: Tensor, bias: Tensor, num_heads: int, key_dim: int, out: Tensor) -> Launch:
-    """qkv [B, N, heads * (2 * key_dim + value_dim)] and bias [heads, N, N] of any strides; out contiguous."""
+@triton.jit
+def _value_mask(
+    c, i_v, VALUE_DIM: tl.constexpr, VALUE_WIDTHS: tl.constexpr, PIECE: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """[1, width]: which of the values c of one piece exist; a constant where all do."""
+    if VALUE_DIM % BLOCK_V == 0:
+        mask = channel_mask(c, BLOCK_V, VALUE_WIDTHS, PIECE)
+    else:
+        mask = ((c < BLOCK_V) & (i_v * BLOCK_V + c < VALUE_DIM))[None, :]
+    return mask
+
+
+def prepare_bias(bias: Tensor, key_dim: int, value_dim: int, dtype: torch.dtype) -> Tensor:
+    """bias [heads, N, N] as the kernel adds it to q · kᵀ: once, where it stays the same over many calls.
+
+    Divided by the scale, -inf for keys that do not exist, and padded to whole tiles of queries and keys: those of
+    attention in `dtype` with `value_dim` values a head. float32 [heads, M, K].
+    """
+    tokens = bias.shape[1]
+    config = _config(tokens, key_dim, value_dim, dtype, bias.device)
+    rows, columns = (-tokens % block for block in (config.block_m, config.block_n))
+    limit = MOST_SCORE.value * key_dim**-0.5
+    finite = torch.where(bias.isinf(), bias, bias.clamp(-limit, limit)) / key_dim**-0.5
+    return F.pad(F.pad(finite, (0, columns), value=-torch.inf), (0, 0, 0, rows))
+
+
+def _config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> AttentionConfig:
+    return attention_config(tokens, key_dim, min(value_dim, MOST_VALUES), dtype, device_of(device))
+
+
+def bias_attention_launch(
+    qkv: Tensor, bias: Tensor, num_heads: int, key_dim: int, out: Tensor, *, prepared: bool = False
+) -> Launch:
+    """qkv [B, N, heads * (2 * key_dim + value_dim)] and bias [heads, N, N] of any strides; out contiguous.
+
+    `prepared`: the bias is what `prepare_bias` returned.
+    """
     batch, tokens, channels = qkv.shape
     value_dim = channels // num_heads - 2 * key_dim
     block_v = min(value_dim, MOST_VALUES)
-    config = attention_config(tokens, key_dim, block_v, qkv.dtype, device_of(qkv.device))
+    config = _config(tokens, key_dim, value_dim, qkv.dtype, qkv.device)
+    if prepared:
+        tiles = -(-tokens // config.block_m) * config.block_m, -(-tokens // config.block_n) * config.block_n
+        if bias.shape != (num_heads, *tiles) or not bias.is_contiguous():
+            raise ValueError(
+                f"bias: got a prepared one of shape {list(bias.shape)} and strides {bias.stride()}, "
+                f"allowed is {[num_heads, *tiles]}, contiguous: prepare it for {tokens} tokens in {qkv.dtype} again"
+            )
     return Launch(
         bias_attention_kernel,
         batch * num_heads * -(-tokens // config.block_m) * -(-value_dim // block_v),
@@ -176,6 +248,8 @@ def bias_attention_launch(qkv: Tensor, bias: Tensor, num_heads: int, key_dim: in
             "VALUE_WIDTHS": split(block_v),
             "BLOCK_V": block_v,
             "SCALE": key_dim**-0.5,
+            "DENSE": qkv.is_contiguous() and max(tokens * channels, tokens * sum(bias.stride()[1:])) < MOST_OFFSET,
+            "PREPARED": prepared,
             "ONE_TILE": tokens <= config.block_n,
             "PRECISION": dot_precision(qkv.dtype),
             "BLOCK_M": config.block_m,

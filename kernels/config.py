@@ -15,23 +15,38 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .device import Device
-from .table import AttentionConfig, Entry, LinearConfig, MlpConfig, NormConfig, PoolConfig, Table, read_json, read_table
+from .table import (
+    AttentionConfig,
+    Entry,
+    HeadConfig,
+    LinearConfig,
+    MlpConfig,
+    NormConfig,
+    PoolConfig,
+    SplitConfig,
+    Table,
+    read_json,
+    read_table,
+)
 from .table import entries as parse
 
 SHIPPED = Path(__file__).with_name("configurations.json")
 
 
-def mlp_config(operation: str, channels: int, rows: int, dtype: torch.dtype, device: Device) -> MlpConfig | None:
-    """The fused MLP's tiles, or None where two matrix products with the hidden in memory are to be taken.
+def mlp_config(
+    operation: str, channels: int, rows: int, dtype: torch.dtype, device: Device
+) -> MlpConfig | SplitConfig | None:
+    """Tiles of the fused MLP or of the split one, or None where two products with the hidden in memory are to be taken.
 
-    `operation` is "meta4d" or "conv_mlp". The accumulator holds all channels of a row: in 16 bit it spills, or leaves
-    shared memory, beyond 224.
+    `operation` is "meta4d", "conv_mlp" or "linear_mlp" (never fused). The accumulator holds all channels of a row: in
+    16 bit and with many rows a tile it spills, or leaves shared memory, beyond 224.
     """
     return answer(operation, dtype, device, channels, rows)
 
@@ -39,9 +54,19 @@ def mlp_config(operation: str, channels: int, rows: int, dtype: torch.dtype, dev
 def linear_config(outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: Device) -> LinearConfig:
     """Tiles of a [rows, inputs] x [inputs, outputs] product, no larger than it needs."""
     found: LinearConfig = answer("linear", dtype, device, outputs, inputs, rows)
-    whole = sum(found.widths)
-    widths = found.widths if outputs >= whole else (_power(outputs, 1 << (whole - 1).bit_length()),)
-    return LinearConfig(found.block_m, widths, _power(inputs, found.block_k), found.num_warps, found.num_stages)
+    return replace(found, widths=_fitting(found.widths, outputs), block_k=_power(inputs, found.block_k))
+
+
+def conv_config(outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: Device) -> LinearConfig | None:
+    """Tiles of a 3x3 convolution as a matrix product, whose depth is channels of a tap; None for the vendor's."""
+    found: LinearConfig | None = answer("conv_norm", dtype, device, outputs, inputs, rows)
+    return None if found is None else replace(found, widths=_fitting(found.widths, outputs))
+
+
+def _fitting(widths: tuple[int, ...], outputs: int) -> tuple[int, ...]:
+    """A tile's widths, or one that is no wider than the product."""
+    whole = sum(widths)
+    return widths if outputs >= whole else (_power(outputs, 1 << (whole - 1).bit_length()),)
 
 
 def attention_config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: Device) -> AttentionConfig:
@@ -64,22 +89,58 @@ def pool_config(channels: int, rows: int, dtype: torch.dtype, device: Device, *,
 
     No more channels than the largest power of two in their number: none are padded.
     """
-    found: PoolConfig = answer("pool_mixer", dtype, device, channels, int(dense), rows)
+    return _whole_channels(channels, answer("pool_mixer", dtype, device, channels, int(dense), rows))
+
+
+def sum_config(channels: int, rows: int, dtype: torch.dtype, device: Device) -> tuple[int, int, int]:
+    """(rows, channels) of a tile in which a split MLP's parts are added, and the warps; `dtype` is the result's."""
+    return _whole_channels(channels, answer("split_sum", dtype, device, channels, rows))
+
+
+def _whole_channels(channels: int, found: PoolConfig) -> tuple[int, int, int]:
     block_c = min(max(channels & -channels, 16), found.block_c)
     return max(1, found.elements // block_c), block_c, found.num_warps
 
 
-def norm_config(channels: int, rows: int, dtype: torch.dtype, device: Device) -> tuple[int, int, int]:
+def norm_config(
+    channels: int, rows: int, dtype: torch.dtype, device: Device, operation: str = "layer_norm"
+) -> tuple[int, int, int]:
     """(rows, channels) of a tile and the warps: whole rows, several where they are short.
+
+    `operation` is "layer_norm", or "token_mean", for which rows are images and a tile has rows of one.
 
     Raises:
         ValueError: for rows too long to be kept on chip.
     """
     if channels > 1 << 15:
         raise ValueError(f"x: got {channels} channels, allowed are {1 << 15} for LayerNorm on the kernels")
-    found: NormConfig = answer("layer_norm", dtype, device, channels, rows)
+    found: NormConfig = answer(operation, dtype, device, channels, rows)
     block_c = _power(channels, 1 << 15)
     return max(1, found.elements // block_c), block_c, found.num_warps
+
+
+class HeadTiles(NamedTuple):
+    """Tokens, channels, classes and, of these, those that are multiplied at once."""
+
+    block_t: int
+    block_c: int
+    block_n: int
+    block_w: int
+    num_warps: int
+
+
+def head_config(channels: int, classes: int, rows: int, dtype: torch.dtype, device: Device) -> HeadTiles | None:
+    """Tiles of the network's end for `rows` images, or None where it is two launches.
+
+    A first few of the class tile's weights wait in registers while the tokens are pooled: a quarter of a tile of these.
+    """
+    found: HeadConfig | None = answer("head", dtype, device, channels, classes, rows)
+    if found is None:
+        return None
+    block_c = _power(channels, 1 << 15)
+    block_n = 1 << max(0, min(classes, found.block_n) - 1).bit_length()
+    block_w = min(block_n, max(1, found.elements // 4 // block_c))
+    return HeadTiles(max(1, found.elements // block_c), block_c, block_n, block_w, found.num_warps)
 
 
 def _power(size: int, most: int) -> int:

@@ -1,7 +1,8 @@
 """Fused MLP on maps: x + scale2 * (W2 · act(scale1 * (W1 · x) + shift1)) + shift2; paper section 4, MB4D.
 
 One kernel while a row's channels fit on chip: the hidden activations never reach memory. With POOL it starts from
-the pooling token mixer, which makes it the whole MetaBlock. Wider rows take two matrix products (`linear.py`).
+the pooling token mixer, which makes it the whole MetaBlock. Wider rows take two matrix products (`linear.py`), few rows
+share their hidden channels out (`split_mlp.py`).
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, form, gain
+from .activation import form, gain
 from .config import mlp_config
 from .device import device_of
+from .hidden import add_hidden
 from .launch import Launch, dot_precision
 from .layout import filled_map, map_rows, new_map, packed
 from .library import register
 from .linear import mlp_products
-from .table import MlpConfig
-from .tiles import channel_mask, channels_of, cut, load_vector, locate, pool_tile, row_offsets, split, width
+from .split_mlp import check_deterministic, split_mlp_launches
+from .table import MlpConfig, SplitConfig
+from .tiles import channel_mask, channels_of, load_vector, locate, pool_tile, row_offsets, split, width
 
 
 @triton.jit
@@ -78,29 +81,24 @@ def mlp_kernel(
         b_y = b_y + (y,)
         b_acc = b_acc + (tl.zeros((BLOCK_M, width(WIDTHS, i)), tl.float32),)
 
-    for first in tl.range(0, HIDDEN, BLOCK_H, num_stages=NUM_STAGES):
-        n = first + tl.arange(0, BLOCK_H)
-        b_hidden = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-        for i in tl.static_range(len(WIDTHS)):
-            c = channels_of(WIDTHS, i)
-            b_w1 = _load_weight(
-                weight1_ptr + n[None, :] * C + c[:, None], c[:, None], n[None, :], C, HIDDEN, WIDTHS, i, BLOCK_H
-            )
-            b_hidden = tl.dot(b_y[i].to(b_w1.dtype), b_w1, b_hidden, input_precision=PRECISION)
-        if HIDDEN % BLOCK_H == 0:
-            scale1, shift1 = tl.load(scale1_ptr + n), tl.load(shift1_ptr + n)
-        else:
-            scale1 = tl.load(scale1_ptr + n, mask=n < HIDDEN, other=0.0)
-            shift1 = tl.load(shift1_ptr + n, mask=n < HIDDEN, other=0.0)
-        b_act = activate(b_hidden * scale1[None, :] + shift1[None, :], ACTIVATION).to(weight2_ptr.dtype.element_ty)
-        b_next = ()
-        for i in tl.static_range(len(WIDTHS)):
-            c = channels_of(WIDTHS, i)
-            b_w2 = _load_weight(
-                weight2_ptr + c[None, :] * HIDDEN + n[:, None], c[None, :], n[:, None], C, HIDDEN, WIDTHS, i, BLOCK_H
-            )
-            b_next = b_next + (tl.dot(b_act, b_w2, b_acc[i], input_precision=PRECISION),)
-        b_acc = b_next
+    b_acc = add_hidden(
+        b_y,
+        b_acc,
+        0,
+        HIDDEN,
+        weight1_ptr,
+        scale1_ptr,
+        shift1_ptr,
+        weight2_ptr,
+        C,
+        HIDDEN,
+        WIDTHS,
+        True,
+        ACTIVATION,
+        PRECISION,
+        BLOCK_H,
+        NUM_STAGES,
+    )
 
     if POOL and RELOAD:
         tl.debug_barrier()  # the residual was stored by other threads of this program
@@ -117,19 +115,6 @@ def mlp_kernel(
         scale2 = load_vector(scale2_ptr, c, C, WIDTHS, i) * (1.0 / gain(ACTIVATION))
         result = residual.to(tl.float32) + (b_acc[i] * scale2 + load_vector(shift2_ptr, c, C, WIDTHS, i))
         tl.store(p_out, result.to(out_ptr.dtype.element_ty), mask=inside[:, None] & mask)
-
-
-@triton.jit
-def _load_weight(
-    ptrs, c, n, C: tl.constexpr, HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, PIECE: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    if HIDDEN % BLOCK_H != 0:
-        weight = tl.load(ptrs, mask=(c < C) & (n < HIDDEN), other=0.0)
-    elif cut(WIDTHS, PIECE, C):
-        weight = tl.load(ptrs, mask=c < C, other=0.0)
-    else:
-        weight = tl.load(ptrs)
-    return weight
 
 
 def mlp_launch(
@@ -198,12 +183,17 @@ def conv_mlp_launches(
     scale2: Tensor,
     shift2: Tensor,
     activation: str,
+    deterministic: bool = True,
     *,
     out: Tensor,
 ) -> list[Launch]:
-    """The MLP without pooling: one launch, or two with the hidden activations in memory."""
+    """The MLP without pooling: one launch, or two with the hidden activations in memory or split over programs."""
+    check_deterministic(deterministic)
     rows = map_rows(x)
     config = mlp_config("conv_mlp", rows.channels, rows.count, weight1.dtype, device_of(x.device))
+    if isinstance(config, SplitConfig):
+        mlp = (weight1, scale1, shift1, weight2, scale2, shift2, activation)
+        return split_mlp_launches(rows, rows, None, *mlp, map_rows(out), config, deterministic=deterministic)
     if config is not None:
         return [mlp_launch(x, None, weight1, scale1, shift1, weight2, scale2, shift2, activation, out, config)]
     return mlp_products(rows, rows, weight1, scale1, shift1, weight2, scale2, shift2, activation, map_rows(out))
@@ -219,7 +209,7 @@ def _fake(x: Tensor, *arguments: Any) -> Tensor:
 
 conv_mlp = register(
     "conv_mlp(Tensor x, Tensor weight1, Tensor scale1, Tensor shift1, Tensor weight2, Tensor scale2, Tensor shift2, "
-    "str activation) -> Tensor",
+    "str activation, bool deterministic=True) -> Tensor",
     _implementation,
     _fake,
 )

@@ -36,7 +36,9 @@ class Launch:
     def configuration(self) -> dict[str, Any]:
         """What was chosen and not given: tiles, what is read again, warps, pipeline stages."""
         tiles = {name: value for name, value in self.constants.items() if name.startswith("BLOCK_")}
-        chosen = {name: self.constants[name] for name in ("WIDTHS", "RELOAD", "ONE_TILE") if name in self.constants}
+        chosen = {
+            name: self.constants[name] for name in ("WIDTHS", "CHUNK", "RELOAD", "ONE_TILE") if name in self.constants
+        }
         return tiles | chosen | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def run(self) -> None:

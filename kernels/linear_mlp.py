@@ -6,11 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
+from .config import mlp_config
+from .device import device_of
 from .launch import Launch, run
 from .layer_norm import layer_norm_launch
 from .layout import dense_tokens, new_tokens, packed, token_rows
 from .library import register
 from .linear import mlp_products
+from .split_mlp import check_deterministic, split_mlp_launches
+from .table import SplitConfig
 
 
 def linear_mlp_launches(
@@ -24,16 +28,23 @@ def linear_mlp_launches(
     shift2: Tensor,
     activation: str,
     eps: float,
+    deterministic: bool = True,
     *,
     out: Tensor,
 ) -> list[Launch]:
-    """Norm and two products; what lies between them has the weights' dtype."""
-    rows = token_rows(x)
+    """Norm, and two products or, with the hidden split over programs, parts and their sum.
+
+    What lies between norm and products has the weights' dtype.
+    """
+    check_deterministic(deterministic)
+    rows, target = token_rows(x), token_rows(out)
     normed = token_rows(new_tokens(x, x.shape[2], weight1.dtype))
-    return [
-        layer_norm_launch(rows, norm_weight, norm_bias, eps, normed),
-        *mlp_products(normed, rows, weight1, None, shift1, weight2, scale2, shift2, activation, token_rows(out)),
-    ]
+    norm = layer_norm_launch(rows, norm_weight, norm_bias, eps, normed)
+    mlp = (weight1, None, shift1, weight2, scale2, shift2, activation, target)
+    config = mlp_config("linear_mlp", rows.channels, rows.count, weight1.dtype, device_of(x.device))
+    if isinstance(config, SplitConfig):
+        return [norm, *split_mlp_launches(normed, rows, None, *mlp, config, deterministic=deterministic)]
+    return [norm, *mlp_products(normed, rows, *mlp)]
 
 
 def _implementation(x: Tensor, *arguments: Any) -> Tensor:
@@ -48,7 +59,7 @@ def _fake(x: Tensor, *arguments: Any) -> Tensor:
 
 linear_mlp = register(
     "linear_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight1, Tensor shift1, Tensor weight2, "
-    "Tensor scale2, Tensor shift2, str activation, float eps) -> Tensor",
+    "Tensor scale2, Tensor shift2, str activation, float eps, bool deterministic=True) -> Tensor",
     _implementation,
     _fake,
 )

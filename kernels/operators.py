@@ -5,8 +5,10 @@ from __future__ import annotations
 from .attention_mixer import attention_mixer
 from .bias_attention import bias_attention
 from .conv_mlp import conv_mlp
+from .conv_norm import conv_norm
+from .head import head
 from .linear_mlp import linear_mlp
 from .meta4d import meta4d
 from .pool_mixer import pool_mixer
 
-__all__ = ["attention_mixer", "bias_attention", "conv_mlp", "linear_mlp", "meta4d", "pool_mixer"]
+__all__ = ["attention_mixer", "bias_attention", "conv_mlp", "conv_norm", "head", "linear_mlp", "meta4d", "pool_mixer"]

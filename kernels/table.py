@@ -27,6 +27,17 @@ class MlpConfig:
 
 
 @dataclass(frozen=True)
+class SplitConfig:
+    """MLP with its hidden split over programs: rows of a tile, hidden channels of a tile and of a program (`chunk`)."""
+
+    block_m: int
+    block_h: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class LinearConfig:
     """Matrix product: rows, columns (powers of two, side by side) and depth of a tile."""
 
@@ -49,7 +60,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """Pooling alone: elements of a tile, of which up to `block_c` are channels."""
+    """Pooling alone, or the sum of a split MLP: elements of a tile, of which up to `block_c` are channels."""
 
     elements: int
     block_c: int
@@ -64,24 +75,45 @@ class NormConfig:
     num_warps: int
 
 
-Config = MlpConfig | LinearConfig | AttentionConfig | PoolConfig | NormConfig
+@dataclass(frozen=True)
+class HeadConfig:
+    """Pooling and linear layer in one: elements of a tile, which has whole tokens, and the classes of a program."""
 
-OPERATIONS: dict[str, type[Config]] = {
-    "meta4d": MlpConfig,
-    "conv_mlp": MlpConfig,
-    "linear": LinearConfig,
-    "bias_attention": AttentionConfig,
-    "pool_mixer": PoolConfig,
-    "layer_norm": NormConfig,
+    elements: int
+    block_n: int
+    num_warps: int
+
+
+Config = MlpConfig | SplitConfig | LinearConfig | AttentionConfig | PoolConfig | NormConfig | HeadConfig
+
+# What an operation may be done with. None is, for an MLP, two matrix products, with the hidden activations in memory;
+# for the head, pooling and then a matrix product; for the convolution, the vendor's library.
+OPERATIONS: dict[str, tuple[type[Config] | None, ...]] = {
+    "meta4d": (MlpConfig, SplitConfig, None),
+    "conv_mlp": (MlpConfig, SplitConfig, None),
+    "linear_mlp": (SplitConfig, None),
+    "linear": (LinearConfig,),
+    "conv_norm": (LinearConfig, None),
+    "bias_attention": (AttentionConfig,),
+    "pool_mixer": (PoolConfig,),
+    "split_sum": (PoolConfig,),
+    "layer_norm": (NormConfig,),
+    "token_mean": (NormConfig,),
+    "head": (HeadConfig, None),
 }
 # What a shape consists of, and a condition may be about.
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "meta4d": ("channels", "rows"),
     "conv_mlp": ("channels", "rows"),
+    "linear_mlp": ("channels", "rows"),
     "linear": ("outputs", "inputs", "rows"),
+    "conv_norm": ("outputs", "inputs", "rows"),
     "bias_attention": ("tokens", "width"),
     "pool_mixer": ("channels", "dense", "rows"),
+    "split_sum": ("channels", "rows"),
     "layer_norm": ("channels", "rows"),
+    "token_mean": ("channels", "rows"),
+    "head": ("channels", "classes", "rows"),
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -91,8 +123,8 @@ class Entry:
     """One line of a table: for some operations, device classes and dtypes, `use` where all of `where` holds.
 
     Attributes:
-        where: (dimension, relation, number); the relations are "=", "<=" and "multiple of".
-        use: None for a fused MLP means: take two matrix products, with the hidden activations in memory.
+        where: (dimension, relation, number); the relations are "=", "<=", ">=" and "multiple of".
+        use: of one of the kinds that `OPERATIONS` allows for these operations.
         gpu: the one card, by name, that it is for; None for all of the device class.
         source: where it was read, for messages.
     """
@@ -142,6 +174,8 @@ def _holds(size: int, relation: str, number: int) -> bool:
             return size == number
         case "<=":
             return size <= number
+        case ">=":
+            return size >= number
         case _:
             return size % number == 0
 
@@ -165,8 +199,7 @@ def read_entry(found: Mapping[str, Any], source: str) -> Entry:
     if set(found) - {"gpu"} != expected:
         raise ValueError(f"{source}: got the fields {sorted(found)}, allowed are {sorted(expected)} and gpu")
     operations = allowed("operation", found["operation"], OPERATIONS)
-    kinds = {OPERATIONS[operation] for operation in operations}
-    if len(kinds) > 1:
+    if not set.intersection(*(set(OPERATIONS[operation]) for operation in operations)):
         raise ValueError(f"{source}: operation: got {operations}, allowed together are those of one kind of tile")
     if not isinstance(found["where"], Mapping):
         raise ValueError(f"{source}: where: got {found['where']!r}, allowed is an object")
@@ -177,10 +210,10 @@ def read_entry(found: Mapping[str, Any], source: str) -> Entry:
         for operation in operations:
             allowed("where", [dimension], DIMENSIONS[operation])
         for condition in _listed(conditions):
-            parsed = re.fullmatch(r"(?:(=|<=|multiple of) ?)?([0-9]+)", str(condition))
+            parsed = re.fullmatch(r"(?:(=|<=|>=|multiple of) ?)?([0-9]+)", str(condition))
             if parsed is None or (parsed[1] == "multiple of" and int(parsed[2]) == 0):
                 raise ValueError(
-                    f"{source}: where.{dimension}: got {condition!r}, allowed are '<= N', 'multiple of N' and N"
+                    f"{source}: where.{dimension}: got {condition!r}, allowed are '<= N', '>= N', 'multiple of N' and N"
                 )
             where.append((dimension, parsed[1] or "=", int(parsed[2])))
     return Entry(
@@ -188,7 +221,7 @@ def read_entry(found: Mapping[str, Any], source: str) -> Entry:
         allowed("device", found["device"], CLASSES),
         tuple(DTYPES[name] for name in allowed("dtype", found["dtype"], DTYPES)),
         tuple(where),
-        read_config(found["use"], operations[0], source),
+        read_config(found["use"], operations, source),
         found.get("gpu"),
         source,
     )
@@ -198,18 +231,22 @@ def _listed(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def read_config(found: Any, operation: str, source: str) -> Config | None:
-    """An entry's `use` from JSON.
+def read_config(found: Any, operations: Iterable[str], source: str) -> Config | None:
+    """An entry's `use` from JSON, for all of these operations.
 
     Raises:
         ValueError: for a field that is missing, unknown or of no allowed value; it names `source`.
     """
-    kind = OPERATIONS[operation]
-    if found is None and kind is MlpConfig:
+    first, *others = (OPERATIONS[operation] for operation in operations)
+    kinds = [kind for kind in first if all(kind in allowed for allowed in others)]
+    if found is None and None in kinds:
         return None
-    names = [field.name for field in fields(kind)]
-    if not isinstance(found, Mapping) or set(found) != set(names):
-        raise ValueError(f"{source}: use: got {found!r}, allowed are exactly the fields {', '.join(names)}")
+    names = {kind: [field.name for field in fields(kind)] for kind in kinds if kind}
+    matching = [kind for kind in names if isinstance(found, Mapping) and set(found) == set(names[kind])]
+    if not matching:
+        allowed = " or ".join([", ".join(of) for of in names.values()] + ["null"] * (None in kinds))
+        raise ValueError(f"{source}: use: got {found!r}, allowed are exactly the fields {allowed}")
+    kind = matching[0]
     values: dict[str, Any] = {name: _listed(value) if name == "widths" else value for name, value in found.items()}
     for name, value in values.items():
         numbers = _listed(value)
@@ -219,7 +256,7 @@ def read_config(found: Any, operation: str, source: str) -> Config | None:
             right, rule = type(value) is int and 1 <= value <= 8, "1 to 8"
         else:
             # Triton's tiles and warps are powers of two, and matrix products take no tile below 16.
-            products = kind in (MlpConfig, LinearConfig, AttentionConfig)
+            products = kind in (MlpConfig, SplitConfig, LinearConfig, AttentionConfig)
             least, most = (1, 32) if name == "num_warps" else (16 if products else 1, 1 << 16)
             rule = f"powers of two from {least} to {most}"
             right = bool(numbers) and all(

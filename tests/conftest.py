@@ -101,6 +101,16 @@ def kernel_device(record_property: Callable[[str, object], None]) -> Iterator[No
 
 
 @pytest.fixture
+def many_rows() -> Iterator[None]:
+    """The tiles that many rows get, whatever their number: tests are small, and few rows take others (test_split.py)."""
+    from effformer.kernels import config
+
+    entries = config.shipped_table().entries
+    with config.using(config.Table(e for e in entries if "rows" not in {dimension for dimension, *_ in e.where})):
+        yield
+
+
+@pytest.fixture
 def narrow() -> Callable[..., EfficientFormer]:
     """Build a small network of every kind of part, in eval mode and float64, with randomised weights."""
 
@@ -117,21 +127,6 @@ def narrow() -> Callable[..., EfficientFormer]:
 
 @pytest.fixture(scope="session")
 def timm() -> Any:
-    """timm, on a CPU build of torch too: torchvision's operators do not load there, and it asks for two of them."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error) or torch.version.cuda is not None:
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
-    import timm
+    from effformer.bench.competitor import import_timm
 
-    return timm
-
-
-_KEPT: list[torch.library.Library] = []  # a library that is collected takes its operators with it
+    return import_timm()

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from effformer.kernels import launch
+from effformer.kernels.bias_attention import bias_attention_launch, new_values, prepare_bias
 from effformer.kernels.launch import INTERPRETED
 
 from effformer.testing import Accuracy, Case
@@ -39,6 +41,25 @@ def check(case: Case, ulps: float = 2.0, name: str | None = None) -> None:
     assert found.max_error > 0 or found.eager_max_error == 0 or ulps >= 2, (
         "a result that is exactly float64's was not computed in this dtype"
     )
+
+
+class Prepared(Case):
+    """A call of `bias_attention` whose bias is prepared before the kernel sees it."""
+
+    @torch.no_grad()
+    def run(self, backend: str) -> torch.Tensor:
+        if backend != "triton":
+            return super().run(backend)
+        (qkv, bias), (heads, key_dim) = self.arguments, self.options.values()
+        out = new_values(qkv, heads, key_dim)
+        prepared = prepare_bias(bias, key_dim, out.shape[2] // heads, qkv.dtype)
+        launch.run(bias_attention_launch(qkv, prepared, heads, key_dim, out, prepared=True))
+        return out
+
+
+def prepared(case: Case) -> Prepared:
+    """The same call with a prepared bias."""
+    return Prepared(case.operation, case.arguments, case.options)
 
 
 def measured(what: str, result: torch.Tensor, found: Accuracy) -> None:

@@ -16,9 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("test_kernel_values.py", "test_kernels.py", "test_operators.py", "test_kernel_shapes.py")
-# What concerns these files is looked for first.
+TESTS = (
+    "test_kernel_values.py",
+    "test_kernels.py",
+    "test_operators.py",
+    "test_split.py",
+    "test_conv_norm.py",
+    "test_kernel_shapes.py",
+)
+# What concerns these files is looked for first, or alone.
 CONFIGURATIONS = ("kernels/config.py", "kernels/device.py", "kernels/table.py")
+SERVING = ("effformer/inference.py", "effformer/packing.py")
 
 
 @dataclass(frozen=True)
@@ -49,9 +57,10 @@ MUTANTS = (
     Mutant("offset of a line in 32 bits", "kernels/tiles.py", "h.to(tl.int64) * stride_h", "(h * stride_h).to(tl.int32)"),
     Mutant("offset of a column in 32 bits", "kernels/tiles.py", "+ w.to(tl.int64) * stride_w", "+ (w * stride_w).to(tl.int32)"),
     Mutant("offset of a channel in 32 bits", "kernels/pool_mixer.py", "(c.to(tl.int64) * stride_xc)", "(c * stride_xc).to(tl.int32)"),
-    Mutant("offset of a query in 32 bits", "kernels/bias_attention.py", "p_q = p_head + (row * stride_qn)", "p_q = p_head + (m * stride_qn).to(tl.int32)"),
-    Mutant("offset of a key in 32 bits", "kernels/bias_attention.py", "p_k = p_head + (column * stride_qn)", "p_k = p_head + (n * stride_qn).to(tl.int32)"),
-    Mutant("offset of a value in 32 bits", "kernels/bias_attention.py", "p_values + (n.to(tl.int64) * stride_qn)", "p_values + (n * stride_qn).to(tl.int32)"),
+    Mutant("offsets of attention in 32 bits", "kernels/bias_attention.py", "offsets = i.to(tl.int64) * stride", "offsets = (i * stride).to(tl.int32)"),
+    Mutant("offset of a tile of queries in 32 bits", "kernels/bias_attention.py", "first_row = (i_m * BLOCK_M).to(tl.int64)", "first_row = i_m * BLOCK_M"),
+    Mutant("far bias taken for near", "kernels/bias_attention.py", "max(tokens * channels, tokens * sum(bias.stride()[1:])) <", "tokens * channels <"),
+    Mutant("any strides taken for dense", "kernels/bias_attention.py", "qkv.is_contiguous() and", ""),
     Mutant("second tile written over the first", "kernels/tiles.py", "tl.minimum(i_tile, rows) * BLOCK_M", "tl.minimum(i_tile, 0) * BLOCK_M"),
     Mutant("image of a row lost", "kernels/tiles.py", "b = first // pixels + p // pixels", "b = first // pixels"),
     Mutant("channel mask missing at the last piece", "kernels/tiles.py", "return sum(widths[: piece + 1]) > size", "return False"),
@@ -70,15 +79,30 @@ MUTANTS = (
     Mutant("doubled GELU not halved", "kernels/activation.py", 'return 2.0 if form == "gelu_exp3_x2"', 'return 1.0 if form == "gelu_exp3_x2"'),
     Mutant("hard_swish unbounded", "kernels/activation.py", "tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0)", "tl.maximum(x + 3.0, 0.0)"),
     # fused MLP
-    Mutant("scale1 not applied", "kernels/conv_mlp.py", "b_hidden * scale1[None, :] + shift1", "b_hidden + shift1"),
-    Mutant("shift1 dropped", "kernels/conv_mlp.py", "* scale1[None, :] + shift1[None, :]", "* scale1[None, :]"),
-    Mutant("last hidden chunk skipped", "kernels/conv_mlp.py", "tl.range(0, HIDDEN, BLOCK_H", "tl.range(0, HIDDEN - 1 - (HIDDEN - 1) % BLOCK_H, BLOCK_H"),
-    Mutant("hidden channels beyond the last read", "kernels/conv_mlp.py", "mask=(c < C) & (n < HIDDEN)", "mask=(c < C)"),
+    Mutant("scale1 not applied", "kernels/hidden.py", "b_hidden = b_hidden * _load_hidden(scale1_ptr, n, HIDDEN, BLOCK_H)", "b_hidden = b_hidden * 1.0"),
+    Mutant("shift1 dropped", "kernels/hidden.py", "b_hidden = b_hidden + _load_hidden(shift1_ptr, n, HIDDEN, BLOCK_H)", "b_hidden = b_hidden + 0.0"),
+    Mutant("last hidden chunk skipped", "kernels/hidden.py", "tl.range(first, last, BLOCK_H", "tl.range(first, last - 1 - (last - 1) % BLOCK_H, BLOCK_H"),
+    Mutant("hidden channels beyond the last read", "kernels/hidden.py", "mask=(c < C) & (n < HIDDEN)", "mask=(c < C)"),
     Mutant("scale2 not applied", "kernels/conv_mlp.py", "(b_acc[i] * scale2 +", "(b_acc[i] +"),
     Mutant("shift2 dropped", "kernels/conv_mlp.py", " + load_vector(shift2_ptr, c, C, WIDTHS, i))", ")"),
     Mutant("residual skipped", "kernels/conv_mlp.py", "result = residual.to(tl.float32) +", "result ="),
-    Mutant("second accumulator forgets", "kernels/conv_mlp.py", "tl.dot(b_act, b_w2, b_acc[i],", "tl.dot(b_act, b_w2, b_acc[i] * (i == 0),"),
+    Mutant("second accumulator forgets", "kernels/hidden.py", "tl.dot(b_act, b_w2, b_acc[i],", "tl.dot(b_act, b_w2, b_acc[i] * (i == 0),"),
     Mutant("residual taken before pooling", "kernels/conv_mlp.py", "        if POOL and RELOAD:\n            residual = tl.load(p_out", "        if False:\n            residual = tl.load(p_out"),
+    # split MLP
+    Mutant("a chunk added twice", "kernels/split_mlp.py", "tl.minimum(first + CHUNK, HIDDEN)", "tl.minimum(first + CHUNK + BLOCK_H, HIDDEN)"),
+    Mutant("all parts of the first chunk", "kernels/split_mlp.py", "first = i_s * CHUNK", "first = i_s * 0"),
+    Mutant("parts written over the first", "kernels/split_mlp.py", "o_out += i_s.to(tl.int64) * stride_os", "o_out += i_s.to(tl.int64) * 0"),
+    Mutant("offset of a part in 32 bits", "kernels/split_mlp.py", "i_s.to(tl.int64) * stride_os", "(i_s * stride_os).to(tl.int32)"),
+    Mutant("rows past the end added", "kernels/split_mlp.py", "mask = inside[:, None] & channel_mask(", "mask = (row >= 0)[:, None] & channel_mask("),
+    Mutant("a part stored and not added", "kernels/split_mlp.py", "tl.atomic_add(p_out, b_acc[i], mask=mask, sem=\"relaxed\")", "tl.store(p_out, b_acc[i], mask=mask)"),
+    Mutant("last part forgotten", "kernels/split_mlp.py", "tl.static_range(PARTS)", "tl.static_range(max(PARTS - 1, 1))"),
+    Mutant("sum left as it is", "kernels/split_mlp.py", "if CLEAR:", "if False:"),
+    Mutant("channel tile ignored in the sum", "kernels/split_mlp.py", "c = i_c * BLOCK_C + tl.arange", "c = tl.arange"),
+    Mutant("residual taken before pooling", "kernels/split_mlp.py", "residual = pool_tile(p_residual, there, h, w, H, W, stride_rh, stride_rw, layer_scale)", "residual = tl.load(p_residual, mask=there, other=0.0)"),
+    Mutant("gain of the hidden forgotten", "kernels/split_mlp.py", "* (1.0 / X_GAIN)", ""),
+    Mutant("shift2 dropped", "kernels/split_mlp.py", "(b_sum * scale2 + shift2)", "(b_sum * scale2)"),
+    Mutant("any order allowed silently", "kernels/split_mlp.py", "if deterministic or not torch.are", "if True or not torch.are"),
+    Mutant("always in order", "kernels/meta4d.py", "map_rows(out), config, deterministic=deterministic)", "map_rows(out), config)"),
     # matrix products
     Mutant("inputs beyond the last read", "kernels/linear.py", "inside[:, None] & (first + k < INPUTS)[None, :]", "inside[:, None]"),
     Mutant("outputs beyond the last written", "kernels/linear.py", "mask = mask & there[None, :]", "mask = mask"),
@@ -90,20 +114,34 @@ MUTANTS = (
     Mutant("eps dropped", "kernels/layer_norm.py", "variance + eps", "variance"),
     Mutant("padding counted into the variance", "kernels/layer_norm.py", "centred = tl.where(there, b_x - (tl.sum(b_x, 1) / C)[:, None], 0.0)", "centred = b_x - (tl.sum(b_x, 1) / C)[:, None]"),
     Mutant("norm's bias dropped", "kernels/layer_norm.py", "normalised * weight + bias", "normalised * weight"),
+    # the network's end
+    Mutant("tokens that do not exist counted", "kernels/head.py", "tl.where(t < N, tl.rsqrt(variance + eps), 0.0)", "tl.rsqrt(variance + eps)"),
+    Mutant("padding counted into the variance", "kernels/head.py", "centred = tl.where(there, b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None], 0.0)", "centred = b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None]"),
+    Mutant("only the last tile of tokens pooled", "kernels/head.py", "b_sum += tl.sum(centred", "b_sum = tl.sum(centred"),
+    Mutant("norm's bias dropped", "kernels/head.py", "* weight + tl.load(norm_bias_ptr + c, mask=c < C, other=0.0)", "* weight"),
+    Mutant("eps dropped", "kernels/head.py", "tl.rsqrt(variance + eps)", "tl.rsqrt(variance)"),
+    Mutant("weights of the first classes for all", "kernels/head.py", "b_weight = _class_rows(weight_ptr, n + BLOCK_W,", "b_weight = _class_rows(weight_ptr, n,"),
+    Mutant("classes beyond the last written", "kernels/head.py", "b_out.to(out_ptr.dtype.element_ty), mask=n < CLASSES)", "b_out.to(out_ptr.dtype.element_ty))"),
+    Mutant("offset of a token in 32 bits", "kernels/head.py", "(t.to(tl.int64) * stride_xn)", "(t * stride_xn).to(tl.int32)"),
+    Mutant("bias of the linear layer dropped", "kernels/head.py", "tl.sum(b_product, 1) + tl.load(bias_ptr + n, mask=n < CLASSES, other=0.0)", "tl.sum(b_product, 1)"),
     # attention
     Mutant("bias dropped", "kernels/bias_attention.py", "tl.where(tl.abs(b_s) < float(\"inf\"), b_finite, b_s)", "tl.where(tl.abs(b_s) < float(\"inf\"), 0.0, b_s)"),
     Mutant("bias not divided by the scale", "kernels/bias_attention.py", "b_finite, b_s) * (1.0 / SCALE)", "b_finite, b_s)"),
     Mutant("a finite mask overflows", "kernels/bias_attention.py", "tl.where(tl.abs(b_s) < float(\"inf\"), b_finite, b_s)", "b_s"),
-    Mutant("bias index order swapped", "kernels/bias_attention.py", "(row * stride_bm)[:, None]", "(row * stride_bn)[:, None]"),
+    Mutant("bias index order swapped", "kernels/bias_attention.py", "_times(r, stride_bm, DENSE)", "_times(r, stride_bn, DENSE)"),
     Mutant("bias of the first head for all", "kernels/bias_attention.py", "i_h.to(tl.int64) * stride_bh", "i_h.to(tl.int64) * 0"),
     Mutant("values of the wrong head", "kernels/bias_attention.py", "p_values = p_head +", "p_values = qkv_ptr + i_b * stride_qb +"),
-    Mutant("keys read for queries", "kernels/bias_attention.py", "((KEY_DIM + c).to(tl.int64)", "(c.to(tl.int64)"),
+    Mutant("keys read for queries", "kernels/bias_attention.py", "_times(KEY_DIM + c, stride_qc, DENSE)", "_times(c, stride_qc, DENSE)"),
     Mutant("keys beyond the last not masked", "kernels/bias_attention.py", 'other=-float("inf"))', "other=0.0)"),
     Mutant("sum not faded with the maximum", "kernels/bias_attention.py", "b_sum = b_sum * fade +", "b_sum = b_sum +"),
     Mutant("values not faded with the maximum", "kernels/bias_attention.py", "faded = b_acc[i] * fade[:, None]", "faded = b_acc[i]"),
     Mutant("a masked tile poisons its row", "kernels/bias_attention.py", 'tl.where(b_new == -float("inf"), 0.0, b_new)', "b_new"),
     Mutant("no maximum subtracted", "kernels/bias_attention.py", "(b_s - tl.max(b_s, 1)[:, None]) * TO_BITS", "b_s * TO_BITS"),
-    Mutant("values past 256 never written", "kernels/bias_attention.py", "v = i_v * BLOCK_V + c", "v = c"),
+    Mutant("values past 256 never written", "kernels/bias_attention.py", "i_h * VALUE_DIM + i_v * BLOCK_V\n", "i_h * VALUE_DIM\n"),
+    Mutant("prepared bias not divided by the scale", "kernels/bias_attention.py", ") / key_dim**-0.5", ")"),
+    Mutant("prepared finite mask overflows", "kernels/bias_attention.py", "bias.clamp(-limit, limit)", "bias"),
+    Mutant("prepared keys beyond the last not masked", "kernels/bias_attention.py", "value=-torch.inf", "value=0.0"),
+    Mutant("prepared mask forgotten", "kernels/bias_attention.py", "torch.where(bias.isinf(), bias, ", "torch.where(bias.isnan(), bias, "),
     # registration and choice
     Mutant("fake of another layout", "kernels/meta4d.py", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x)", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x.contiguous())"),
     Mutant("gradients silently lost", "effformer/backend.py", "backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)", "backward = False"),
@@ -118,8 +156,50 @@ MUTANTS = (
     Mutant("multiples ignored", "kernels/table.py", "return size % number == 0", "return True"),
     Mutant("tiles of other kernels taken", "kernels/config.py", 'if found["fingerprint"] != fingerprint():', "if False:"),
     Mutant("what was tuned here forgotten", "kernels/config.py", "_tuned_table() if device.name else", ""),
-    Mutant("tiles wider than the product", "kernels/config.py", "found.widths if outputs >= whole else", "found.widths if True else"),
+    Mutant("tiles wider than the product", "kernels/config.py", "return widths if outputs >= whole else", "return widths if True else"),
     Mutant("unknown activations let through", "effformer/backend.py", "if activation not in TRITON_ACTIVATIONS:", "if False:"),
+    # convolutions
+    Mutant("a tap above the map read", "kernels/conv_norm.py", "return (i >= 0) & (i < SIZE)", "return i < SIZE"),
+    Mutant("a tap below the map read", "kernels/conv_norm.py", "return (i >= 0) & (i < SIZE)", "return (i >= 0) & (i <= SIZE)"),
+    Mutant("taps in columns", "kernels/conv_norm.py", "tl.int64) + tap // 3, tl.full((), 0, tl.int64) + tap % 3", "tl.int64) + tap % 3, tl.full((), 0, tl.int64) + tap // 3"),
+    Mutant("stride of 1", "kernels/conv_norm.py", "y, x = 2 * h - 1, 2 * w - 1", "y, x = h - 1, w - 1"),
+    Mutant("padding after the map instead of before", "kernels/conv_norm.py", "y, x = 2 * h - 1, 2 * w - 1", "y, x = 2 * h, 2 * w"),
+    Mutant("the last channels of a tap unmasked", "kernels/conv_norm.py", "if C % BLOCK_K == 0 or (C < BLOCK_K and not cut(DEPTHS, i, C)):", "if C % BLOCK_K == 0 or not cut(DEPTHS, i, C):"),
+    Mutant("the first channels of each step", "kernels/conv_norm.py", "first = step % tl.cdiv(C, BLOCK_K) * BLOCK_K", "first = 0 * step"),
+    Mutant("pixels not centred", "kernels/conv_norm.py", "b_x.to(tl.float32) - OFFSET", "b_x.to(tl.float32)"),
+    Mutant("border of zeros", "kernels/conv_norm.py", "border = tl.load(border_ptr + c, mask=there, other=0.0)", "border = tl.load(border_ptr + c, mask=there & (c < 0), other=0.0)"),
+    Mutant("convolution: offset of a line in 32 bits", "kernels/conv_norm.py", "y.to(tl.int64) * units_xh + x.to", "(y * units_xh).to(tl.int32) + x.to"),
+    Mutant("convolution: offset of a tap in 32 bits", "kernels/conv_norm.py", "dy.to(tl.int64) * units_xh", "(dy * units_xh).to(tl.int32)"),
+    Mutant("convolution: shift dropped", "kernels/conv_norm.py", "activate(b_acc[i] * scale + shift,", "activate(b_acc[i] * scale,"),
+    Mutant("convolution: gain kept", "kernels/conv_norm.py", "ACTIVATION) * (1.0 / gain(ACTIVATION))", "ACTIVATION)"),
+    Mutant("vendor: scale not folded", "kernels/conv_norm.py", "(weight * scale[:, None, None, None])", "weight"),
+    Mutant("vendor: border of zeros", "kernels/conv_norm.py", "x = border.to(weight.dtype)[:, None, None]", "x = (0 * border).to(weight.dtype)[:, None, None]"),
+    # the serving form
+    Mutant("frozen: one head alone", "effformer/packing.py", "(one.bias + other.bias) / 2", "one.bias"),
+    Mutant("frozen: padding of pixels is black", "effformer/packing.py", "border = 255 * mean - PIXEL_OFFSET", "border = 0 * mean - PIXEL_OFFSET"),
+    Mutant("frozen: the border's share not taken back", "effformer/packing.py", "shift - scale * (weight.sum((2, 3)) @ border)", "shift"),
+    Mutant("frozen: std of the channels mixed up", "effformer/packing.py", "(middle / std)[:, None, None]", "(middle / std.flip(0))[:, None, None]"),
+    Mutant("frozen: weights shared with the model", "effformer/packing.py", "copy.deepcopy(module).double()", "module.double()"),
+    Mutant("frozen: new weights of the first convolution alone", "effformer/packing.py", "for target, source in zip(self.tensors(), other.tensors(), strict=True):", "for target, source in list(zip(self.tensors(), other.tensors(), strict=True))[:1]:"),
+    Mutant("frozen: another architecture's weights taken", "effformer/packing.py", "if _structure(self) != _structure(other):", "if False:"),
+    Mutant("frozen: bias of the image's sides, not the map's", "effformer/packing.py", "sides = (sides[0] + 1) // 2, (sides[1] + 1) // 2", "pass"),
+    Mutant("frozen: a tapped norm goes on to the next stage", "effformer/packing.py", 'inline=kind == "inline"', "inline=True"),
+    Mutant("frozen: hooks lost", "effformer/packing.py", "if not is_plain(module, known):", "if False:"),
+    Mutant("frozen: training mode let through", "effformer/packing.py", "if model.training:", "if False:"),
+    Mutant("frozen: a stem with other strides let through", "effformer/packing.py", "return geometry ==", "return True or geometry =="),
+    Mutant("frozen: old biases in the graphs", "effformer/inference.py", "                    target.copy_(source)", "                    pass"),
+    Mutant("frozen: old biases without a graph", "effformer/inference.py", "            self._biases.clear()\n            self._model", "            self._model"),
+    Mutant("frozen: graphs beyond the limit", "effformer/inference.py", "len(self._graphs) < self._max_graphs", "True"),
+    Mutant("frozen: padded to the largest", "effformer/inference.py", "return min(larger)", "return max(larger)"),
+    Mutant("frozen: padded to another size", "effformer/inference.py", "if known[1:] == key[1:] and", "if"),
+    Mutant("frozen: padding returned", "effformer/inference.py", "result[:batch].clone(memory_format=torch.preserve_format)", "result.clone()"),
+    Mutant("frozen: results overwritten", "effformer/inference.py", "if self._new_outputs else", "if False else"),
+    Mutant("frozen: images not copied", "effformer/inference.py", "graph.images[:batch].copy_(images)", "pass"),
+    Mutant("frozen: other images in the buffer's memory", "effformer/inference.py", "if (images.data_ptr(), images.stride()) !=", "if (images.data_ptr(), graph.images.stride()) !="),
+    Mutant("frozen: autocast let in", "effformer/inference.py", "torch.autocast(device.type, enabled=False) if", "contextlib.nullcontext() if"),
+    Mutant("frozen: tensors of inference mode kept", "effformer/inference.py", "torch.inference_mode(False), ", ""),
+    Mutant("frozen: threads do not wait", "effformer/inference.py", "with self._lock, torch.inference_mode(False)", "with torch.inference_mode(False)"),
+    Mutant("frozen: a gradient lost", "effformer/inference.py", "if torch.is_grad_enabled() and images.requires_grad:", "if False:"),
 )  # fmt: skip
 
 
@@ -164,8 +244,8 @@ def main() -> None:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             plant(mutant, Path(folder))
-            first = ("test_configurations.py",) if mutant.file in CONFIGURATIONS else ()
-            killer = red(Path(folder), first + TESTS)
+            tests = ("test_configurations.py", *TESTS) if mutant.file in CONFIGURATIONS else TESTS
+            killer = red(Path(folder), ("test_freeze.py",) if mutant.file in SERVING else tests)
         survived += killer is None
         lines.append(f"{'SURVIVED' if killer is None else 'killed':8} {mutant.fault} ({mutant.file}): {killer or '-'}")
         print(f"{lines[-1]}  [{time.monotonic() - begin:.0f} s]", flush=True)

@@ -45,10 +45,15 @@ def test_l1_on_hopper(tmp_path: Path) -> None:
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert {record["kernel"] for record in records} == {
         "mlp_kernel",
+        "split_mlp_kernel",
+        "split_sum_kernel",
         "pool_mixer_kernel",
         "linear_kernel",
         "layer_norm_kernel",
         "bias_attention_kernel",
+        "conv_norm_kernel",
+        "head_kernel",
+        "token_mean_kernel",
     }
     for record in records:
         compiled, kernel = record["compiled"], record["kernel"]
@@ -57,8 +62,9 @@ def test_l1_on_hopper(tmp_path: Path) -> None:
         assert compiled["shared_memory"] <= record["shared_memory_limit"] == 232_448
         assert compiled["loop_spills"] == 0
         assert (record["target"], record["dtype"], record["tensor_core"]) == ("sm_90", "bfloat16", "HGMMA")
-        assert bool(compiled["tensor_cores"]) == (kernel not in ("pool_mixer_kernel", "layer_norm_kernel"))
-        assert (record["instructions_per_hidden"] is not None) == (kernel == "mlp_kernel")
+        products = ("conv_norm_kernel", "mlp_kernel", "split_mlp_kernel", "linear_kernel", "bias_attention_kernel")
+        assert bool(compiled["tensor_cores"]) == (kernel in products)
+        assert (record["instructions_per_hidden"] is not None) == (kernel in ("mlp_kernel", "split_mlp_kernel"))
         if kernel == "mlp_kernel":  # GELU alone is seven
             assert 7 < record["instructions_per_hidden"] < 20
             assert record["mufu_per_hidden"] == 1
@@ -111,7 +117,7 @@ def test_rules() -> None:
     assert faults(shared_memory=1001) == ["1001 bytes of shared memory, and the GPU has 1000"]
     assert faults(waits=22) == ["serialised products: 22 waits for 11 in the loop"]
     assert faults("linear_kernel", loop_instructions=0) == ["7 spills, and the loop is unrolled"]
-    for kernel in ("mlp_kernel", "linear_kernel", "bias_attention_kernel"):
+    for kernel in ("mlp_kernel", "split_mlp_kernel", "linear_kernel", "bias_attention_kernel"):
         assert faults(kernel, tensor_cores={"HMMA": 4}) == [
             "no HGMMA: its matrix products are not on the target's tensor cores"
         ]

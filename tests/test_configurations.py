@@ -230,7 +230,7 @@ USE = ENTRY["use"]
         ({"device": []}, "device: got [], allowed are"),
         ({"dtype": "half"}, "dtype: got 'half', allowed are float16, bfloat16, float32"),
         ({"where": {"tokens": 4}}, "where: got ['tokens'], allowed are channels, rows"),
-        ({"where": {"channels": "< 48"}}, "where.channels: got '< 48', allowed are '<= N', 'multiple of N' and N"),
+        ({"where": {"channels": "< 48"}}, "where.channels: got '< 48', allowed are '<= N', '>= N', 'multiple of N' and N"),
         ({"where": {"channels": "multiple of 0"}}, "where.channels: got 'multiple of 0'"),
         ({"use": None, "operation": "linear", "where": {}}, "use: got None, allowed are exactly the fields block_m, widths"),
         ({"use": {"block_m": 64}}, "allowed are exactly the fields block_m, block_h, reload, num_warps, num_stages"),

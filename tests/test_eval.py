@@ -313,7 +313,7 @@ def test_json(capsys: pytest.CaptureFixture[str], photos: Path, weights: Path) -
     others = {"device", "device_name", "versions", "timed", "eager", "triton"}
     assert facts.keys() == expected.keys() | others
     assert facts["eager"].keys() == {"top1", "top5", "nonfinite", "images_per_second", "forward"}
-    assert facts["eager"]["forward"].keys() == {"p20", "p50", "p80", "repeats"}
+    assert facts["eager"]["forward"].keys() == {"p20", "p50", "p80", "p99", "repeats"}
     assert facts["eager"]["images_per_second"] == pytest.approx(4000 / facts["eager"]["forward"]["p50"])
 
 
@@ -468,7 +468,7 @@ def test_wrong_calls_are_status_2(arguments: list[str]) -> None:
 
 
 def test_text_of_both_backends() -> None:
-    timing = Timing(9.0, 10.0, 11.0, 50)
+    timing = Timing(9.0, 10.0, 11.0, 12.0, 50)
     text = str(Evaluation(200, 10, {}, Score(0.5, 0.9, 0, 1600.0, timing), Score(0.495, 0.9, 1, 3200.0, timing),
                           None, False, 3, 16))  # fmt: skip
     for part in ("eager    triton", "50.00%    49.50%", "1600.0    3200.0", "3 of 200 predictions (1.50%)",

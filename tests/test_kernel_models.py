@@ -10,7 +10,7 @@ from effformer import EfficientFormer, EfficientFormerConfig, create_model, list
 from effformer.blocks import Meta3D, Meta4D
 from effformer.testing import Accuracy, accuracy, draw_map, randomise
 
-pytestmark = pytest.mark.usefixtures("kernel_device")
+pytestmark = pytest.mark.usefixtures("kernel_device", "many_rows")
 
 
 def errors(model: torch.nn.Module, dtype: torch.dtype, *inputs: object) -> Accuracy:

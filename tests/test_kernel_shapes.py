@@ -5,22 +5,29 @@ The seed is in pytest's header; --hypothesis-seed=N draws the same shapes again.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import machine
 import pytest
 import torch
+from effformer.kernels.config import preferring
+from effformer.kernels.device import CLASSES
+from effformer.kernels.table import DTYPES as DTYPES_OF
+from effformer.kernels.table import Entry, SplitConfig
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from machine import check
+from machine import check, prepared
 
 from effformer.backend import TRITON_ACTIVATIONS
 from effformer.testing import (
     LAYOUTS,
+    Case,
     attention_mixer_case,
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -29,6 +36,7 @@ from effformer.testing import (
 DTYPES = st.sampled_from(machine.DTYPES)
 ACTIVATIONS = st.sampled_from(TRITON_ACTIVATIONS)
 SEEDS = st.integers(0, 2**31 - 1)
+SPLITS = st.sampled_from([False, False, True])  # of every three one: these are many programs
 drawn = settings(max_examples=200, deadline=None, database=None)
 if machine.ON_GPU:  # where nearly every example is compiled, for some seconds: fewer, and none to shrink a failure
     drawn = settings(
@@ -37,7 +45,10 @@ if machine.ON_GPU:  # where nearly every example is compiled, for some seconds: 
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=[HealthCheck.too_slow],
     )
-pytestmark = pytest.mark.usefixtures("kernel_device")
+pytestmark = pytest.mark.usefixtures("kernel_device", "many_rows")
+SPLIT = Entry(
+    ("meta4d", "conv_mlp", "linear_mlp"), tuple(CLASSES), tuple(DTYPES_OF.values()), (), SplitConfig(16, 32, 64, 4, 1)
+)
 
 
 @st.composite
@@ -59,6 +70,11 @@ def tokens(draw: Any) -> torch.Tensor:
     return x if draw(st.booleans()) else x.mT.contiguous().mT
 
 
+def check_mlp(case: Case, split: bool) -> None:
+    with preferring(SPLIT) if split else contextlib.nullcontext():
+        check(case)
+
+
 @drawn
 @given(maps())
 def test_pool_mixer(x: torch.Tensor) -> None:
@@ -66,15 +82,15 @@ def test_pool_mixer(x: torch.Tensor) -> None:
 
 
 @drawn
-@given(maps(), st.integers(1, 150), ACTIVATIONS)
-def test_conv_mlp(x: torch.Tensor, hidden: int, activation: str) -> None:
-    check(conv_mlp_case(x, hidden, activation))
+@given(maps(), st.integers(1, 150), ACTIVATIONS, SPLITS)
+def test_conv_mlp(x: torch.Tensor, hidden: int, activation: str, split: bool) -> None:
+    check_mlp(conv_mlp_case(x, hidden, activation), split)
 
 
 @drawn
-@given(maps(), st.integers(1, 150), ACTIVATIONS)
-def test_meta4d(x: torch.Tensor, hidden: int, activation: str) -> None:
-    check(meta4d_case(x, hidden, activation))
+@given(maps(), st.integers(1, 150), ACTIVATIONS, SPLITS)
+def test_meta4d(x: torch.Tensor, hidden: int, activation: str, split: bool) -> None:
+    check_mlp(meta4d_case(x, hidden, activation), split)
 
 
 @drawn
@@ -83,7 +99,8 @@ def test_bias_attention(
     seed_: int, dtype: torch.dtype, batch: int, tokens: int, num_heads: int, key_dim: int, value_dim: int
 ) -> None:
     torch.manual_seed(seed_)
-    check(bias_attention_case(batch, tokens, dtype, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim))
+    case = bias_attention_case(batch, tokens, dtype, num_heads=num_heads, key_dim=key_dim, value_dim=value_dim)
+    check(prepared(case) if seed_ % 2 else case)
 
 
 @drawn
@@ -93,6 +110,12 @@ def test_attention_mixer(x: torch.Tensor, num_heads: int, key_dim: int, value_di
 
 
 @drawn
-@given(tokens(), st.integers(1, 150), ACTIVATIONS)
-def test_linear_mlp(x: torch.Tensor, hidden: int, activation: str) -> None:
-    check(linear_mlp_case(x, hidden, activation))
+@given(tokens(), st.integers(1, 150), ACTIVATIONS, SPLITS)
+def test_linear_mlp(x: torch.Tensor, hidden: int, activation: str, split: bool) -> None:
+    check_mlp(linear_mlp_case(x, hidden, activation), split)
+
+
+@drawn
+@given(tokens(), st.none() | st.integers(1, 150), st.integers(1, 12))
+def test_head(x: torch.Tensor, classes: int | None, copies: int) -> None:
+    check(head_case(x.repeat(copies, 1, 1), classes))

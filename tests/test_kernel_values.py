@@ -18,7 +18,7 @@ from effformer.kernels.layout import map_rows
 from effformer.kernels.linear import linear_launch
 from effformer.kernels.pool_mixer import pool_mixer_launch
 from effformer.kernels.tiles import split
-from machine import DEVICE, DTYPES, ON_GPU, check, room, same
+from machine import DEVICE, DTYPES, ON_GPU, Prepared, check, prepared, room, same
 
 from effformer import reference
 from effformer.testing import (
@@ -27,13 +27,14 @@ from effformer.testing import (
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
 )
 
 NAN, INF = float("nan"), float("inf")
-pytestmark = pytest.mark.usefixtures("kernel_device")
+pytestmark = pytest.mark.usefixtures("kernel_device", "many_rows")
 
 
 # --- GELU -----------------------------------------------------------------------------------------------------------------
@@ -154,6 +155,9 @@ def test_infinity_at_every_place_of_a_small_map(value: float) -> None:
 def test_special_values_in_tokens(dtype: torch.dtype) -> None:
     x = spoil(torch.randn(4, 40, 48).to(dtype))
     check(linear_mlp_case(x, 100))
+    for classes in (None, 20):
+        assert not head_case(x, classes).exact().isfinite().all()
+        check(head_case(x, classes))
     check(attention_mixer_case(x, num_heads=2, key_dim=16, value_dim=24))
 
 
@@ -165,6 +169,7 @@ def test_special_values_in_attention(tokens: int, channel: int, value: float) ->
     case.arguments[0][1, tokens - 2, 56 + channel] = value
     assert not case.exact().isfinite().all()
     check(case)
+    check(prepared(case))
 
 
 @pytest.mark.parametrize("tokens", [49, 150])
@@ -179,6 +184,7 @@ def test_bias_may_mask(tokens: int) -> None:
     assert exact[:, [3, 5, 6], 24:].isnan().all()
     assert exact[..., :24].isfinite().all()
     check(case)
+    check(prepared(case))
 
 
 @pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, -1e38])
@@ -190,6 +196,7 @@ def test_finite_masks_stay_finite(tokens: int, mask: float) -> None:
     case.arguments[1][0, :, 5:9] = mask
     assert case.exact().isfinite().all()
     check(case)
+    check(prepared(case))
 
 
 @pytest.mark.parametrize("tokens", [49, 150])
@@ -198,6 +205,7 @@ def test_large_scores_do_not_overflow(tokens: int) -> None:
     case.arguments[1].mul_(1e4)
     assert case.exact().isfinite().all()
     check(case)
+    check(prepared(case))
 
 
 def test_hidden_values_may_exceed_half_of_float16() -> None:
@@ -270,19 +278,31 @@ def test_any_stride_may_be_far(far: str) -> None:
 
 
 @pytest.mark.parametrize("far", ["images", "tokens", "channels"])
-@pytest.mark.parametrize("tokens", [49, 80])
+@pytest.mark.parametrize("tokens", [49, 150])
 def test_attention_offsets_beyond_32_bits(tokens: int, far: str) -> None:
     case = bias_attention_case(2, tokens, torch.float16, num_heads=2, key_dim=16, value_dim=24)
     near, bias = case.arguments
     channels = near.shape[2]
     strides = {
         "images": (FAR, channels, 1),
-        "tokens": (channels, FAR // (tokens - 1), 1),
+        "tokens": (channels, FAR // min(tokens - 1, 127), 1),  # the second tile of queries begins beyond them, too
         "channels": (tokens, 1, FAR // (channels - 1)),
     }[far]
-    x = far_storage(near.numel()).as_strided(near.shape, strides)
+    x = far_storage(near.numel() + max(tokens - 128, 0) * strides[1]).as_strided(near.shape, strides)
     x.copy_(near)
     same(Case("bias_attention", (x, bias), case.options).run("triton"), case.run("triton"))
+    same(Prepared("bias_attention", (x, bias), case.options).run("triton"), prepared(case).run("triton"))
+
+
+@pytest.mark.parametrize("far", ["images", "tokens"])
+def test_head_offsets_beyond_32_bits(far: str) -> None:
+    near = torch.randn(2, 70, 24).half()
+    strides = (FAR, 24, 1) if far == "images" else (24, FAR // 69, 1)
+    x = far_storage(near.numel()).as_strided(near.shape, strides)
+    x.copy_(near)
+    for classes in (None, 20):
+        case = head_case(near, classes)
+        same(Case("head", (x, *case.arguments[1:]), case.options).run("triton"), case.run("triton"))
 
 
 def test_bias_offsets_beyond_32_bits() -> None:
@@ -301,6 +321,8 @@ def test_bias_offsets_beyond_32_bits() -> None:
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="x: got a map of 65536x32768, allowed are 2147479552 pixels an image"):
         map_rows(torch.empty(1, device="meta").expand(1, 1, 65536, 32768))
+    with pytest.raises(ValueError, match="x: got 40000 channels, allowed are 32768 for LayerNorm"):
+        head_case(torch.zeros(1, 1, 40_000).half(), 2).run("triton")
     with pytest.raises(ValueError, match="x: got 40000 channels, allowed are 32768 for LayerNorm"):
         norm_config(40_000, 1, torch.float16, HOPPER)
     with pytest.raises(ValueError, match="key_dim: got 2000, allowed are up to 1816 in torch.float16"):
@@ -332,3 +354,4 @@ def test_configurations_for_other_devices_compute_the_same(device: Device, monke
         for channels in (48, 224, 320):
             check(meta4d_case(draw_map((2, channels, 9, 11), torch.float16), 2 * channels))
         check(attention_mixer_case(torch.randn(2, 80, 48).half(), num_heads=2, key_dim=16, value_dim=24))
+        check(prepared(bias_attention_case(2, 80, torch.float16, num_heads=2, key_dim=16, value_dim=24)))

@@ -10,15 +10,19 @@ from collections.abc import Callable
 import machine
 import pytest
 import torch
-from machine import DTYPES
+from effformer.kernels.attention_mixer import attention_mixer
+from effformer.kernels.bias_attention import prepare_bias
+from machine import DTYPES, prepared
 
 from effformer.testing import (
     LAYOUTS,
     Case,
+    accuracy,
     attention_mixer_case,
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -27,7 +31,7 @@ from effformer.testing import (
 L1, L3, L7 = (48, 96, 224, 448), (64, 128, 320, 512), (96, 192, 384, 768)
 WIDTHS = sorted({*L1, *L3, *L7})
 SIZE = (2, 11, 13)  # 286 pixels: 2 tiles of 128 rows and 30 rows
-pytestmark = pytest.mark.usefixtures("kernel_device")
+pytestmark = pytest.mark.usefixtures("kernel_device", "many_rows")
 
 
 def image(channels: int, dtype: torch.dtype, layout: str = "channels_last") -> torch.Tensor:
@@ -65,6 +69,7 @@ def test_tokens_may_be_a_transposed_map() -> None:
     assert x.stride(2) == 70
     check(linear_mlp_case(x, 128), ulps=0.5)
     check(attention_mixer_case(x, num_heads=2, key_dim=16, value_dim=24), ulps=0.5)
+    check(head_case(x, 20), ulps=0.5)
     out = linear_mlp_case(x, 128).run("triton")
     assert out.is_contiguous()
 
@@ -76,6 +81,7 @@ def test_attention_reads_strided_arguments() -> None:
     wide[:, ::2, 1::2] = qkv
     strided = Case(case.operation, (wide[:, ::2, 1::2], bias.mT.contiguous().mT), case.options)
     machine.same(strided.run("triton"), case.run("triton"))
+    machine.same(prepared(strided).run("triton"), prepared(case).run("triton"))
     shared = Case(case.operation, (qkv[:1].expand(2, -1, -1), bias[:1].expand(3, -1, -1)), case.options)
     check(shared, ulps=0.5)
 
@@ -133,6 +139,9 @@ def test_empty_batches() -> None:
         bias_attention_case(0, 9, torch.float16, num_heads=2, key_dim=4, value_dim=6),
         linear_mlp_case(torch.randn(0, 9, 48).half(), 96),
         attention_mixer_case(torch.randn(0, 9, 48).half(), num_heads=2, key_dim=4, value_dim=6),
+        head_case(torch.randn(0, 9, 48).half(), 5),
+        head_case(torch.randn(2, 9, 48).half(), 0),
+        head_case(torch.randn(0, 9, 48).half()),
     ):
         assert case.run("triton").shape == case.run("eager").shape
 
@@ -152,6 +161,7 @@ def test_empty_batches() -> None:
 def test_heads_of_any_size(heads: int, key_dim: int, value_dim: int, tokens: int) -> None:
     case = bias_attention_case(2, tokens, torch.float16, num_heads=heads, key_dim=key_dim, value_dim=value_dim)
     check(case, ulps=1)
+    check(prepared(case), ulps=1)
 
 
 def test_arguments_are_left_alone() -> None:
@@ -161,6 +171,7 @@ def test_arguments_are_left_alone() -> None:
         bias_attention_case(2, 49, torch.float16, num_heads=2, key_dim=16, value_dim=24),
         attention_mixer_case(torch.randn(2, 9, 48).half(), num_heads=2, key_dim=16, value_dim=24),
         linear_mlp_case(torch.randn(2, 9, 48).half(), 96),
+        head_case(torch.randn(2, 9, 48).half(), 96),
     ):
         before = [argument.clone() for argument in case.arguments]
         case.run("triton").fill_(torch.nan)
@@ -192,7 +203,9 @@ def test_pool_mixer(channels: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [49, 150])  # one tile of keys; three, the last in part
 def test_bias_attention(tokens: int, dtype: torch.dtype) -> None:
-    check(bias_attention_case(2, tokens, dtype, num_heads=8, key_dim=32, value_dim=128), ulps=0.5)
+    case = bias_attention_case(2, tokens, dtype, num_heads=8, key_dim=32, value_dim=128)
+    check(case, ulps=0.5)
+    check(prepared(case), ulps=0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -202,7 +215,33 @@ def test_attention_mixer(channels: int, tokens: int, dtype: torch.dtype) -> None
     check(attention_mixer_case(x, num_heads=8, key_dim=32, value_dim=128))
 
 
+def test_attention_mixer_with_a_prepared_bias() -> None:
+    case = attention_mixer_case(torch.randn(2, 150, 64).half(), num_heads=2, key_dim=16, value_dim=24)
+    bias = case.arguments[5]
+    arguments = (*case.arguments[:5], prepare_bias(bias, 16, 24, torch.float16), *case.arguments[6:])
+    result = attention_mixer(*arguments, 2, 16, 1e-5, prepared=True)
+    assert accuracy(result, case.exact(), case.run("eager")).passes(0.5)
+    with pytest.raises(
+        ValueError, match=r"bias: got a prepared one of shape \[2, 150, 150\].*prepare it for 150 tokens"
+    ):
+        attention_mixer(*case.arguments, 2, 16, 1e-5, prepared=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [448, 512, 768])
 def test_linear_mlp(channels: int, dtype: torch.dtype) -> None:
     check(linear_mlp_case(torch.randn(3, 90, channels).to(dtype), 4 * channels))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [448, 512, 768])
+def test_head(channels: int, dtype: torch.dtype) -> None:
+    """One image, few and many: one kernel with a few classes a program, with many, and pooling apart; 2.3 token tiles."""
+    for batch, classes in ((1, 21), (2, 150), (33, 150), (3, None)):
+        check(head_case(torch.randn(batch, 150 if batch < 3 else 49, channels).to(dtype), classes))
+
+
+def test_tokens_that_do_not_exist_are_not_pooled() -> None:
+    """Without an eps, a row of zeros would have an infinite scale."""
+    case = head_case(torch.randn(2, 21, 40), 7)
+    check(Case(case.operation, case.arguments, {"eps": 0.0}), ulps=1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.kernels import attention_mixer, bias_attention, conv_mlp, launch, linear_mlp, meta4d, pool_mixer
+from effformer.kernels import attention_mixer, bias_attention, conv_mlp, head, launch, linear_mlp, meta4d, pool_mixer
 from machine import DEVICE, ON_GPU
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -28,6 +28,7 @@ from effformer.testing import (
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -46,6 +47,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "bias_attention": bias_attention.bias_attention,
     "attention_mixer": attention_mixer.attention_mixer,
     "linear_mlp": linear_mlp.linear_mlp,
+    "head": head.head,
 }
 
 
@@ -58,6 +60,7 @@ def cases(dtype: torch.dtype = torch.float16) -> dict[str, Case]:
         "bias_attention": bias_attention_case(2, 9, dtype, num_heads=2, key_dim=4, value_dim=6),
         "attention_mixer": attention_mixer_case(tokens, num_heads=2, key_dim=4, value_dim=6),
         "linear_mlp": linear_mlp_case(tokens, 40),
+        "head": head_case(tokens, 7),
     }
 
 
@@ -73,6 +76,18 @@ def test_opcheck(name: str) -> None:
 def test_opcheck_of_a_block_in_three_launches() -> None:
     case = meta4d_case(draw_map((2, 240, 3, 2), torch.float32, "contiguous"), 40)
     torch.library.opcheck(OPERATORS["meta4d"], operator_arguments(case))
+
+
+def test_opcheck_of_a_prepared_bias() -> None:
+    case = cases(torch.float32)["attention_mixer"]
+    arguments = list(operator_arguments(case))
+    arguments[5] = bias_attention.prepare_bias(arguments[5], 4, 6, torch.float32)
+    torch.library.opcheck(OPERATORS["attention_mixer"], (*arguments, True))
+
+
+def test_opcheck_of_pooled_features() -> None:
+    x, *norm = head_case(torch.randn(2, 9, 20)).arguments
+    torch.library.opcheck(OPERATORS["head"], (x, *norm, None, None, 1e-5))
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,16 @@ def test_bias_attention() -> None:
         assert torch.allclose(got[b, n, h * value_dim : (h + 1) * value_dim], want, rtol=0, atol=1e-13)
 
 
+def test_head() -> None:
+    x, scale, shift, weight, bias = draw(2, 6, 5), draw(5), draw(5), draw(3, 5), draw(3)
+    centred = x - x.sum(2, keepdim=True) / 5
+    normed = centred / ((centred**2).sum(2, keepdim=True) / 5 + 1e-3).sqrt() * scale + shift
+    pooled = (normed[:, 0] + normed[:, 1] + normed[:, 2] + normed[:, 3] + normed[:, 4] + normed[:, 5]) / 6
+    assert torch.allclose(reference.head(x, scale, shift, eps=1e-3), pooled, rtol=0, atol=1e-12)
+    logits = (pooled[:, None, :] * weight).sum(2) + bias
+    assert torch.allclose(reference.head(x, scale, shift, weight, bias, eps=1e-3), logits, rtol=0, atol=1e-12)
+
+
 def test_fold_batch_norm() -> None:
     conv, norm = torch.nn.Conv2d(3, 5, 1).double(), torch.nn.BatchNorm2d(5, eps=0.3).double().eval()
     for tensor in (norm.weight, norm.bias, norm.running_mean):

@@ -19,7 +19,16 @@ from effformer.kernels import config, launch
 from effformer.kernels.config import Question, read_user_entries, shipped_table, user_file, write_user_entries
 from effformer.kernels.device import CONSUMER, HOPPER, Device
 from effformer.kernels.launch import INTERPRETED, Launch, recorded
-from effformer.kernels.table import AttentionConfig, Config, LinearConfig, MlpConfig, as_text, read_entry, read_table
+from effformer.kernels.table import (
+    AttentionConfig,
+    Config,
+    LinearConfig,
+    MlpConfig,
+    SplitConfig,
+    as_text,
+    read_entry,
+    read_table,
+)
 
 from effformer import list_models
 from effformer.cli import main
@@ -48,6 +57,9 @@ def test_the_question_is_what_the_launch_asked() -> None:
                     of = one.configuration
                     assert (of["BLOCK_M"], of["BLOCK_H"]) == (found.block_m, found.block_h)
                     assert of["RELOAD"] == found.reload
+                if isinstance(found, SplitConfig):
+                    of = one.configuration
+                    assert (of["BLOCK_M"], of["BLOCK_H"], of["CHUNK"]) == (found.block_m, found.block_h, found.chunk)
                 if isinstance(found, LinearConfig):
                     assert one.configuration["BLOCK_M"] == found.block_m
                 assert one.num_warps == found.num_warps
@@ -57,11 +69,14 @@ def test_the_question_is_what_the_launch_asked() -> None:
 @pytest.mark.parametrize(
     "question",
     [
-        ("meta4d", torch.float16, (96, 1000)),
+        ("meta4d", torch.float16, (96, 100_000)),
+        ("meta4d", torch.float16, (224, 196)),
+        ("linear_mlp", torch.float16, (448, 49)),
         ("linear", torch.float16, (448, 1792, 12544)),
         ("linear", torch.float16, (100, 100, 49)),
         ("bias_attention", torch.float16, (49, 128)),
         ("pool_mixer", torch.float16, (448, 1, 49)),
+        ("split_sum", torch.float16, (448, 49)),
         ("layer_norm", torch.float16, (448, 49)),
     ],
     ids=tune.describe,
@@ -72,8 +87,9 @@ def test_candidates_are_many_and_have_the_right_kind(question: Question) -> None
     assert 15 < len(found) <= 100
     operation, dtype, sizes = question
     kind = config.answer(operation, dtype, HOPPER, *sizes).__class__
-    assert {c.__class__ for c in found} <= {kind, type(None)}
-    assert (None in found) == (operation == "meta4d")
+    mlp = operation in ("meta4d", "linear_mlp")
+    kinds = {MlpConfig, SplitConfig} if operation == "meta4d" and sizes[1] < 1000 else {kind}
+    assert {c.__class__ for c in found} == kinds | ({type(None)} if mlp else set())
     for use in found:  # as a table would take them
         line = entry_of(question, use, H200).as_json()
         assert config.parse([json.loads(json.dumps(line))], Path("here"))[0].use == use
@@ -217,12 +233,12 @@ def test_tiles_of_the_table_that_fail_are_reported_and_replaced(
 @interpreted
 def test_products_are_tuned_before_the_blocks_that_compete_with_them(tmp_path: Path) -> None:
     """A block that the table takes apart asks for itself, for its pooling and for both products."""
-    check = Check("meta4d", (1, 240, 3, 3), torch.float16, {"hidden": 16}, ("here",))
+    check = Check("meta4d", (1, 240, 3, 3), torch.float32, {"hidden": 16}, ("here",))
     state = State(tmp_path / "state.jsonl", H200)
     found = list(tune.tune([check], CPU, state, seconds=300, workers=1, timer=fake_clock({}), propose=lambda _: []))
     asked = [tuned.question for tuned in found if tuned]
     assert [operation for operation, *_ in asked] == ["linear", "linear", "pool_mixer", "meta4d"]
-    assert asked[-1] == ("meta4d", torch.float16, (240, 9))
+    assert asked[-1] == ("meta4d", torch.float32, (240, 9))
 
 
 def test_a_candidate_that_took_its_process_down_is_refused(tmp_path: Path) -> None:
@@ -307,6 +323,8 @@ def on_h200(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Tuned | Non
             "bias_attention",
             "attention_mixer",
             "linear_mlp",
+            "conv_norm",
+            "head",
         }
         assert {check.dtype for check in todo} == {torch.float16, torch.bfloat16}
         assert {check.shape[0] for check in todo} == {256, 1}

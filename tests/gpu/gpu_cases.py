@@ -18,7 +18,9 @@ from effformer.testing import (
     attention_mixer_case,
     bias_attention_case,
     conv_mlp_case,
+    conv_norm_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -55,6 +57,9 @@ class Work:
             match self.operation:
                 case "pool_mixer":
                     return pool_mixer_case(x)
+                case "conv_norm":
+                    outputs = {3: 24}.get(self.channels, 2 * self.channels)
+                    return conv_norm_case(x, outputs, "relu" if self.channels <= 48 else None)
                 case "conv_mlp":
                     return conv_mlp_case(x, 4 * self.channels)
             return meta4d_case(x, 4 * self.channels)
@@ -64,16 +69,18 @@ class Work:
                 return bias_attention_case(batch, tokens, dtype, **HEADS)
             case "attention_mixer":
                 return attention_mixer_case(torch.randn(batch, tokens, self.channels).to(dtype), **HEADS)
+            case "head":
+                return head_case(torch.randn(batch, tokens, self.channels).to(dtype), 70 if REHEARSED else 1000)
         return linear_mlp_case(torch.randn(batch, tokens, self.channels).to(dtype), 4 * self.channels)
 
 
-MAPS = ("pool_mixer", "conv_mlp", "meta4d")
-TOKENS = ("attention_mixer", "linear_mlp")
+MAPS = ("pool_mixer", "conv_mlp", "meta4d", "conv_norm")
+TOKENS = ("attention_mixer", "linear_mlp", "head")
 
 
 def _works() -> list[Work]:
     if REHEARSED:
-        maps = [(48, 6, 5, 2), (232, 3, 3, 2)]  # one kernel; three
+        maps = [(48, 6, 5, 2), (232, 3, 3, 2)]  # one kernel; two, or three in float32
         tokens = [(40, 3, 5, 2)]
         attention = [(0, 3, 5, 2), (0, 7, 10, 2)]  # one tile of keys; two
     else:
@@ -86,8 +93,13 @@ def _works() -> list[Work]:
         tokens = [(config.widths[-1], 7, 7, 512) for config in PRESETS.values()]
         attention = [(0, 7, 7, 512), (0, 16, 20, 64)]
         tokens.append((PRESETS["efficientformer_l1"].widths[-1], 16, 20, 64))
+    # The stem's two convolutions and the downsamplings.
+    halved = [(3, 9, 7, 2), (24, 9, 7, 2)] if REHEARSED else [(3, 224, 224, 8), (24, 112, 112, 16), (48, 112, 112, 16)]
+    if not REHEARSED:
+        halved += [(channels, height, width, fills) for channels, height, width, fills in maps if height > 7]
     return [
-        *(Work(operation, *sizes) for operation in MAPS for sizes in maps),
+        *(Work(operation, *sizes) for operation in MAPS if operation != "conv_norm" for sizes in maps),
+        *(Work("conv_norm", *sizes) for sizes in halved),
         *(Work("bias_attention", *sizes) for sizes in attention),
         *(Work(operation, *sizes) for operation in TOKENS for sizes in tokens),
     ]

@@ -18,7 +18,9 @@ from effformer.testing import (
     attention_mixer_case,
     bias_attention_case,
     conv_mlp_case,
+    conv_norm_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -36,14 +38,21 @@ def cases(dtype: torch.dtype) -> list[Case]:
         pool_mixer_case(draw_map((2, 61, 9, 11), dtype, "contiguous")),
         *(meta4d_case(x, 100) for x in maps),
         conv_mlp_case(maps[0], 96),
+        conv_norm_case(maps[0], 96),
+        conv_norm_case(draw_map((2, 3, 33, 21), dtype, "contiguous"), 24, "relu"),
+        conv_norm_case(torch.randint(0, 256, (2, 3, 33, 21), dtype=torch.uint8), 24, "relu", dtype),
         meta4d_case(draw_map((2, 96, 9, 11), dtype), 384),
         meta4d_case(draw_map((2, 224, 5, 3), dtype), 224),
         meta4d_case(draw_map((2, 230, 5, 27), dtype), 300),
         meta4d_case(draw_map((2, 448, 5, 3), dtype), 448),
+        meta4d_case(draw_map((2, 224, 32, 33), dtype), 100),  # too many rows to be split
+        meta4d_case(draw_map((2, 230, 16, 17), dtype), 100),
         bias_attention_case(2, 49, dtype, num_heads=2, key_dim=32, value_dim=128),
         bias_attention_case(2, 150, dtype, num_heads=2, key_dim=32, value_dim=128),
         attention_mixer_case(tokens, **heads),
         linear_mlp_case(tokens, 100),
+        head_case(tokens, 30),
+        head_case(tokens.repeat(20, 1, 1), 30),
     ]
 
 

@@ -59,6 +59,7 @@ PIECES = (
     Piece("accuracy", ("gpu/test_gpu_accuracy.py",), MANY, 240),
     Piece("repeats", ("gpu/test_gpu_repeats.py",), 1, 240),
     Piece("models", ("gpu/test_gpu_models.py",), min(4, MANY), 240),
+    Piece("frozen", ("gpu/test_gpu_frozen.py",), min(4, MANY), 240),
     Piece(
         "kernels",
         ("test_kernels.py", "test_operators.py", "test_kernel_models.py", "test_kernel_values.py", "test_kernel_shapes.py"),
@@ -71,6 +72,7 @@ PIECES = (
     Piece("offsets", ("gpu/test_gpu_offsets.py",), 1, 240),
     Piece("runtime", ("gpu/test_gpu_runtime.py",), 1, 240),
     Piece("compile", ("gpu/test_gpu_compile.py",), 1, 360, 240),
+    Piece("bench", ("gpu/test_gpu_bench.py",), 1, 300, 200),
     Piece("tune", ("gpu/test_gpu_tune.py",), 1, 300, 280),
     Piece("sanitizer", ("gpu/test_gpu_sanitizer.py",), min(6, MANY), 400, 300),
     Piece("commands", ("gpu/test_gpu_commands.py",), 1, 240, 200),

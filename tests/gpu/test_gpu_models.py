@@ -64,8 +64,9 @@ def test_what_is_launched(name: str) -> None:
     config = model.config
     assert seen["bias_attention_kernel"] == config.num_vit
     assert seen["layer_norm_kernel"] == 2 * config.num_vit
-    assert seen["mlp_kernel"] + seen["pool_mixer_kernel"] == sum(config.depths) - config.num_vit
-    assert seen["linear_kernel"] == 2 * seen["pool_mixer_kernel"] + 4 * config.num_vit
+    mlps = seen["mlp_kernel"] + seen["split_mlp_kernel"] + (seen["linear_kernel"] - 2 * config.num_vit) // 2
+    assert mlps == sum(config.depths)
+    assert seen["split_sum_kernel"] == seen["split_mlp_kernel"]
 
 
 @pytest.mark.cuda

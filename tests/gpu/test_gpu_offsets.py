@@ -25,6 +25,7 @@ from effformer.testing import (
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -73,8 +74,8 @@ def launches_into(out: torch.Tensor, case: Case, x: torch.Tensor) -> list[Launch
     return attention_mixer_launches(*arguments, out=out)
 
 
-def check_far(case: Case) -> None:
-    """The second image of input and output, each in turn, lies beyond 2**31 elements."""
+def check_far_input(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The second image lies beyond 2**31 elements; returns the result and, filled with NaN again, `far_apart`."""
     near = case.arguments[0]
     room(3 * FAR * near.dtype.itemsize)
     expected = case.run("triton")
@@ -82,7 +83,13 @@ def check_far(case: Case) -> None:
     x, storage = far_apart(near)
     x.copy_(near)
     same(Case(case.operation, (x, *case.arguments[1:]), case.options).run("triton"), expected)
-    x.fill_(NAN)
+    return expected, x.fill_(NAN), storage
+
+
+def check_far(case: Case) -> None:
+    """The second image of input and output, each in turn, lies beyond 2**31 elements."""
+    near = case.arguments[0]
+    expected, x, storage = check_far_input(case)
     run(*launches_into(x, case, near))
     same(x, expected)
     x.fill_(NAN)
@@ -100,6 +107,8 @@ def test_maps_far_apart(operation: str, channels: int, dtype: torch.dtype) -> No
 def test_tokens_far_apart(dtype: torch.dtype) -> None:
     x = torch.randn(2, 80, 64).to(dtype)
     check_far(linear_mlp_case(x, 96))
+    for classes in (None, 20):
+        check_far_input(head_case(x, classes))
     check_far(attention_mixer_case(x, num_heads=2, key_dim=16, value_dim=24))
 
 
@@ -158,6 +167,11 @@ def test_a_big_token_mlp() -> None:
     """Hidden activations beyond 2**31 elements."""
     tokens, channels = (5, 16) if REHEARSED else (49, 448)
     check_big(lambda x: linear_mlp_case(x, 4 * channels), big_tokens(tokens, channels, BIG // 4), 7)
+
+
+def test_a_big_head() -> None:
+    tokens, channels = (5, 16) if REHEARSED else (49, 448)
+    check_big(lambda x: head_case(x, 20), big_tokens(tokens, channels, BIG), 2)
 
 
 def test_a_big_attention_mixer() -> None:

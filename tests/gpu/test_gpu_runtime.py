@@ -9,8 +9,8 @@ import torch
 from gpu_cases import MODELS, WORKS, network
 from machine import DEVICE, REHEARSED, check, id_of, measured, same
 
-from effformer import set_backend
-from effformer.testing import accuracy, draw_map
+from effformer import ops, set_backend
+from effformer.testing import accuracy, draw_map, meta4d_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernel_device")]
 # The first, most often fused, and the last, widest, work of each operation.
@@ -55,6 +55,24 @@ def test_graph_of_an_operation(work: object, dtype: torch.dtype) -> None:
         graph.replay()
         same(out, case.run("triton"))
     check(case)
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_graph_of_sums_in_any_order() -> None:
+    """Programs add to memory that each replay must find at zero."""
+    case = meta4d_case(draw_map((1, 448, 7, 7), torch.bfloat16), 1792)
+    x = case.arguments[0]
+
+    def call() -> torch.Tensor:
+        return ops.meta4d(*case.arguments, **case.options, deterministic=False, backend="triton")
+
+    graph, out = captured(call)
+    for _ in range(3):
+        x.normal_()
+        disturb()
+        graph.replay()
+        assert accuracy(out, case.exact(), case.run("eager")).passes()
 
 
 @pytest.mark.cuda

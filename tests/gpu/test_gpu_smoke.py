@@ -14,7 +14,7 @@ import torch
 import triton
 from effformer.kernels.device import device_class, device_of
 from effformer.kernels.launch import INTERPRETED, recorded
-from machine import DEVICE, DTYPES, ON_GPU, check, id_of
+from machine import DEVICE, DTYPES, ON_GPU, check, id_of, prepared
 
 import effformer
 from effformer import backend
@@ -23,7 +23,9 @@ from effformer.testing import (
     attention_mixer_case,
     bias_attention_case,
     conv_mlp_case,
+    conv_norm_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -38,11 +40,18 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
     return {
         "pool_mixer": pool_mixer_case(draw_map((2, 48, 9, 11), dtype)),
         "conv_mlp": conv_mlp_case(draw_map((2, 48, 9, 11), dtype), 96),
+        "conv_norm": conv_norm_case(draw_map((2, 24, 9, 11), dtype), 48),
+        "conv_norm of images": conv_norm_case(draw_map((2, 3, 9, 11), dtype, "contiguous"), 24, "relu"),
+        "conv_norm of pixels": conv_norm_case(torch.randint(0, 256, (2, 3, 9, 11), dtype=torch.uint8), 24, None, dtype),
         "meta4d in one kernel": meta4d_case(draw_map((2, 48, 9, 11), dtype), 96),
-        "meta4d in three kernels": meta4d_case(draw_map((2, 240, 5, 6), dtype), 96),
+        "meta4d in three kernels": meta4d_case(draw_map((2, 240, 16, 17), dtype), 96),
+        "meta4d in parts": meta4d_case(draw_map((2, 240, 5, 6), dtype), 96),
         "bias_attention": bias_attention_case(2, 49, dtype, **heads),
+        "bias_attention, prepared": prepared(bias_attention_case(2, 49, dtype, **heads)),
         "attention_mixer": attention_mixer_case(tokens, **heads),
         "linear_mlp": linear_mlp_case(tokens, 96),
+        "head": head_case(tokens, 30),
+        "head of pooled features": head_case(tokens),
     }
 
 
@@ -90,9 +99,14 @@ def test_what_is_launched() -> None:
     assert seen == {
         "pool_mixer_kernel": 2,
         "mlp_kernel": 2,
+        "conv_norm_kernel": 3,
+        "split_mlp_kernel": 1,
+        "split_sum_kernel": 1,
         "linear_kernel": 2 + 2 + 2,
-        "bias_attention_kernel": 2,
+        "bias_attention_kernel": 3,
         "layer_norm_kernel": 2,
+        "head_kernel": 1,
+        "token_mean_kernel": 1,
     }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from machine import DTYPES, REHEARSED, check, id_of
+from machine import DTYPES, REHEARSED, check, id_of, prepared
 
 from effformer.testing import (
     attention_mixer_case,
     bias_attention_case,
     conv_mlp_case,
     draw_map,
+    head_case,
     linear_mlp_case,
     meta4d_case,
     pool_mixer_case,
@@ -48,6 +49,7 @@ def test_tokens(tokens: int, value: float, dtype: torch.dtype) -> None:
     for place in range(tokens):
         x[place, place, 7 * place % 48] = value
     check(linear_mlp_case(x, 100))
+    check(head_case(x, 20))
     check(attention_mixer_case(x, **HEADS))
 
 
@@ -62,6 +64,7 @@ def test_attention(tokens: int, part: str, value: float, dtype: torch.dtype) -> 
     for place in range(tokens):
         case.arguments[0][place, place, first + 7 * place % size] = value
     check(case)
+    check(prepared(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
@@ -76,6 +79,7 @@ def test_bias(tokens: int, value: float, dtype: torch.dtype) -> None:
     bias[1, tokens - 1] = value
     bias[1, :, : tokens // 2] = -float("inf")
     check(case)
+    check(prepared(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=id_of)

@@ -12,9 +12,17 @@ import pytest
 import torch
 from effformer.kernels.launch import Launch, recorded
 from gpu_cases import WORKS, Work
-from machine import DTYPES, finite, id_of, same
+from machine import DTYPES, finite, id_of, prepared, same
 
-from effformer.testing import Case, attention_mixer_case, bias_attention_case, draw_map, linear_mlp_case, meta4d_case
+from effformer.testing import (
+    Case,
+    attention_mixer_case,
+    bias_attention_case,
+    draw_map,
+    head_case,
+    linear_mlp_case,
+    meta4d_case,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("kernel_device")]
 MARGIN = 4096  # elements on both sides: keeps the alignment that kernels are compiled for
@@ -71,10 +79,14 @@ def test_odd_sizes(channels: int, dtype: torch.dtype) -> None:
     check(meta4d_case(draw_map((1, channels, 5, 3), dtype, "cropped"), 5))
     x = torch.randn(3, 67, channels).to(dtype)
     check(linear_mlp_case(x, 2 * channels + 3))
+    check(head_case(x, 2 * channels + 3))
+    check(head_case(x))
     check(attention_mixer_case(x, num_heads=3, key_dim=5, value_dim=9))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
 @pytest.mark.parametrize(("tokens", "key_dim", "value_dim"), [(1, 1, 1), (65, 17, 33), (200, 40, 130), (20, 8, 300)])
 def test_odd_heads(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
-    check(bias_attention_case(2, tokens, dtype, num_heads=3, key_dim=key_dim, value_dim=value_dim))
+    case = bias_attention_case(2, tokens, dtype, num_heads=3, key_dim=key_dim, value_dim=value_dim)
+    check(case)
+    check(prepared(case))

@@ -1,0 +1,434 @@
+"""The serving form on a CPU; CUDA graphs by a stand-in that records what a graph would. See gpu/test_gpu_frozen.py."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from machine import DEVICE, DTYPES, id_of
+from torch import Tensor, nn
+
+import effformer
+from effformer import EfficientFormer, EfficientFormerConfig, freeze, inference
+from effformer.ops import UnsupportedError
+from effformer.testing import Accuracy, accuracy, randomise
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def live(model: EfficientFormer, output: str, x: Tensor) -> list[Tensor]:
+    """What the live model computes for an output."""
+    with torch.no_grad():
+        match output:
+            case "logits":
+                return [model(x)]
+            case "pooled":
+                return [model.forward_head(model.forward_features(x), pre_logits=True)]
+            case _:
+                return model.forward_intermediates(x, intermediates_only=True)
+
+
+def listed(result: Tensor | list[Tensor]) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else result
+
+
+def close(found: Tensor | list[Tensor], expected: Tensor | list[Tensor], relative: float = 1e-12) -> None:
+    found, expected = listed(found), listed(expected)
+    assert [f.shape for f in found] == [e.shape for e in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= relative * other.abs().max()
+
+
+def normalised(pixels: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """uint8 [B, C, H, W] -> what the live network takes."""
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
+    return ((pixels.double() / 255 - mean) / std).to(dtype)
+
+
+# --- what it computes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", ["logits", "pooled", "features"])
+@pytest.mark.parametrize("feature_norm", [None, "tap", "inline"])
+def test_it_computes_what_the_live_network_does(
+    narrow: Callable[..., EfficientFormer], feature_norm: str | None, output: Any
+) -> None:
+    model, x = narrow(feature_norm=feature_norm), torch.randn(2, 3, 65, 90, dtype=torch.float64)
+    frozen = freeze(model, torch.float64, output=output)
+    close(frozen(x), live(model, output, x))
+    close(frozen(x.to(memory_format=torch.channels_last)), live(model, output, x))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"act": "hard_swish"},
+        {"act": "leaky_relu"},
+        {"num_vit": 0},
+        {"num_vit": 2},
+        {"in_chans": 5},
+        {"bias_resize": "matrix-bicubic", "table_resolution": 4},
+    ],
+    ids=str,
+)
+def test_other_architectures(narrow: Callable[..., EfficientFormer], overrides: dict[str, Any]) -> None:
+    model = narrow(**overrides)
+    x = torch.randn(1, overrides.get("in_chans", 3), 96, 64, dtype=torch.float64)
+    close(freeze(model, torch.float64)(x), live(model, "logits", x))
+
+
+def test_a_backbone_and_a_pruned_network(narrow: Callable[..., EfficientFormer]) -> None:
+    model, x = narrow(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    backbone = effformer.backbone.Backbone(model, "segmentation").eval()
+    close(freeze(backbone, torch.float64, output="features")(x), list(backbone(x)["intermediate_features"]))
+    model.prune_intermediate_layers([1])
+    frozen = freeze(model, torch.float64, output="features")
+    close(frozen(x), live(model, "features", x))
+    with pytest.raises(ValueError, match="output: got 'pooled', allowed is 'features'"):
+        freeze(model, torch.float64, output="pooled")
+
+
+def test_pixels_in_either_order(narrow: Callable[..., EfficientFormer]) -> None:
+    """Borders too: padding is zero in normalised images, which is the mean in pixels."""
+    model = narrow()
+    pixels = torch.randint(0, 256, (2, 3, 37, 50), dtype=torch.uint8)
+    frozen = freeze(model, torch.float64, mean=MEAN, std=STD)
+    expected = live(model, "logits", normalised(pixels))
+    close(frozen(pixels), expected)
+    close(frozen(pixels.permute(0, 2, 3, 1).contiguous()), expected)
+    close(frozen(normalised(pixels)), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("dtype", [*DTYPES, pytest.param(torch.bfloat16, id="eager only")], ids=id_of)
+def test_accuracy_in_low_precision(narrow: Callable[..., EfficientFormer], dtype: torch.dtype, backend: str) -> None:
+    """By the rule: against float64, beside the live network's own error."""
+    if backend == "triton" and dtype not in DTYPES:
+        pytest.skip("the interpreter has no bfloat16")
+    model = narrow(widths=(16, 24, 40, 56), depths=(1, 1, 2, 2)).to(DEVICE)
+    pixels = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8, device=DEVICE)
+    x = normalised(pixels.cpu(), dtype).to(DEVICE)
+    exact = live(model, "features", x.double())
+    low = EfficientFormer(model.config, num_classes=10, dtype=dtype, device=DEVICE).eval()
+    low.load_state_dict(model.state_dict())
+    effformer.set_backend(low, "eager")
+    frozen = freeze(model, dtype, output="features", mean=MEAN, std=STD, backend=backend)
+    assert frozen.backend == backend
+    for images in (x, pixels):
+        for found, eager, true in zip(frozen(images), live(low, "features", x), exact, strict=True):
+            rule(found, true, eager)
+
+
+def rule(found: Tensor, exact: Tensor, eager: Tensor) -> Accuracy:
+    result = accuracy(found, exact, eager)
+    assert result.passes(), result
+    return result
+
+
+# --- what it refuses ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_arguments(narrow: Callable[..., EfficientFormer]) -> None:
+    model = narrow()
+    cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (TypeError, "dtype: got torch.int8", {"dtype": torch.int8}),
+        (ValueError, "output: got 'maps'", {"output": "maps"}),
+        (ValueError, "when_full: got 'wait'", {"when_full": "wait"}),
+        (ValueError, "backend: got 'cuda'", {"backend": "cuda"}),
+        (ValueError, "max_graphs: got -1", {"max_graphs": -1}),
+        (ValueError, "std: got None", {"mean": MEAN}),
+        (ValueError, "mean: got None", {"std": STD}),
+        (ValueError, "mean: got \\(0.5,\\)", {"mean": (0.5,), "std": STD}),
+        (ValueError, "mean: .* 0 to 1", {"mean": (123.0, 117.0, 104.0), "std": STD}),
+        (ValueError, "std: .* more than 0", {"mean": MEAN, "std": (0.2, 0.0, 0.2)}),
+        (UnsupportedError, "backend='triton'", {"backend": "triton", "dtype": torch.float64}),
+    ]
+    for error, message, arguments in cases:
+        with pytest.raises(error, match=message):
+            freeze(model, **arguments)
+    with pytest.raises(TypeError, match="model: got Linear"):
+        freeze(nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model: got one in training mode"):
+        freeze(narrow().train())
+    with pytest.raises(ValueError, match="without heads"):
+        freeze(narrow(num_classes=0))
+
+
+def _hook(model: EfficientFormer) -> None:
+    model.stages[0].blocks[0].register_forward_hook(lambda *_: None)  # type: ignore[union-attr, index, operator]
+
+
+def _stem_activation(model: EfficientFormer) -> None:
+    model.stem.act2 = nn.GELU()  # type: ignore[assignment]
+
+
+def _stem_geometry(model: EfficientFormer) -> None:
+    model.stem.conv1.padding = (0, 0)
+
+
+def _statistics(model: EfficientFormer) -> None:
+    model.stages[1].downsample.norm.train()  # type: ignore[union-attr, operator]
+
+
+def _block(model: EfficientFormer) -> None:
+    model.stages[2].blocks[0] = nn.Identity()  # type: ignore[index, union-attr, operator]
+    model.stages[2].blocks[0].forward = lambda x: 2 * x  # type: ignore[index, union-attr]
+
+
+def _training(model: EfficientFormer) -> None:
+    model.train()
+
+
+def _head(model: EfficientFormer) -> None:
+    model.head = nn.Sequential(model.head)
+
+
+def _whole(model: EfficientFormer) -> None:
+    model.register_forward_pre_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "change", [_hook, _stem_activation, _stem_geometry, _statistics, _block, _training, _head, _whole]
+)
+def test_a_changed_model_is_refused(
+    narrow: Callable[..., EfficientFormer], change: Callable[[EfficientFormer], None]
+) -> None:
+    """Rather than frozen without what was changed."""
+    model = narrow()
+    freeze(model)
+    change(model)
+    with pytest.raises(ValueError, match=r"^model: "):
+        freeze(model)
+
+
+def test_an_activation_with_parameters_is_refused(narrow: Callable[..., EfficientFormer]) -> None:
+    with pytest.raises(ValueError, match="stages.0.blocks.0: activation 'prelu' has parameters"):
+        freeze(narrow(act="prelu"))
+
+
+def test_bad_images(narrow: Callable[..., EfficientFormer]) -> None:
+    model = narrow()
+    plain, pixels = freeze(model, torch.float32), freeze(model, torch.float32, mean=MEAN, std=STD)
+    with pytest.raises(TypeError, match=r"allowed for uint8 is a model frozen with mean and std"):
+        plain(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"got torch.float64, allowed is torch.float32 and torch.uint8"):
+        pixels(torch.zeros(1, 3, 64, 64, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"got shape \[1, 64, 64, 3\], allowed is \[B, 3, H, W\]$"):
+        plain(torch.zeros(1, 64, 64, 3))
+    with pytest.raises(ValueError, match="may be either"):
+        pixels(torch.zeros(1, 3, 64, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="a tensor on meta, allowed is cpu"):
+        plain(torch.zeros(1, 3, 64, 64, device="meta"))
+    with pytest.raises(ValueError, match="requires a gradient"):
+        plain(torch.zeros(1, 3, 64, 64, requires_grad=True))
+    with torch.no_grad():
+        plain(torch.zeros(1, 3, 64, 64, requires_grad=True))
+
+
+# --- a snapshot -----------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_snapshot_until_it_is_refreshed(narrow: Callable[..., EfficientFormer]) -> None:
+    model, x = narrow(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    before = live(model, "logits", x)
+    with torch.inference_mode():
+        frozen = freeze(model, torch.float64, mean=MEAN, std=STD)
+        close(frozen(x).clone(), before)  # type: ignore[union-attr]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    randomise(model, seed=1)
+    close(frozen(x), before)
+    frozen.refresh()
+    close(frozen(x), live(model, "logits", x))
+    pixels = torch.randint(0, 256, (1, 3, 40, 64), dtype=torch.uint8)
+    close(frozen(pixels), live(model, "logits", normalised(pixels)))
+    assert all(not torch.equal(value, state[name]) for name, value in model.state_dict().items() if "gamma" in name)
+
+    other = narrow(seed=2)
+    frozen.refresh(other)
+    close(frozen(x), live(other, "logits", x))
+    with pytest.raises(ValueError, match="another architecture"):
+        frozen.refresh(narrow(depths=(1, 1, 3, 2)))
+    del model, other
+    gc.collect()
+    with pytest.raises(ValueError, match="no longer exists"):
+        frozen.refresh()
+
+
+def test_it_keeps_no_tensor_of_the_model_and_changes_none(narrow: Callable[..., EfficientFormer]) -> None:
+    """Not even of a model that has its dtype and layout already."""
+    model, x = narrow(dtype=torch.float32).to(memory_format=torch.channels_last), torch.randn(1, 3, 64, 64)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    frozen = freeze(model, torch.float32)
+    before = frozen(x)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+        value.zero_()
+    assert torch.equal(frozen(x), before)  # type: ignore[arg-type]
+
+
+def test_autocast_does_not_reach_it(narrow: Callable[..., EfficientFormer]) -> None:
+    model, x = narrow(), torch.randn(1, 3, 64, 64)
+    frozen = freeze(model, torch.float32)
+    before = frozen(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frozen(x), before)  # type: ignore[arg-type]
+
+
+def test_threads(narrow: Callable[..., EfficientFormer]) -> None:
+    """Calls, and new weights between them: each result belongs to one set of weights."""
+    models = [narrow(seed=seed) for seed in (0, 1)]
+    images = [torch.randn(1, 3, 32 + 8 * i, 64, dtype=torch.float64) for i in range(3)]
+    frozen = freeze(models[0], torch.float64)
+    allowed = [[live(model, "logits", x)[0] for model in models] for x in images]
+    wrong: list[int] = []
+
+    def call(index: int) -> None:
+        for _ in range(10):
+            found = frozen(images[index])
+            if min((found - one).abs().max().item() for one in allowed[index]) > 1e-10:  # type: ignore[operator]
+                wrong.append(index)
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for step in range(10):
+        frozen.refresh(models[step % 2])
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# --- graphs ---------------------------------------------------------------------------------------------------------------
+
+
+class _Replay:
+    """A graph's stand-in: replaying it computes into the first results, as a graph does."""
+
+    def __init__(self, forward: Callable[[], Any]) -> None:
+        self.forward, self.results, self.count = forward, forward(), 0
+
+    def replay(self) -> None:
+        self.count += 1
+        for target, source in zip(listed(self.results), listed(self.forward()), strict=True):
+            target.copy_(source)
+
+
+@pytest.fixture
+def graphed(monkeypatch: pytest.MonkeyPatch, narrow: Callable[..., EfficientFormer]) -> Callable[..., Any]:
+    """A frozen narrow model on the CPU that believes in graphs."""
+
+    def captured(forward: Callable[[], Any], pool: Any) -> Any:
+        graph = _Replay(forward)
+        return pool or object(), graph, graph.results
+
+    def build(max_graphs: int, **options: Any) -> Any:
+        model = narrow()
+        frozen = freeze(model, torch.float64, mean=MEAN, std=STD, **options)
+        frozen._max_graphs = max_graphs
+        return model, frozen
+
+    monkeypatch.setattr(inference, "_captured", captured)
+    return build
+
+
+def test_one_graph_for_each_shape_up_to_the_limit(graphed: Callable[..., Any]) -> None:
+    model, frozen = graphed(3)
+    pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    for _ in range(2):
+        for shape in ((2, 64, 64), (1, 64, 64), (1, 96, 64), (4, 64, 64)):
+            x = torch.randn(shape[0], 3, *shape[1:], dtype=torch.float64)
+            close(frozen(x), live(model, "logits", x))
+        close(frozen(pixels), live(model, "logits", normalised(pixels)))
+    assert frozen.graphs == ((2, 64, 64, False), (1, 64, 64, False), (1, 96, 64, False))
+    assert [graph.graph.count for graph in frozen._graphs.values()] == [2, 2, 2]
+    frozen.clear()
+    assert frozen.graphs == ()
+    close(frozen(pixels), live(model, "logits", normalised(pixels)))
+    assert frozen.graphs == ((1, 64, 64, True),)
+
+
+def test_padding_up_to_a_captured_batch(graphed: Callable[..., Any]) -> None:
+    model, frozen = graphed(2, when_full="pad", output="features")
+    frozen.capture((4, 64, 64), (8, 64, 64))
+    for batch in (3, 4, 5, 1, 8):
+        x = torch.randn(batch, 3, 64, 64, dtype=torch.float64)
+        close(frozen(x), live(model, "features", x))
+    assert [graph.graph.count for graph in frozen._graphs.values()] == [3, 2]
+    for shape in ((9, 3, 64, 64), (2, 3, 96, 64), (0, 3, 64, 64)):
+        x = torch.randn(shape, dtype=torch.float64)
+        found = frozen(x)
+        if shape[0]:
+            close(found, live(model, "features", x))
+        else:
+            assert [f.shape[0] for f in found] == [0] * 4
+    assert [graph.graph.count for graph in frozen._graphs.values()] == [3, 2]
+    with pytest.raises(ValueError, match="allowed are 2 graphs"):
+        frozen.capture((16, 64, 64))
+
+
+def test_results_are_new_unless_asked_otherwise(graphed: Callable[..., Any]) -> None:
+    x, y = torch.randn(2, 1, 3, 64, 64, dtype=torch.float64)
+    _, frozen = graphed(1)
+    first = frozen(x)
+    kept = first.clone()
+    frozen(y)
+    assert torch.equal(first, kept)
+    _, frozen = graphed(1, new_outputs=False)
+    first = frozen(x)
+    assert torch.equal(frozen(y), first)
+    assert not torch.equal(first, kept)
+
+
+def test_images_may_be_written_where_the_graph_reads_them(graphed: Callable[..., Any]) -> None:
+    model, frozen = graphed(2)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    buffer = frozen.input_buffer(2, 64, 64)
+    buffer.copy_(x)
+    close(frozen(buffer), live(model, "logits", x))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        frozen(buffer.transpose(2, 3))  # the same memory and shape, other images: not to be taken for the buffer
+    pixels = frozen.input_buffer(1, 64, 32, uint8=True).permute(0, 2, 3, 1)
+    pixels.random_(0, 256)
+    close(frozen(pixels), live(model, "logits", normalised(pixels.permute(0, 3, 1, 2))))
+
+
+def test_new_weights_reach_graphs(graphed: Callable[..., Any]) -> None:
+    """Also the bias, which each graph has for its own size."""
+    model, frozen = graphed(2)
+    images = [torch.randn(1, 3, 64, side, dtype=torch.float64) for side in (64, 96, 160)]
+    for x in images:
+        frozen(x)
+    randomise(model, seed=1)
+    frozen.refresh()
+    for x in images:
+        close(frozen(x), live(model, "logits", x))
+    assert len(frozen.graphs) == 2
+
+
+def test_capture_says_what_it_cannot(narrow: Callable[..., EfficientFormer], graphed: Callable[..., Any]) -> None:
+    frozen = freeze(narrow(), torch.float64)
+    with pytest.raises(ValueError, match="allowed are 0 graphs"):  # there is no GPU
+        frozen.capture((1, 64, 64))
+    with pytest.raises(ValueError, match="without mean and std"):
+        frozen.capture((1, 64, 64), uint8=True)
+    _, frozen = graphed(2)
+    with pytest.raises(ValueError, match="shapes: got 0"):
+        frozen.capture((0, 64, 64))
+
+
+def test_published_networks_are_frozen_whole() -> None:
+    """The operations of each, counted: 2 + 3 convolutions, depths, one end."""
+    for name in effformer.list_models():
+        model = effformer.create_model(name, device="meta").eval()
+        config: EfficientFormerConfig = model.config
+        frozen = freeze(model)
+        steps = [step.operation for step in frozen._packed.steps]
+        assert steps.count("conv_norm") == 5
+        assert steps.count("meta4d") == sum(config.depths) - config.num_vit
+        assert steps.count("attention_mixer") == steps.count("linear_mlp") == config.num_vit
+        assert steps.count("head") == 1
+        assert len(steps) == 5 + sum(config.depths) + config.num_vit + 2
