@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .ladder import PROVIDERS
 from .records import Machine, Record, read_records
 
 BACKBONES, KERNELS = "backbone.jsonl", "kernels.jsonl"
 OURS = {BACKBONES: "ours frozen", KERNELS: "ours"}
-# Whose fastest is the baseline: timm's rungs; where timm cannot run (it takes one image size), our own eager network.
-RIVALS = {BACKBONES: ("timm", "ours eager"), KERNELS: ("",)}
+# Whose fastest is the baseline: timm's rungs; our eager network compiled, which is measured where timm cannot run.
+RIVALS = {BACKBONES: ("timm", "ours eager, torch.compile"), KERNELS: ("",)}
 HIGHER_IS_BETTER = ("img/s", "GB/s", "TFLOP/s")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -76,6 +78,12 @@ class Comparison:
     results: dict[str, Result]
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What an operation was given beside its input's shape."""
+        found: dict[str, Any] = next(iter(self.results.values())).evidence.get("options", {})
+        return found
+
+    @property
     def batch(self) -> int:
         return self.shape[0]
 
@@ -88,18 +96,16 @@ class Comparison:
     def ours(self) -> Result | None:
         return self.results.get(OURS[self.file])
 
+    @property
+    def rivals(self) -> list[Result]:
+        found = (result for name, result in self.results.items() if name.startswith(RIVALS[self.file]))
+        return [result for result in found if result is not self.ours]
+
     def baseline(self, metric: str) -> Result | None:
         """The fastest rival by this metric."""
+        rivals = [rival for rival in self.rivals if rival.ran(metric)]
         best = max if metric in HIGHER_IS_BETTER else min
-        for prefix in RIVALS[self.file]:
-            rivals = [
-                result
-                for result in self.results.values()
-                if result.provider.startswith(prefix) and result is not self.ours and result.ran(metric)
-            ]
-            if rivals:
-                return best(rivals, key=lambda rival: rival.value(metric) or math.nan)
-        return None
+        return best(rivals, key=lambda rival: rival.value(metric) or math.nan, default=None)
 
     def speedup(self, metric: str) -> float | None:
         """How many times as fast as the baseline ours is; NaN where our figure is none. None if one is missing."""
@@ -112,10 +118,14 @@ class Comparison:
         return ratio if metric in HIGHER_IS_BETTER else 1 / ratio
 
     @property
-    def is_complete(self) -> bool:
-        """Whether ours and a rival were both tried."""
-        rivals = (name for name in self.results if name.startswith(RIVALS[self.file]) and name != OURS[self.file])
-        return self.ours is not None and next(rivals, None) is not None
+    def has_every_rung(self) -> bool:
+        """Whether all of the ladder was tried, so that the baseline is the strongest that there is."""
+        return {provider.name for provider in PROVIDERS} <= set(self.results)
+
+    @property
+    def rank(self) -> tuple[bool, int, str]:
+        """Which of several runs counts: one that set ours against a rival, against most of them, the newest."""
+        return self.ours is not None and bool(self.rivals), len(self.results), self.machine.date
 
 
 @dataclass(frozen=True)
@@ -123,8 +133,8 @@ class Measured:
     """What a folder of results holds.
 
     Attributes:
-        backbones, kernels: the newest complete comparison of each network or operation, dtype and shape; where none is
-            complete, the newest.
+        backbones, kernels: one comparison for each network or operation, dtype and shape: the newest of those in which
+            most was set against ours.
         ceilings: FLOP/s of matrix products by dtype, and of copying in byte/s under "copy", as measured beside the
             kernels.
     """
@@ -170,17 +180,21 @@ def measured(folder: Path) -> Measured:
 
 
 def comparisons(file: str, records: Iterable[Record]) -> tuple[Comparison, ...]:
-    """The newest complete comparison of each network or operation, dtype and shape; the newest where none is."""
+    """One comparison for each network or operation, its options, dtype and shape, from the run of the highest rank."""
     runs: dict[Any, dict[Machine, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         # The kernels' runs go on where they stopped: at other dates.
         run = record.machine if file == BACKBONES else dataclasses.replace(record.machine, date="")
-        runs[name_of(record), record.dtype, record.shape][run].append(record)
+        runs[name_of(record), options_of(record), record.dtype, record.shape][run].append(record)
     found = [
-        max((_comparison(file, run) for run in by_run.values()), key=lambda c: (c.is_complete, c.machine.date))
-        for by_run in runs.values()
+        max((_comparison(file, run) for run in by_run.values()), key=lambda run: run.rank) for by_run in runs.values()
     ]
     return tuple(sorted(found, key=lambda c: (c.op, _rank(c.dtype), c.shape[1:], c.shape[0])))
+
+
+def options_of(record: Record) -> str:
+    """What beside its shape an operation was given."""
+    return json.dumps(record.evidence.get("options", {}), sort_keys=True)
 
 
 def name_of(record: Record) -> str:
@@ -192,7 +206,7 @@ def _rank(dtype: str) -> tuple[int, str]:
 
 
 def _comparison(file: str, run: list[Record]) -> Comparison:
-    dates = {}
+    dates: dict[str, str] = {}
     for record in run:
         dates[record.provider] = max(dates.get(record.provider, ""), record.machine.date)
     results: dict[str, Result] = {}

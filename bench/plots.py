@@ -5,28 +5,30 @@ Colours are those of Okabe and Ito, which the colour-blind can tell apart; what 
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("agg")
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from ..config import PRESETS
 from .comparison import Comparison, Measured, Result
 from .report import CPU_RUN, error, number, run_of, share, times
-from .roofline import Ceilings, network_parts
+from .roofline import Ceilings, Part, network_parts
 
 OURS = {"ours frozen": ("#D55E00", "o", 2.4), "ours triton": ("#0072B2", "s", 1.6), "ours eager": ("#56B4E9", "^", 1.6)}
-GREYS = ("#111111", "#444444", "#666666", "#888888", "#a0a0a0", "#b8b8b8")
-GREY_MARKERS = "DvPX<>*"
-BLUE, VERMILION, YELLOW = "#0072B2", "#D55E00", "#E69F00"
+GREY_MARKERS = "DvPX<>*dph"
+BLUE, ORANGE = "#0072B2", "#E69F00"
 OPERATIONS = {
     "meta4d": ("#0072B2", "o"),
     "conv_mlp": ("#56B4E9", "s"),
@@ -36,7 +38,7 @@ OPERATIONS = {
     "conv_norm": ("#E69F00", "P"),
     "head": ("#000000", "X"),
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -97,7 +99,7 @@ def throughput(cells: Sequence[Comparison]) -> Figure | None:
         return None
     networks = [(name, list(group)) for name, group in groupby(cells, key=lambda cell: cell.op)]
     lines = -(-len(rungs) // 2)
-    figure, axes = plt.subplots(1, len(networks), figsize=(WIDTH, 3.5 + 0.19 * lines), squeeze=False)
+    figure, axes = plt.subplots(1, len(networks), figsize=(WIDTH, 3.4 + 0.19 * lines), squeeze=False)
     styles = _styles(rungs)
     for panel, (name, group) in zip(axes[0], networks, strict=True):
         batches = sorted({cell.batch for cell in group})
@@ -113,21 +115,26 @@ def throughput(cells: Sequence[Comparison]) -> Figure | None:
         panel.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes[0][0].set_ylabel("images / s")
     handles = [Line2D([], [], label=f"{rung} ({_errors(cells, rung)})", **styles[rung]) for rung in rungs]
-    figure.legend(handles=handles, loc="lower center", ncols=2, frameon=False, bbox_to_anchor=(0.5, 0.06), fontsize=8)
-    _finish(figure, cells, "Throughput by batch", bottom=0.09 + 0.19 * lines / figure.get_figheight())
+    height = figure.get_figheight()
+    figure.legend(
+        handles=handles, loc="lower center", ncols=2, frameon=False, bbox_to_anchor=(0.5, 0.4 / height), fontsize=8
+    )
+    remark = "error: the largest of these batches, relative to the largest value of the float64 result"
+    _finish(figure, cells, "Throughput by batch", remark, (0, (0.63 + 0.19 * lines) / height, 1, 1 - 0.4 / height))
     return figure
 
 
-def _styles(rungs: Sequence[str]) -> dict[str, dict[str, object]]:
-    styles: dict[str, dict[str, object]] = {}
-    for rung in rungs:
-        if rung in OURS:
-            color, marker, width = OURS[rung]
-            styles[rung] = {"color": color, "marker": marker, "linewidth": width, "markersize": 5, "zorder": 3}
-        else:
-            index = sum(other not in OURS for other in styles)
-            color, marker = GREYS[index % len(GREYS)], GREY_MARKERS[index % len(GREY_MARKERS)]
-            styles[rung] = {"color": color, "marker": marker, "linewidth": 1.2, "markersize": 4}
+def _styles(rungs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Ours in colours; the others in greys, the darker the further up the ladder."""
+    others = [rung for rung in rungs if rung not in OURS]
+    styles: dict[str, dict[str, Any]] = {}
+    for index, rung in enumerate(others):
+        grey = str(round(0.72 - 0.65 * index / max(len(others) - 1, 1), 2))
+        marker = GREY_MARKERS[index % len(GREY_MARKERS)]
+        styles[rung] = {"color": grey, "marker": marker, "linewidth": 1.2, "markersize": 4}
+    for rung in OURS:
+        color, marker, width = OURS[rung]
+        styles[rung] = {"color": color, "marker": marker, "linewidth": width, "markersize": 5, "zorder": 3}
     return styles
 
 
@@ -145,8 +152,8 @@ def _errors(cells: Sequence[Comparison], rung: str) -> str:
 
 def speedup(cells: Sequence[Comparison]) -> Figure | None:
     """Ours over the baseline: a bar for each network and batch, with the baseline's name and both errors."""
-    rows = [(cell, ratio) for cell in cells if (ratio := cell.speedup("img/s")) is not None]
-    if not rows:
+    rows = [(cell, cell.speedup("img/s")) for cell in cells]
+    if all(ratio is None for _, ratio in rows):
         return None
     positions: list[float] = []
     networks: dict[str, list[float]] = {}
@@ -154,29 +161,36 @@ def speedup(cells: Sequence[Comparison]) -> Figure | None:
         gap = 1.0 if cell.op in networks else 1.9
         positions.append((positions[-1] if positions else 0.0) + gap)
         networks.setdefault(cell.op, []).append(positions[-1])
-    height = 0.27 * positions[-1] + 1.35
+    height = 0.27 * positions[-1] + 1.45
     figure, panel = plt.subplots(figsize=(WIDTH, height))
-    longest = max([ratio for _, ratio in rows if ratio == ratio], default=1.0)
-    reach = max(longest, 1.0)
+    reach = max([1.0, *(ratio for _, ratio in rows if ratio is not None and math.isfinite(ratio))])
+    across = panel.get_yaxis_transform()
     for (cell, ratio), position in zip(rows, positions, strict=True):
-        loses = not ratio >= 1
-        panel.barh(position, 0 if ratio != ratio else ratio, 0.72, color=YELLOW if loses else BLUE,
-                   hatch="///" if loses else None, edgecolor="white")  # fmt: skip
-        baseline, ours = cell.baseline("img/s"), cell.ours
-        panel.text(max(ratio, 1.0) + 0.015 * reach if ratio == ratio else 1.0 + 0.015 * reach, position, times(ratio),
-                   va="center", fontweight="bold", fontsize=8.5)  # fmt: skip
-        panel.text(1.02, position, f"{_name(baseline)}\nerror {_error(ours)}; its {_error(baseline)}",
-                   transform=panel.get_yaxis_transform(), va="center", fontsize=6.8, color="#444444",
-                   linespacing=1.05)  # fmt: skip
-    panel.axvline(1, color="black", linewidth=1)
-    panel.set(xlim=(0, 1.24 * reach), ylim=(positions[-1] + 0.7, 0.9))
-    panel.set_yticks(positions, [f"batch {cell.batch}" for cell, _ in rows])
+        length = ratio if ratio is not None and math.isfinite(ratio) else 0.0
+        panel.barh(position, length, 0.72, color=BLUE if length >= 1 else ORANGE, hatch=None if length >= 1 else "///",
+                   edgecolor="white")  # fmt: skip
+        panel.text(
+            max(length, 1.0) + 0.015 * reach,
+            position,
+            times(ratio) or "not run",
+            va="center",
+            weight="bold",
+            fontsize=8.5,
+        )
+        baseline = cell.baseline("img/s")
+        panel.text(1.02, position, f"{_name(baseline)}\nerror of ours {_error(cell.ours)}, its {_error(baseline)}",
+                   transform=across, va="center", fontsize=7, color="#444444", linespacing=1.05)  # fmt: skip
     for name, found in networks.items():
-        panel.text(-0.01, found[0] - 0.95, name, transform=panel.get_yaxis_transform(), fontweight="bold", va="center", ha="right")
+        panel.text(-0.015, found[0] - 0.85, name, transform=across, weight="bold", va="center", ha="right")
+    panel.axvline(1, color="black", linewidth=1)
+    panel.set(xlim=(0, 1.45 * reach), ylim=(positions[-1] + 0.6, 0.6))
+    panel.set_yticks(positions, [f"batch {cell.batch}" for cell, _ in rows])
     panel.tick_params(axis="y", length=0)
     panel.grid(axis="x", color="#dddddd", linewidth=0.6)
-    panel.set_xlabel("img/s of ours frozen / img/s of the baseline named on the right")
-    _finish(figure, cells, "Speed-up over the baseline", right=0.7)
+    panel.set_xlabel("img/s of ours frozen / img/s of the baseline")
+    panel.text(1.02, -0.33 / (height - 1.14), "baseline: the fastest of its run", transform=panel.transAxes, fontsize=9)
+    _finish(figure, cells, "Speed-up over the baseline")
+    figure.subplots_adjust(left=0.175, right=0.6, bottom=0.78 / height, top=1 - 0.36 / height)
     return figure
 
 
@@ -193,11 +207,11 @@ def blocks(measured: Measured, network: str, dtype: str, ceilings: Ceilings) -> 
 
     At batch 256 if something was measured there, else at the largest batch.
     """
-    kernels = {(cell.op, cell.shape): cell for cell in measured.kernels if cell.dtype == dtype}
-    batches = sorted({cell.batch for cell in kernels.values()}, key=lambda batch: (batch != 256, -batch))
+    kernels = [cell for cell in measured.kernels if cell.dtype == dtype]
+    batches = sorted({cell.batch for cell in kernels}, key=lambda batch: (batch != 256, -batch))
     for batch in batches:
         parts = network_parts(PRESETS[network], batch, (224, 224), getattr(torch, dtype))
-        found = [kernels.get((part.op, part.shape)) for part in parts]
+        found = [_of(part, kernels) for part in parts]
         ours = [cell.ours if cell is not None else None for cell in found]
         taken = [r.value("ms") if r is not None and r.ran("ms") else None for r in ours]
         if any(time is not None for time in taken):
@@ -213,21 +227,26 @@ def blocks(measured: Measured, network: str, dtype: str, ceilings: Ceilings) -> 
         panel.barh(row, floor, 0.7, color="#999999" if time is None else BLUE, hatch="..." if time is None else None,
                    edgecolor="white")  # fmt: skip
         if time is not None:
-            panel.barh(row, max(time - floor, 0), 0.7, left=floor, color=YELLOW, edgecolor="white")
+            panel.barh(row, max(time - floor, 0), 0.7, left=floor, color=ORANGE, edgecolor="white")
             text = f"{number(time)} ({share(floor / time)} of the floor's speed), error {_error(result)}"
         panel.text(max(floor, time or 0) + 0.01 * reach, row, text, va="center", fontsize=8)
     panel.set_yticks(range(len(parts)), [f"{p.name}{f', x {p.count}' if p.count > 1 else ''}" for p in parts])
-    panel.set(xlim=(0, 1.75 * reach), ylim=(len(parts) - 0.4, -0.6), xlabel=f"µs in a forward of batch {batch}")
+    panel.set(xlim=(0, 1.65 * reach), ylim=(len(parts) - 0.4, -0.6), xlabel=f"µs in a forward of batch {batch}")
     panel.tick_params(axis="y", length=0)
     panel.grid(axis="x", color="#dddddd", linewidth=0.6)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (BLUE, YELLOW)]
-    panel.legend(handles, ["floor", "ours, above it"], loc="lower right", frameon=False)
+    handles = [Patch(color=color) for color in (BLUE, ORANGE)]
+    panel.legend(handles, ["floor", "ours, above it"], loc="lower right", bbox_to_anchor=(1, 1), frameon=False, ncols=2)
     known = [(floor, time) for floor, time in zip(floors, times_of, strict=True) if time is not None]
     total = f"{len(known)} of {len(parts)} parts measured: {number(sum(time for _, time in known))} µs, "
     total += f"their floor {number(sum(floor for floor, _ in known))} µs"
     cells = [cell for cell in found if cell is not None]
     _finish(figure, cells, f"{network}: time by block against its floor", total)
     return figure
+
+
+def _of(part: Part, kernels: Sequence[Comparison]) -> Comparison | None:
+    alike = (cell for cell in kernels if (cell.op, cell.shape) == (part.op, part.shape))
+    return next((cell for cell in alike if part.options.items() <= cell.options.items()), None)
 
 
 def roofline(measured: Measured, dtype: str, ceilings: Ceilings) -> Figure | None:
@@ -265,14 +284,22 @@ def roofline(measured: Measured, dtype: str, ceilings: Ceilings) -> Figure | Non
     panel.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(speeds) / 2, max(speeds) * 2))
     panel.set(xlabel="FLOP / byte, both counted as the floor counts them", ylabel="TFLOP/s")
     panel.text(right, 1.1 * ceilings.flops / 1e12, f"{number(ceilings.flops / 1e12)} TFLOP/s ", ha="right")
-    panel.text(left, 1.6 * left * ceilings.bandwidth / 1e12, f"  {number(ceilings.bandwidth / 1e12)} TB/s")
+    panel.text(
+        1.15 * left, 2.2 * left * ceilings.bandwidth / 1e12, f"{number(ceilings.bandwidth / 1e12)} TB/s", ha="left"
+    )
     panel.grid(color="#e4e4e4", linewidth=0.5)
     used = dict.fromkeys(cell.op for cell in cells)
     handles = [Line2D([], [], color=OPERATIONS[op][0], marker=OPERATIONS[op][1], linestyle="", label=op) for op in used]
     handles.append(Line2D([], [], color="#666666", marker="o", linestyle="", label="ours"))
-    handles.append(Line2D([], [], color="#666666", marker="o", markerfacecolor="white", linestyle="", label="fastest other"))
-    panel.legend(handles=handles, loc="lower right", frameon=False, ncols=2)
-    _finish(figure, cells, f"Roofline at batch {batch}")
+    handles.append(
+        Line2D([], [], color="#666666", marker="o", markerfacecolor="white", linestyle="", label="fastest other")
+    )
+    figure.legend(
+        handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.4 / 5.2), frameon=False, ncols=5, fontsize=8
+    )
+    worst = max((cell.ours.value("max error") or 0.0 for cell in cells if cell.ours), default=None)
+    remark = f"largest error of ours: {error(worst)}, relative to the largest value of the float64 result"
+    _finish(figure, cells, f"Roofline at batch {batch}", remark, (0, 0.9 / 5.2, 1, 1 - 0.4 / 5.2))
     return figure
 
 
@@ -281,19 +308,25 @@ def _place(result: Result) -> tuple[float, float]:
     return 1e3 * speed / traffic, speed
 
 
-def _finish(figure: Figure, cells: Sequence[Comparison], title: str, remark: str = "", *, bottom: float | None = None,
-            right: float = 1.0) -> None:  # fmt: skip
-    """Title, and a caption that says what was measured, where and by which commit; then the layout."""
+def _finish(
+    figure: Figure,
+    cells: Sequence[Comparison],
+    title: str,
+    remark: str = "",
+    rect: tuple[float, float, float, float] | None = None,
+) -> None:
+    """Title, and a caption that says what was measured, where and by which commit; axes go into `rect`."""
     newest = max((cell.machine for cell in cells), key=lambda machine: machine.date)
     sizes = dict.fromkeys(cell.size for cell in cells if cell.op in PRESETS)
     runs = dict.fromkeys(run_of(cell.machine) for cell in cells)
-    what = ", ".join([newest.gpu, cells[0].dtype, *sizes])
     commits = run_of(newest) if len(runs) == 1 else f"{len(runs)} runs, the newest {run_of(newest)}"
+    versions = f"torch {newest.torch}, Triton {newest.triton}, commit {commits}"
+    caption = f"{', '.join([newest.gpu, cells[0].dtype, *sizes])}; {versions}"
     height = figure.get_figheight()
-    figure.text(0.01, 1 - 0.12 / height, title, fontsize=12, fontweight="bold", va="top")
+    figure.text(0.01, 1 - 0.12 / height, title, fontsize=12, weight="bold", va="top")
     if not newest.is_gpu:
-        figure.text(0.99, 1 - 0.14 / height, CPU_RUN, fontsize=10, fontweight="bold", color="#b00020", va="top", ha="right")
-    caption = f"{what}; torch {newest.torch}, Triton {newest.triton}; commit {commits}"
-    figure.text(0.01, 0.08 / height, "\n".join(filter(None, [remark, caption])), fontsize=7.5, color="#444444")
-    low = (0.42 if remark else 0.3) / height if bottom is None else bottom
-    figure.tight_layout(rect=(0, low, right, 1 - 0.4 / height))
+        figure.text(0.99, 1 - 0.14 / height, CPU_RUN, weight="bold", color="#b00020", va="top", ha="right")
+    lines = [line for line in (remark, *textwrap.wrap(caption, 130)) if line]
+    figure.text(0.01, 0.07 / height, "\n".join(lines), fontsize=7.5, color="#444444")
+    low = (0.15 + 0.14 * len(lines)) / height
+    figure.tight_layout(rect=rect or (0, low, 1, 1 - 0.4 / height))

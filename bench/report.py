@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from .comparison import Comparison, Measured, Result
 from .records import Machine
 
 CPU_RUN = "CPU run: it says nothing about a GPU"
+
+SHARED = ("timm", "sources", "order")  # evidence that all rungs of a comparison have in common
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,7 @@ def machine_table(machines: Iterable[Machine]) -> Table:
     for machine in machines:
         setup = (machine.gpu, machine.driver, machine.torch, machine.triton, machine.commit)
         dates.setdefault(setup, []).append(machine.date[:10])
-    rows = [
-        (*setup, min(days) + ("" if len(set(days)) == 1 else f" to {max(days)}")) for setup, days in dates.items()
-    ]
+    rows = [(*setup, min(days) + ("" if len(set(days)) == 1 else f" to {max(days)}")) for setup, days in dates.items()]
     return Table("Measured on", (*header, "date (UTC)"), tuple(rows))
 
 
@@ -89,8 +90,8 @@ def summary_tables(measured: Measured) -> Iterator[Table]:
             header,
             tuple(_summary(cell) for cell in cells),
             "The baseline is the fastest of timm's rungs in the same run; where timm cannot run, of our own eager "
-            "network's. Its latency is that of the rung with the shortest, which is named where it is another one. "
-            "Errors are relative to the largest value of the float64 result, top-1 agreement is with float32.",
+            "network compiled. Its latency is that of the rung with the shortest, which is named where it is another "
+            "one. Errors are relative to the largest value of the float64 result, top-1 agreement is with float32.",
         )
 
 
@@ -163,7 +164,9 @@ def ladder_table(cell: Comparison) -> Table:
             evidence_of(result),
         ))  # fmt: skip
     title = f"{cell.op}, batch {cell.batch}, {cell.dtype}, {cell.size}"
-    return Table(title, header, tuple(rows), f"Run: {run_of(cell.machine)}.")
+    shared = next(iter(cell.results.values())).evidence
+    remark = [f"Run: {run_of(cell.machine)}", *(f"{name}: {_words(shared[name])}" for name in SHARED if name in shared)]
+    return Table(title, header, tuple(rows), "; ".join(remark) + ".")
 
 
 def _spread(result: Result, scale: float = 1.0) -> str:
@@ -177,13 +180,19 @@ def _spread(result: Result, scale: float = 1.0) -> str:
 
 def evidence_of(result: Result) -> str:
     """What shows that a provider's options acted, and remarks: "kernels 31, graph yes"."""
-    words = {True: "yes", False: "no", None: "unknown"}
-    found = [
-        f"{name} {words[value] if value is None or isinstance(value, bool) else value}"
-        for name, value in result.evidence.items()
-    ]
+    found = [f"{name} {_words(value)}" for name, value in result.evidence.items() if name not in (*SHARED, "options")]
     remarks = dict.fromkeys(record.why for record in result.records.values() if record.why)
     return ", ".join([*found, *remarks])
+
+
+def _words(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {True: "yes", False: "no", None: "unknown"}[value]
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return f"[{'; '.join(map(_words, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def kernel_tables(measured: Measured) -> Iterator[Table]:
@@ -196,7 +205,8 @@ def kernel_tables(measured: Measured) -> Iterator[Table]:
         rows = []
         for cell in cells:
             for result in cell.results.values():
-                label = (cell.dtype, shape_of(cell.shape), result.provider)
+                shape = ", ".join(filter(None, [shape_of(cell.shape), _words(cell.options)]))
+                label = (cell.dtype, shape, result.provider)
                 if result.not_run is not None:
                     rows.append((*label, "not run", *[""] * 6, result.not_run, run_of(cell.machine)))
                     continue
