@@ -18,6 +18,7 @@ from typing import Any
 
 from .ladder import PROVIDERS
 from .records import Machine, Record, read_records
+from .roofline import Ceilings
 
 BACKBONES, KERNELS = "backbone.jsonl", "kernels.jsonl"
 OURS = {BACKBONES: "ours frozen", KERNELS: "ours"}
@@ -135,14 +136,13 @@ class Measured:
     Attributes:
         backbones, kernels: one comparison for each network or operation, dtype and shape: the newest of those in which
             most was set against ours.
-        ceilings: FLOP/s of matrix products by dtype, and of copying in byte/s under "copy", as measured beside the
-            kernels.
+        ceilings: by dtype, the newest that were measured beside the kernels.
     """
 
     folder: Path
     backbones: tuple[Comparison, ...]
     kernels: tuple[Comparison, ...]
-    ceilings: dict[str, float]
+    ceilings: dict[str, Ceilings]
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
@@ -169,12 +169,10 @@ def measured(folder: Path) -> Measured:
     if not backbones and not kernels:
         raise ValueError(f"{folder}: got no record, allowed is a folder with {BACKBONES} or {KERNELS}, as "
                          "`effformer bench` and `effformer bench kernels` write them")  # fmt: skip
-    ceilings = {}
-    for record in sorted(kernels, key=lambda record: record.machine.date):
-        if record.op == "matmul" and record.metric == "TFLOP/s":
-            ceilings[record.dtype] = 1e12 * record.p50
-        elif record.op == "copy" and record.metric == "GB/s":
-            ceilings["copy"] = 1e9 * record.p50
+    by_date = sorted(kernels, key=lambda record: record.machine.date)
+    flops = {record.dtype: 1e12 * record.p50 for record in by_date if record.op == "matmul"}
+    bandwidth = {record.dtype: 1e9 * record.p50 for record in by_date if record.op == "copy"}
+    ceilings = {dtype: Ceilings(flops[dtype], bandwidth[dtype]) for dtype in flops.keys() & bandwidth.keys()}
     operations = [record for record in kernels if record.op not in ("matmul", "copy")]
     return Measured(folder, comparisons(BACKBONES, backbones), comparisons(KERNELS, operations), ceilings)
 

@@ -70,7 +70,7 @@ def _pictures(measured: Measured) -> Iterator[tuple[str, str, Figure]]:
                 text = {"speedup": "Speed-up over the baseline", "throughput": "Throughput by batch"}[kind]
                 yield f"{kind}-{dtype}-{size}.png", f"{text}, {dtype}, {size}", figure
     for dtype in dict.fromkeys(cell.dtype for cell in measured.kernels):
-        ceilings = ceilings_of(measured, dtype)
+        ceilings = measured.ceilings.get(dtype)
         if ceilings is None:
             continue
         for network in PRESETS:
@@ -85,11 +85,6 @@ def _pictures(measured: Measured) -> Iterator[tuple[str, str, Figure]]:
 def _by_dtype_and_size(cells: Sequence[Comparison]) -> Iterator[tuple[tuple[str, str], list[Comparison]]]:
     for key in dict.fromkeys((cell.dtype, cell.size) for cell in cells):
         yield key, [cell for cell in cells if (cell.dtype, cell.size) == key]
-
-
-def ceilings_of(measured: Measured, dtype: str) -> Ceilings | None:
-    found = measured.ceilings
-    return Ceilings(found[dtype], found["copy"]) if dtype in found and "copy" in found else None
 
 
 def throughput(cells: Sequence[Comparison]) -> Figure | None:
