@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     ).add_subparsers(required=True, metavar="COMMAND")
     _add_bench_run(bench)
     _add_bench_kernels(bench)
+    _add_bench_report(bench)
     tune = bench.add_parser(
         "tune",
         help="search for the fastest tiles on this GPU",
@@ -244,6 +245,28 @@ def _add_bench_kernels(bench: argparse._SubParsersAction[argparse.ArgumentParser
     kernels.add_argument("--output", type=Path, default=Path("bench/results"), metavar="FOLDER", help="default: "
                          "%(default)s")  # fmt: skip
     kernels.set_defaults(command="bench_kernels")
+
+
+def _add_bench_report(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = bench.add_parser(
+        "report",
+        help="a page, pictures and README's table from what was measured",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Write index.html and its pictures for each GPU that `effformer bench` and `bench kernels` wrote results\n"
+            "of: ours against the fastest other of the same run, errors beside speeds, what was not run and\n"
+            "why. Nothing is measured. With --readme, also write the table between a README's markers\n"
+            "<!-- benchmark --> and <!-- /benchmark -->; with --check write nothing, and exit with 1 if that differs."
+        ),
+        epilog="examples:\n  effformer bench report\n  effformer bench report --readme README.md --check",
+    )
+    report.add_argument("--results", type=Path, default=Path("bench/results"), metavar="FOLDER", help="holds a folder "
+                        "for each GPU, default: %(default)s")  # fmt: skip
+    report.add_argument("--gpu", metavar="NAME", help="its folder there, such as nvidia-h200; default: every one")
+    report.add_argument("--output", type=Path, metavar="FOLDER", help="default: report/ in the folder of results")
+    report.add_argument("--readme", type=Path, metavar="FILE", help="a README with the markers")
+    report.add_argument("--check", action="store_true", help="only say whether FILE agrees with the results")
+    report.set_defaults(command="bench_report")
 
 
 def _add_input_options(parser: argparse.ArgumentParser) -> None:
