@@ -91,7 +91,10 @@ class Case:
 
     def to(self, device: torch.device) -> Case:
         """The same call with its tensors on `device`: what the seed draws on a CPU is the same on every machine."""
-        return Case(self.operation, tuple(argument.to(device) for argument in self.arguments), self.options)
+        options = {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.options.items()
+        }
+        return Case(self.operation, tuple(argument.to(device) for argument in self.arguments), options)
 
     @torch.no_grad()
     def run(self, backend: str) -> Tensor:

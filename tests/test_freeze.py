@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from effformer.kernels.launch import recorded
 from machine import DEVICE, DTYPES, id_of
 from torch import Tensor, nn
 
@@ -432,3 +433,21 @@ def test_published_networks_are_frozen_whole() -> None:
         assert steps.count("attention_mixer") == steps.count("linear_mlp") == config.num_vit
         assert steps.count("head") == 1
         assert len(steps) == 5 + sum(config.depths) + config.num_vit + 2
+
+
+@pytest.mark.parametrize(("batch", "launches"), [(1, 38), (256, 34)])
+def test_nothing_but_kernels_between_images_and_logits(batch: int, launches: int) -> None:
+    """L1 on Triton: what stands between the kernels moves no memory. They are only described here, and not run."""
+    frozen = freeze(effformer.create_model("efficientformer_l1").eval(), torch.float16, backend="triton")
+    x = torch.empty(batch, 3, 224, 224, dtype=torch.float16)
+    with recorded(run=False) as record:
+        frozen(x)  # expands the bias
+    record.clear()
+    with recorded(run=False) as record, torch.profiler.profile() as profile:
+        frozen(x)
+    assert len(record) == launches
+    record.clear()
+    seen = {event.name for event in profile.events() if event.name.startswith("aten::")}
+    views = {"view", "permute", "transpose", "flatten", "reshape", "as_strided", "detach", "alias", "contiguous"}
+    views |= {"to", "unsqueeze", "_reshape_alias", "empty", "empty_strided", "result_type"}
+    assert {name.removeprefix("aten::") for name in seen} <= views
