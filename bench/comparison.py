@@ -51,6 +51,13 @@ class Result:
         found = (record.roofline for record in self.records.values())
         return next((fraction for fraction in found if fraction is not None), None)
 
+    @property
+    def remarks(self) -> list[str]:
+        """What was recorded beside the figures, such as a machine that drifted or an option that did not act."""
+        return list(
+            dict.fromkeys(record.why for record in self.records.values() if record.why and self.not_run is None)
+        )
+
     def value(self, metric: str) -> float | None:
         """The figure, which may be NaN; None where it was not measured."""
         record = self.records.get(metric)
@@ -117,6 +124,13 @@ class Comparison:
             return math.nan
         ratio = (ours.value(metric) or math.nan) / (baseline.value(metric) or math.nan)
         return ratio if metric in HIGHER_IS_BETTER else 1 / ratio
+
+    @property
+    def doubts(self) -> str:
+        """Remarks on ours and the baseline, which whoever reads the speed-up should know; else nothing."""
+        concerned = (self.ours, self.baseline("img/s"), self.baseline("ms"))
+        found = (f"{result.provider}: {remark}" for result in concerned if result for remark in result.remarks)
+        return "; ".join(dict.fromkeys(found))
 
     @property
     def has_every_rung(self) -> bool:

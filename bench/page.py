@@ -84,7 +84,7 @@ def _table(table: Table) -> Iterator[str]:
 def _class(text: str) -> str:
     if text == "met":
         return " class='good'"
-    if text in ("missed", "not run", "not measured", "NaN") or text.endswith("(slower)"):
+    if text in ("missed", "not run", "not measured", "NaN") or text.endswith(("(slower)", "in doubt")):
         return " class='bad'"
     return " class='long'" if len(text) > LONG else ""
 

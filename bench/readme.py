@@ -60,6 +60,8 @@ def _section(measured: Measured, folder: Path) -> Iterator[str]:
     )
     rows = [HEADER, ("---",) * len(HEADER), *map(_row, cells)]
     yield "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
+    if doubts := [f"{_row(cell)[0]} at batch {cell.batch}, {cell.doubts}" for cell in cells if cell.doubts]:
+        yield f"To be read with care: {'; '.join(doubts)}."
     picture = measured.folder.resolve() / "report" / f"speedup-{DTYPE}-{SIZE}.png"
     yield f"![Speed-up over the baseline]({Path(os.path.relpath(picture, folder)).as_posix()})"
 

@@ -82,7 +82,7 @@ def summary_tables(measured: Measured) -> Iterator[Table]:
     header = (
         "dtype", "size", "batch", "baseline", "its img/s", "ours, img/s", "speed-up", "its p50 (p99), ms",
         "ours, ms", "its peak, MiB", "ours, MiB", "its max error", "ours, max error", "its top-1 agreement",
-        "ours, top-1", "run",
+        "ours, top-1", "remarks", "run",
     )  # fmt: skip
     for network, cells in groupby(measured.backbones, key=lambda cell: cell.op):
         yield Table(
@@ -118,6 +118,7 @@ def _summary(cell: Comparison) -> tuple[str, ...]:
         "" if reason or ours is None else error(ours.value("max error")),
         share(_value(baseline, "top-1 agreement")),
         share(_value(ours, "top-1 agreement")),
+        cell.doubts,
         run_of(cell.machine),
     )
 
@@ -181,8 +182,7 @@ def _spread(result: Result, scale: float = 1.0) -> str:
 def evidence_of(result: Result) -> str:
     """What shows that a provider's options acted, and remarks: "kernels 31, graph yes"."""
     found = [f"{name} {_words(value)}" for name, value in result.evidence.items() if name not in (*SHARED, "options")]
-    remarks = dict.fromkeys(record.why for record in result.records.values() if record.why)
-    return ", ".join([*found, *remarks])
+    return ", ".join([*found, *result.remarks])
 
 
 def _words(value: Any) -> str:

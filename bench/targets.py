@@ -1,6 +1,7 @@
 """What the network is meant to reach on an H200 in 16 bit at 224x224, and whether it did.
 
-A target that is not measured in full, against every rung and with a finite error beside the speed, is unmeasured.
+A target that is not measured in full, against every rung and with a finite error beside the speed, is unmeasured. One
+whose figures have a remark beside them (a machine that drifted, an option that did not act) is in doubt.
 """
 
 from __future__ import annotations
@@ -48,17 +49,34 @@ def _networks(measured: Measured, dtype: str) -> Iterator[tuple[str, ...]]:
     cells = {(c.op, c.batch): c for c in measured.backbones if c.dtype == dtype and c.size == SIZE}
     for name, target in NETWORKS.items():
         large, single = cells.get((name, 256)), cells.get((name, 1))
-        label = f"{name}, batch 256: "
+        label, doubted = f"{name}, batch 256: ", _is_doubted(large)
         found = _of(large, lambda cell: cell.speedup("img/s"))
-        yield _row(f"{label}throughput over the baseline", dtype, found, target.throughput, times)
+        yield _row(f"{label}throughput over the baseline", dtype, found, target.throughput, times, doubt=doubted)
         found = _of(large, _floor_share)
-        yield _row(f"{label}of the floor's speed", dtype, found, FLOOR_SHARE, share)
+        yield _row(f"{label}of the floor's speed", dtype, found, FLOOR_SHARE, share, doubt=doubted)
         found = _of(large, _memory)
         yield _row(
-            f"{label}peak activation memory, ours over the baseline", dtype, found, MEMORY_SHARE, share, most=True
+            f"{label}peak activation memory, ours over the baseline",
+            dtype,
+            found,
+            MEMORY_SHARE,
+            share,
+            most=True,
+            doubt=doubted,
         )
         found = _of(single, lambda cell: cell.speedup("ms"))
-        yield _row(f"{name}, batch 1: latency, baseline over ours", dtype, found, target.latency, times)
+        yield _row(
+            f"{name}, batch 1: latency, baseline over ours",
+            dtype,
+            found,
+            target.latency,
+            times,
+            doubt=_is_doubted(single),
+        )
+
+
+def _is_doubted(cell: Comparison | None) -> bool:
+    return cell is not None and bool(cell.doubts)
 
 
 def _floor_share(cell: Comparison) -> float | None:
@@ -117,6 +135,7 @@ def _losses(measured: Measured) -> tuple[str, ...]:
         (cell.op, cell.dtype, cell.batch) for cell in cells if cell.size == SIZE and _of(cell, _slowest) is not None
     }
     outcome = "missed" if slower else "met" if wanted <= tried else "unmeasured"
+    outcome += ", in doubt" if known and any(cell.doubts for cell, _ in known) else ""
     target = "no network, batch, dtype and size where ours is slower than the baseline, or takes longer"
     return target, "both", "0", f"{slower} of {len(known)} measured", outcome
 
@@ -153,8 +172,10 @@ def _row(
     words: Callable[[float | None], str],
     *,
     most: bool = False,
+    doubt: bool = False,
 ) -> tuple[str, ...]:
     outcome = "unmeasured"
     if found is not None:
         outcome = "met" if (found <= bound if most else found >= bound) else "missed"
+        outcome += ", in doubt" if doubt else ""
     return target, dtype, words(bound), words(found), outcome
