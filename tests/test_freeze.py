@@ -124,6 +124,25 @@ def test_accuracy_in_low_precision(narrow: Callable[..., EfficientFormer], dtype
             rule(found, true, eager)
 
 
+def test_l1_by_the_shipped_tiles() -> None:
+    """From pixels to logits, in float16; few rows, whose MLPs are split."""
+    model = randomise(effformer.create_model("efficientformer_l1"), seed=1).eval().to(DEVICE)
+    pixels = torch.randint(0, 256, (1, 96, 64, 3), dtype=torch.uint8, device=DEVICE)
+    low = randomise(effformer.create_model("efficientformer_l1", backend="eager"), seed=1).eval().to(DEVICE).half()
+    x = normalised(pixels.cpu().permute(0, 3, 1, 2)).to(DEVICE)
+    with torch.no_grad():
+        eager = low(x.half())
+    frozen = freeze(model, torch.float16, backend="triton", mean=MEAN, std=STD)
+    with recorded() as launches:
+        found = frozen(pixels)
+    assert {"split_mlp_kernel", "head_kernel", "conv_norm_kernel"} <= {one.kernel.__name__ for one in launches}
+    launches.clear()
+    exact = model.double()
+    effformer.set_backend(exact, "eager")
+    with torch.no_grad():
+        assert rule(found, exact(x), eager).max_error > 0
+
+
 def rule(found: Tensor, exact: Tensor, eager: Tensor) -> Accuracy:
     result = accuracy(found, exact, eager)
     assert result.passes(), result
