@@ -25,8 +25,16 @@ TESTS = (
     "test_kernel_shapes.py",
 )
 # What concerns these files is looked for first, or alone.
-CONFIGURATIONS = ("kernels/config.py", "kernels/device.py", "kernels/table.py")
-SERVING = ("effformer/inference.py", "effformer/packing.py")
+_TABLE, _SERVING = ("test_configurations.py", *TESTS), ("test_freeze.py",)
+JUDGES = {
+    "kernels/config.py": _TABLE,
+    "kernels/device.py": _TABLE,
+    "kernels/table.py": _TABLE,
+    "kernels/conv_norm.py": ("test_conv_norm.py",),
+    "kernels/split_mlp.py": ("test_split.py", *TESTS),
+    "effformer/inference.py": _SERVING,
+    "effformer/packing.py": _SERVING,
+}
 
 
 @dataclass(frozen=True)
@@ -244,8 +252,7 @@ def main() -> None:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             plant(mutant, Path(folder))
-            tests = ("test_configurations.py", *TESTS) if mutant.file in CONFIGURATIONS else TESTS
-            killer = red(Path(folder), ("test_freeze.py",) if mutant.file in SERVING else tests)
+            killer = red(Path(folder), JUDGES.get(mutant.file, TESTS))
         survived += killer is None
         lines.append(f"{'SURVIVED' if killer is None else 'killed':8} {mutant.fault} ({mutant.file}): {killer or '-'}")
         print(f"{lines[-1]}  [{time.monotonic() - begin:.0f} s]", flush=True)
