@@ -139,7 +139,7 @@ def test_pixels(channels: int, dtype: torch.dtype) -> None:
 
 
 @drawn
-@given(maps(), st.integers(8, 90), st.none() | ACTIVATIONS)
+@given(maps(), st.integers(8, 40), st.none() | ACTIVATIONS)
 def test_drawn(x: Tensor, outputs: int, activation: str | None) -> None:
     drawn_check(conv_norm_case(x, outputs, activation))
 

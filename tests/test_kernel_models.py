@@ -43,9 +43,9 @@ def check(found: Accuracy, mean: float = 1.5) -> None:
 @pytest.mark.parametrize("name", list_models())
 def test_whole_network(name: str, dtype: torch.dtype) -> None:
     """96x64 pixels: maps of 24x16 to 3x2, and 6 tokens."""
-    if INTERPRETED and (name, dtype) == ("efficientformer_l7", torch.float32):
-        pytest.skip("a minute, for what L3 shows in float32 and L7 in float16")
-    network = randomise(create_model(name), seed=1).eval().to(memory_format=torch.channels_last)
+    # Interpreted, L7 is a block of each kind a stage: its kernels are the same in all of a stage's.
+    fewer = {"depths": (1, 1, 1, 2), "num_vit": 1} if INTERPRETED and name == "efficientformer_l7" else {}
+    network = randomise(create_model(name, **fewer), seed=1).eval().to(memory_format=torch.channels_last)
     check(errors(network, dtype, draw_map((1, 3, 96, 64), dtype)))
 
 
