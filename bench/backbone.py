@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.config import user_file
 from .isolation import FailedError, cache_folder, in_process
 from .ladder import Cell, Provider, rungs
 from .records import Machine, Record, append_records, read_records
@@ -73,7 +74,8 @@ def sources() -> dict[str, str]:
     """
     root, digest = Path(__file__).parent, hashlib.sha256()
     package = Path(sys.modules[__package__.partition(".")[0]].__path__[0])
-    own = [root / f"{name}.py" for name in ("competitor", "evidence", "isolation", "ladder", "rung")]
+    names = ("ceilings", "competitor", "evidence", "isolation", "ladder", "roofline", "rung", "timing")
+    own = [*(root / f"{name}.py" for name in names), user_file()]  # tiles tuned here count as code
     for path in [*sorted(package.glob("*.py")), *sorted((root / "../kernels").resolve().glob("*.*")), *own]:
         digest.update(path.read_bytes() if path.is_file() else b"")
     try:

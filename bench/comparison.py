@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .ladder import PROVIDERS
+from .ladder import PROVIDERS, Cell, rungs
 from .records import Machine, Record, read_records
 from .roofline import Ceilings
 
@@ -134,8 +134,18 @@ class Comparison:
 
     @property
     def has_every_rung(self) -> bool:
-        """Whether all of the ladder was tried, so that the baseline is the strongest that there is."""
-        return {provider.name for provider in PROVIDERS} <= set(self.results)
+        """Whether all of the ladder was tried, and all that is compiled ran: else the baseline may be a weaker one.
+
+        What cannot run at an image size need not have.
+        """
+        height, width = map(int, self.size.split("x"))
+        listed = rungs(Cell(self.op, self.batch, self.dtype, height, width))
+        must = [
+            rung.name for rung in listed if rung.options is not None and (rung.whose != "timm" or listed == PROVIDERS)
+        ]
+        return {rung.name for rung in listed} <= set(self.results) and all(
+            self.results[name].ran("ms") for name in must
+        )
 
     @property
     def rank(self) -> tuple[bool, int, str]:

@@ -58,7 +58,9 @@ def read_profile(events: Any, on_gpu: bool) -> Profile:
         ]
     else:
         ran = [event for event in events if "::" in event.name and not _within_operator(event)]
-    return Profile(tuple(event.name for event in ran), sum(event.name == "cudaGraphLaunch" for event in events))
+    return Profile(
+        tuple(event.name for event in ran), sum(event.name.startswith("cudaGraphLaunch") for event in events)
+    )
 
 
 def _within_operator(event: Any) -> bool:

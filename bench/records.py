@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -52,7 +53,7 @@ class Machine:
         gpu: its name; for a run on a CPU "cpu: " and the CPU's name.
         driver: of the GPU, "none" without one.
         commit: of the checkout that is the working directory, "-dirty" where it was changed (results apart); the
-            package's version outside of one.
+            package's version outside of one; EFFFORMER_COMMIT in the environment names another.
         date: UTC, ISO 8601.
     """
 
@@ -192,6 +193,8 @@ def _driver() -> str:
 
 @functools.cache
 def _commit() -> str:
+    if named := os.environ.get("EFFFORMER_COMMIT"):
+        return named
     head = _output(["git", "rev-parse", "--short=12", "HEAD"]) if shutil.which("git") else ""
     if not head:
         return metadata.version("effformer")

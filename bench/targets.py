@@ -130,6 +130,9 @@ def _losses(measured: Measured) -> tuple[str, ...]:
     found = [(cell, _of(cell, _slowest)) for cell in cells]
     known = [(cell, ratio) for cell, ratio in found if ratio is not None]
     slower = sum(not ratio >= 1 for _, ratio in known)
+    slower += sum(
+        bool(cell.ours and not cell.ours.ran("ms") and cell.baseline("ms")) for cell, ratio in found if ratio is None
+    )
     wanted = {(name, dtype, batch) for name in NETWORKS for dtype in DTYPES for batch in BATCHES}
     tried = {
         (cell.op, cell.dtype, cell.batch) for cell in cells if cell.size == SIZE and _of(cell, _slowest) is not None

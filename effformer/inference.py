@@ -167,6 +167,16 @@ class Frozen:
         """(batch, height, width, whether uint8) of the captured graphs."""
         return tuple(self._graphs)
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the graphs' own images and results, which stay; what lies between them is in the graphs' pool."""
+        tensors = (
+            tensor
+            for graph in self._graphs.values()
+            for tensor in (graph.images, *([graph.results] if isinstance(graph.results, Tensor) else graph.results))
+        )
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def __call__(self, images: Tensor) -> Tensor | list[Tensor]:
         """The output for images.
 

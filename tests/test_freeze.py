@@ -365,6 +365,7 @@ def test_one_graph_for_each_shape_up_to_the_limit(graphed: Callable[..., Any]) -
         close(frozen(pixels), live(model, "logits", normalised(pixels)))
     assert frozen.graphs == ((2, 64, 64, False), (1, 64, 64, False), (1, 96, 64, False))
     assert [graph.graph.count for graph in frozen._graphs.values()] == [2, 2, 2]
+    assert frozen.held_bytes == 8 * (3 * 64 * (2 * 64 + 64 + 96) + 4 * 10)
     frozen.clear()
     assert frozen.graphs == ()
     close(frozen(pixels), live(model, "logits", normalised(pixels)))

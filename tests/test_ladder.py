@@ -241,8 +241,9 @@ def test_a_cell_holds_all_rungs_and_the_drift(cache: Path) -> None:
     outcome = run_one(CELL, run, cache)
     assert outcome is not None
     assert [asked[0], asked[-1]] == [("ours frozen", False), ("ours frozen", True)]
-    assert [name for name, _ in asked[1:3]] == [
-        "timm torch.compile max-autotune", "timm torch.compile max-autotune + conv_1x1_as_mm",
+    assert [name for name, _ in asked[1:4]] == [
+        "timm torch.compile max-autotune", "timm torch.compile max-autotune-pointwise",
+        "timm torch.compile max-autotune-pointwise + conv_1x1_as_mm",
     ]  # fmt: skip
     assert {record.provider for record in outcome.records} == {provider.name for provider in rungs(CELL)}
     assert {record.machine.date for record in outcome.records} == {HERE.date}

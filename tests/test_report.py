@@ -248,6 +248,9 @@ def test_no_target_is_met_without_an_error_or_against_part_of_the_ladder(tmp_pat
     assert outcomes(results(tmp_path / "a", blind))[name] == "unmeasured"
     weak = [record for record in ladder(9.0) if "max-autotune" not in record.provider]
     assert outcomes(results(tmp_path / "b", weak))[name] == "unmeasured"
+    strongest = "timm torch.compile max-autotune"
+    stopped = [record for record in ladder(9.0) if record.provider != strongest] + [not_run(strongest, "too long")]
+    assert outcomes(results(tmp_path / "c", stopped))[name] == "unmeasured"
 
 
 def test_what_is_in_doubt_says_so(tmp_path: Path) -> None:
@@ -269,6 +272,9 @@ def test_one_loss_misses_the_target_of_none(tmp_path: Path) -> None:
     name = "no network, batch, dtype and size where ours is slower than the baseline, or takes longer both"
     assert outcomes(results(tmp_path / "a", [*ladder(2.0), *ladder(0.9, batch=8)]))[name] == "missed"
     assert outcomes(results(tmp_path / "b", ladder(2.0)))[name] == "unmeasured"
+    crashed = [record for record in ladder(2.0) if record.provider != "ours frozen"]
+    lost = results(tmp_path / "c", [*crashed, not_run("ours frozen", "out of memory")])
+    assert outcomes(lost)[name] == "missed"
 
 
 # --- page, pictures, README -------------------------------------------------------------------------------------------
