@@ -187,8 +187,8 @@ def build(provider: Provider, cell: Cell, device: torch.device) -> Built:
     model.to(device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
     call = model
     for module in model.modules():
-        if hasattr(module, "get_attention_biases"):  # timm's cache: filled later, it would have all compiled twice
-            module.get_attention_biases(device)
+        if fill := getattr(module, "get_attention_biases", None):
+            fill(device)  # timm's cache: filled later, it would have all compiled twice
     if provider.options is not None:
         call = torch.compile(model, fullgraph=True, dynamic=False, options=dict(provider.options))  # type: ignore[assignment]
     return Built(call, model)
