@@ -1,17 +1,14 @@
 """Run the ladder: what `effformer bench` does.
 
 A cell (`ladder.Cell`) holds all of its rungs, the baseline's and ours, measured one after another on one machine, and
-is written in one piece when the last is through. A run that is cut off leaves whole cells behind, and the next goes on
-with the cell that it was at.
+is written in one piece when the last is through. Where the time is over before, what there is of it is written, if that
+sets ours against a rival, and marked "cut off"; the next run measures the whole cell.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,18 +19,19 @@ from typing import Any
 
 import torch
 
-from ..kernels.config import user_file
 from .isolation import FailedError, cache_folder, in_process
-from .ladder import Cell, Provider, rungs
+from .ladder import BY_NAME, Cell, Provider, rungs
 from .records import Machine, Record, append_records, read_records
+from .resume import Attempts, sources
 from .rung import Figures
 
 FILE = "backbone.jsonl"
 MODELS = ("efficientformer_l1", "efficientformer_l3", "efficientformer_l7")
 DTYPES = ("bfloat16", "float16", "float32")
 FIRST_BATCHES = (256, 1)
-LIMIT = 300.0  # seconds a rung may take
+LIMIT = 400.0  # seconds a rung may take
 LEAST = 45.0  # seconds worth starting a cell for
+CUT_OFF = "cut off"  # evidence of a cell that is not whole
 DRIFT = 0.05  # between the first rung's time and the same at the end, beyond which the cell says so
 
 
@@ -66,23 +64,14 @@ def in_order(
 # --- what is there already --------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def sources() -> dict[str, str]:
-    """What figures hold for beside machine and versions: this package's code, and timm.
-
-    The commit is in the records as well, but committing results changes that.
-    """
-    root, digest = Path(__file__).parent, hashlib.sha256()
-    package = Path(sys.modules[__package__.partition(".")[0]].__path__[0])
-    names = ("ceilings", "competitor", "evidence", "isolation", "ladder", "roofline", "rung", "timing")
-    own = [*(root / f"{name}.py" for name in names), user_file()]  # tiles tuned here count as code
-    for path in [*sorted(package.glob("*.py")), *sorted((root / "../kernels").resolve().glob("*.*")), *own]:
-        digest.update(path.read_bytes() if path.is_file() else b"")
+def known() -> dict[str, str]:
+    """What figures hold for beside machine and versions: the code that they are of, and timm."""
     try:
         timm = metadata.version("timm")
     except metadata.PackageNotFoundError:
         timm = "none"
-    return {"sources": digest.hexdigest()[:16], "timm": timm}
+    modules = ("ceilings", "competitor", "evidence", "isolation", "ladder", "roofline", "rung", "timing")
+    return {"sources": sources(*modules), "timm": timm}
 
 
 def complete(path: Path, machine: Machine, providers: Sequence[str] | None = None) -> set[Cell]:
@@ -90,7 +79,8 @@ def complete(path: Path, machine: Machine, providers: Sequence[str] | None = Non
 
     def same(record: Record) -> bool:
         here = replace(machine, date=record.machine.date, commit=record.machine.commit)
-        return record.machine == here and record.evidence.items() >= sources().items()
+        whole = CUT_OFF not in record.evidence
+        return whole and record.machine == here and record.evidence.items() >= known().items()
 
     found: dict[tuple[Cell, str], set[str]] = defaultdict(set)
     for record in read_records(path):
@@ -108,34 +98,28 @@ def chosen(cell: Cell, providers: Sequence[str] | None) -> list[Provider]:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-class Stopped:
-    """A file of rungs that were stopped, beside Inductor's cache: each is begun again once, with what is compiled now.
+def stopped_rungs(machine: Machine) -> Attempts:
+    """The rungs that were stopped, beside Inductor's cache: each is begun again once, with what is compiled now.
 
     Stopped a second time, it is recorded as not run: no cell holds up the rest for good.
     """
-
-    def __init__(self, path: Path, machine: Machine) -> None:
-        self.path, self.owner = path, [machine.gpu, machine.torch, machine.triton, sources()]
-
-    def note(self, provider: Provider, cell: Cell) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(self._line(provider, cell) + "\n")
-
-    def has(self, provider: Provider, cell: Cell) -> bool:
-        return self.path.exists() and self._line(provider, cell) in self.path.read_text(encoding="utf-8").splitlines()
-
-    def _line(self, provider: Provider, cell: Cell) -> str:
-        return json.dumps([self.owner, provider.name, cell])
+    return Attempts(cache_folder().with_name("stopped.jsonl"), machine, known())
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A cell's records, and the names of those of our rungs that failed."""
+    """What came of a cell.
+
+    Attributes:
+        records: of its rungs; where it is not whole, of those that were through when the time was over.
+        failed: rungs that raised, crashed or took too long.
+        whole: whether all rungs are through; one that is not is to be measured again.
+    """
 
     cell: Cell
     records: list[Record]
     failed: tuple[str, ...]
+    whole: bool
 
 
 def run_cell(
@@ -145,73 +129,69 @@ def run_cell(
     run: Run,
     deadline: float,
     *,
-    stopped: Stopped,
+    stopped: Attempts,
     providers: Sequence[str] | None = None,
     alone: bool = False,
     tell: Callable[[str], object] = lambda line: None,
-) -> Outcome | None:
-    """Measure a cell; None if the time was over, or a rung is to be begun again.
+) -> Outcome:
+    """Measure a cell, until the time is over or a rung is to be begun again.
 
-    Ours frozen comes first, what competes most closely next, and ours frozen again last: how far both differ is how far
-    the machine drifted meanwhile.
+    Ours frozen comes first, what competes most closely next, and ours frozen again last. The slower of both counts, so
+    that a machine that drifts does no rival wrong; how far they differ is recorded.
 
     Args:
         deadline: of `time.monotonic()`.
+        stopped: see `stopped_rungs`.
         alone: nothing was run before this cell, so that there is no more time for it in another run.
         tell: is told each rung as it starts.
     """
     listed = chosen(cell, providers)
     records: dict[str, list[Record]] = {}
-    failed = []
+    failed: list[str] = []
     order = sorted(listed, key=lambda p: (p.whose != "frozen", not p.options, p.options is None))
-    base = {**sources(), "order": [provider.name for provider in order]}
-    for provider in order:
-        reason = provider.unavailable(cell, device)
-        if reason is None:
-            tell(f"{cell}: {provider.name} ...")
-            try:
-                figures = _within(run, provider, cell, False, deadline, stopped, alone)
-            except TimeOverError:
-                return None
-            except FailedError as error:
-                reason = str(error)
-                failed += [provider.name] if provider.whose != "timm" and provider.options is None else []
-        if reason is not None:
-            records[provider.name] = [
-                _record(cell, provider, machine, "not run", float("nan"), why=reason, evidence=base)
-            ]
-            continue
-        records[provider.name] = [
-            _record(
-                cell,
-                provider,
-                machine,
-                metric,
-                p50,
-                p20=p20,
-                p80=p80,
-                roofline=floor_share(figures, cell, metric, p50),
-                why="; ".join(figures.doubts) or None,
-                evidence={**base, **figures.evidence} if metric == "ms" else {},
-            )
-            for metric, (p20, p50, p80) in figures.metrics.items()
-        ]
-    first = next((provider for provider in order if _of(records[provider.name], "ms")), None)
-    if first is not None:
-        tell(f"{cell}: {first.name}, again ...")
+    base = {**known(), "order": [provider.name for provider in order]}
+
+    def measured(provider: Provider, speed_alone: bool) -> Figures:
+        tell(f"{cell}: {provider.name}{', again' if speed_alone else ''} ...")
         try:
-            again = _within(run, first, cell, True, deadline, stopped, alone)
-        except TimeOverError:
-            return None
-        except FailedError as error:
-            records[first.name] = [_drifted(record, None, str(error)) for record in records[first.name]]
-        else:
-            records[first.name] = [_drifted(record, again, None) for record in records[first.name]]
-    return Outcome(cell, [record for provider in listed for record in records[provider.name]], tuple(failed))
+            return _within(run, provider, cell, speed_alone, deadline, stopped, alone)
+        except FailedError:
+            failed.append(provider.name)
+            raise
+
+    def listed_records() -> list[Record]:
+        return [record for provider in listed for record in records.get(provider.name, ())]
+
+    try:
+        for provider in order:
+            reason = provider.unavailable(cell, device)
+            if reason is None:
+                try:
+                    records[provider.name] = _records(cell, provider, machine, measured(provider, False), base)
+                except FailedError as error:
+                    reason = str(error)
+            if reason is not None:
+                records[provider.name] = [
+                    _record(cell, provider, machine, "not run", float("nan"), why=reason, evidence=base)
+                ]
+        first = next((provider for provider in order if _of(records[provider.name], "ms")), None)
+        if first is not None:
+            try:
+                again, failure = measured(first, True), None
+            except FailedError as error:
+                again, failure = None, str(error)
+            records[first.name] = [_drifted(record, again, failure) for record in records[first.name]]
+    except TimeOverError:
+        parts = [
+            replace(record, evidence={**record.evidence, CUT_OFF: True}) if record.evidence else record
+            for record in listed_records()
+        ]
+        return Outcome(cell, parts, tuple(failed), whole=False)
+    return Outcome(cell, listed_records(), tuple(failed), whole=True)
 
 
 def _within(
-    run: Run, provider: Provider, cell: Cell, speed_alone: bool, deadline: float, stopped: Stopped, alone: bool
+    run: Run, provider: Provider, cell: Cell, speed_alone: bool, deadline: float, stopped: Attempts, alone: bool
 ) -> Figures:
     left = deadline - time.monotonic()
     if left <= 0:
@@ -221,23 +201,48 @@ def _within(
     except TimeoutError:
         if left < LIMIT and not alone:
             raise TimeOverError from None
-        if not stopped.has(provider, cell):
-            stopped.note(provider, cell)
+        if not stopped.count(provider.name, cell):
+            stopped.add(provider.name, cell)
             raise TimeOverError from None
         raise FailedError(f"it took longer than {min(LIMIT, left):.0f} s, twice") from None
 
 
+def _records(cell: Cell, provider: Provider, machine: Machine, figures: Figures, base: dict[str, Any]) -> list[Record]:
+    return [
+        _record(
+            cell,
+            provider,
+            machine,
+            metric,
+            p50,
+            p20=p20,
+            p80=p80,
+            roofline=floor_share(figures, cell, metric, p50),
+            why="; ".join(figures.doubts) or None,
+            evidence={**base, **figures.evidence} if metric == "ms" else {},
+        )
+        for metric, (p20, p50, p80) in figures.metrics.items()
+    ]
+
+
 def _drifted(record: Record, again: Figures | None, failure: str | None) -> Record:
-    """A record of the first rung, with what measuring it again at the end showed."""
-    if record.metric not in ("ms", "img/s"):
+    """The slower of the first rung's record and what measuring it again at the end showed."""
+    if record.metric not in ("ms", "p99 ms", "img/s"):
         return record
     if again is None:
         return replace(record, evidence={**record.evidence, "again": None}, why=f"again at the end: {failure}")
-    p50 = again.metrics[record.metric][1]
-    drift = p50 / record.p50 - 1
-    remark = f"the machine drifted: {drift:+.0%} at the end of the cell" if abs(drift) > DRIFT else None
-    why = "; ".join(filter(None, (record.why, remark))) or None
-    return replace(record, evidence={**record.evidence, "again": p50, "drift": round(drift, 4)}, why=why)
+    p20, p50, p80 = again.metrics[record.metric]
+    ratio = p50 / record.p50
+    remark = f"the machine drifted: {ratio - 1:+.0%} at the end of the cell" if abs(ratio - 1) > DRIFT else None
+    found = replace(
+        record,
+        evidence={**record.evidence, "first": record.p50, "again": p50, "drift": round(ratio - 1, 4)},
+        why="; ".join(filter(None, (record.why, remark))) or None,
+    )
+    slowdown = 1 / ratio if record.metric == "img/s" else ratio
+    if slowdown <= 1:
+        return found
+    return replace(found, p20=p20, p50=p50, p80=p80, roofline=record.roofline and record.roofline / slowdown)
 
 
 def floor_share(figures: Figures, cell: Cell, metric: str, p50: float) -> float | None:
@@ -267,14 +272,14 @@ def run_ladder(
     providers: Sequence[str] | None = None,
     tell: Callable[[str], object] = lambda line: None,
 ) -> Iterator[Outcome]:
-    """Measure cells for about `seconds`, in order; what is through is in the file at `path` before it is yielded.
+    """Measure cells for about `seconds`, in order; what came of one is in the file at `path` before it is yielded.
 
     Args:
         machine: asked anew for each cell, whose date is what its records share.
         run: measures a rung; by default in a process of its own.
     """
     deadline = time.monotonic() + seconds
-    stopped = Stopped(cache_folder().with_name("stopped.jsonl"), machine())
+    stopped = stopped_rungs(machine())
     for number, cell in enumerate(todo):
         if number and deadline - time.monotonic() < LEAST:
             return
@@ -289,7 +294,13 @@ def run_ladder(
             alone=number == 0,
             tell=tell,
         )
-        if outcome is None:
-            continue  # a rung of this one is to be begun again; the next may fit
-        append_records(path, outcome.records)
-        yield outcome
+        if outcome.whole or _compares(outcome):
+            append_records(path, outcome.records)
+            yield outcome
+
+
+def _compares(outcome: Outcome) -> bool:
+    """Whether it sets ours frozen against a rival."""
+    ran = {record.provider for record in outcome.records if record.metric == "ms"}
+    ours = {provider.name for provider in rungs(outcome.cell) if provider.whose == "frozen"}
+    return bool(ran & ours) and any(BY_NAME[name].is_rival for name in ran)

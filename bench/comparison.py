@@ -1,7 +1,7 @@
 """Who is faster than whom: the records of one run at one shape, side by side.
 
 A network's comparison is what was measured at one date: its rungs took turns on one machine. An operation's is what
-one machine measured with one commit. Figures of two runs are never set against each other.
+one machine measured of one state of the code. Figures of two runs are never set against each other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .ladder import PROVIDERS, Cell, rungs
+from .ladder import Cell, rungs, strongest
 from .records import Machine, Record, read_records
 from .roofline import Ceilings
 
@@ -138,14 +138,9 @@ class Comparison:
 
         What cannot run at an image size need not have.
         """
-        height, width = map(int, self.size.split("x"))
-        listed = rungs(Cell(self.op, self.batch, self.dtype, height, width))
-        must = [
-            rung.name for rung in listed if rung.options is not None and (rung.whose != "timm" or listed == PROVIDERS)
-        ]
-        return {rung.name for rung in listed} <= set(self.results) and all(
-            self.results[name].ran("ms") for name in must
-        )
+        cell = Cell(self.op, self.batch, self.dtype, *self.shape[2:])
+        listed = {rung.name for rung in rungs(cell)}
+        return listed <= set(self.results) and all(self.results[name].ran("ms") for name in strongest(cell))
 
     @property
     def rank(self) -> tuple[bool, int, str]:
@@ -203,10 +198,12 @@ def measured(folder: Path) -> Measured:
 
 def comparisons(file: str, records: Iterable[Record]) -> tuple[Comparison, ...]:
     """One comparison for each network or operation, its options, dtype and shape, from the run of the highest rank."""
-    runs: dict[Any, dict[Machine, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    runs: dict[Any, dict[Any, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        # The kernels' runs go on where they stopped: at other dates.
-        run = record.machine if file == BACKBONES else dataclasses.replace(record.machine, date="")
+        # The kernels' runs go on where they stopped: at other dates, when other results have been committed.
+        run: Any = record.machine
+        if file == KERNELS:
+            run = dataclasses.replace(record.machine, date="", commit=""), record.evidence.get("sources")
         runs[name_of(record), options_of(record), record.dtype, record.shape][run].append(record)
     found = [
         max((_comparison(file, run) for run in by_run.values()), key=lambda run: run.rank) for by_run in runs.values()

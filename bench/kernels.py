@@ -21,12 +21,15 @@ from ..outcome import NETWORK, Check, describe_dtype, describe_shape
 from ..testing import Accuracy, Case, accuracy, float32_as_such
 from ..verification import checks, draw
 from .ceilings import Measured, measure_ceilings, speed
+from .isolation import cache_folder
 from .providers import OURS, PROVIDERS, Form, Provider
 from .records import Machine, Record
+from .resume import Attempts, sources
 from .roofline import Ceilings, cost
 from .timing import Timing, device_time
 
 FIRST_BATCHES = (256, 1)
+MOST_ATTEMPTS = 2
 PIECE = 32  # images whose float64 result is computed at a time
 Key = tuple[str, str, tuple[int, ...], str]
 
@@ -65,17 +68,28 @@ def key_of(check: Check) -> Key:
     return check.operation, describe_dtype(check.dtype), check.shape, json.dumps(check.options, sort_keys=True)
 
 
-def recorded_cells(records: Iterable[Record], machine: Machine) -> set[Key]:
-    """The cells that were measured on this machine with these versions and this commit, whenever it was."""
+def code() -> str:
+    """See `sources`."""
+    return sources("ceilings", "kernels", "providers", "roofline", "timing")
 
-    def undated(of: Machine) -> Machine:
-        return replace(of, date="")
+
+def recorded_cells(records: Iterable[Record], machine: Machine) -> set[Key]:
+    """The cells that were measured on this machine with these versions and this code, whenever it was."""
+
+    def here(record: Record) -> bool:
+        same = replace(machine, date=record.machine.date, commit=record.machine.commit)
+        return record.machine == same and record.evidence.get("sources") == code()
 
     return {
         (record.op, record.dtype, record.shape, json.dumps(record.evidence["options"], sort_keys=True))
         for record in records
-        if undated(record.machine) == undated(machine) and "options" in record.evidence
+        if "options" in record.evidence and here(record)
     }
+
+
+def begun(machine: Machine) -> Attempts:
+    """The providers that were begun and came to no end: one that takes the process with it twice is left out then."""
+    return Attempts(cache_folder().with_name("begun.jsonl"), machine, code())
 
 
 def bench(
@@ -84,6 +98,7 @@ def bench(
     machine: Machine,
     *,
     seconds: float,
+    attempts: Attempts,
     providers: Sequence[Provider] = PROVIDERS,
     timer: Callable[[Callable[[], Callable[[], object]], torch.device, int], Timing] = device_time,
     measure: Callable[[torch.device, torch.dtype], Measured] = measure_ceilings,
@@ -97,6 +112,7 @@ def bench(
         device: where to run.
         machine: as it is recorded.
         seconds: after which no cell is begun.
+        attempts: see `begun`.
         providers: who is measured.
         timer: `device_time`.
         measure: `measure_ceilings`.
@@ -114,7 +130,7 @@ def bench(
             measured = measure(device, check.dtype)
             ceilings[check.dtype] = measured.ceilings
             yield measured.records(machine)
-        cell = _Cell(check, device, machine, ceilings[check.dtype], timer)
+        cell = _Cell(check, device, machine, ceilings[check.dtype], timer, attempts)
         with torch.no_grad(), float32_as_such():
             records = cell.measure(providers)
         yield records
@@ -137,9 +153,15 @@ class _Cell:
     """One operation at one shape in one dtype. `lost` is the provider that broke the device."""
 
     def __init__(
-        self, check: Check, device: torch.device, machine: Machine, ceilings: Ceilings, timer: Callable[..., Timing]
+        self,
+        check: Check,
+        device: torch.device,
+        machine: Machine,
+        ceilings: Ceilings,
+        timer: Callable[..., Timing],
+        attempts: Attempts,
     ) -> None:
-        self.check, self.device, self.machine, self.timer = check, device, machine, timer
+        self.check, self.device, self.machine, self.timer, self.attempts = check, device, machine, timer, attempts
         self.flops, self.bytes = cost(check.operation, check.shape, check.options, check.dtype)
         self.floor = ceilings.floor(self.flops, self.bytes)
         self.lost: str | None = None
@@ -159,8 +181,14 @@ class _Cell:
                 records.append(self._not_run(provider, f"{self.lost} had broken the device"))
             elif (why_not := provider.why_not(self.device, self.check.dtype)) is not None:
                 records.append(self._not_run(provider, why_not))
+            elif self.attempts.count(provider.name, key_of(self.check)) >= MOST_ATTEMPTS:
+                records.append(self._not_run(provider, "it was begun twice, and came to no end", failed=True))
             else:
-                records += self._measured(provider, case, exact, eager)
+                self.attempts.add(provider.name, key_of(self.check))
+                try:
+                    records += self._measured(provider, case, exact, eager)
+                finally:
+                    self.attempts.remove(provider.name, key_of(self.check))
         return records
 
     def _measured(self, provider: Provider, case: Case, exact: Tensor, eager: Tensor) -> list[Record]:
@@ -223,7 +251,12 @@ class _Cell:
 
     def _record(self, provider: Provider, metric: str, p50: float, **fields: Any) -> Record:
         op, dtype, shape, _ = key_of(self.check)
-        evidence = {"options": self.check.options, "where": list(self.check.where), **fields.pop("evidence", {})}
+        evidence = {
+            "options": self.check.options,
+            "where": list(self.check.where),
+            "sources": code(),
+            **fields.pop("evidence", {}),
+        }
         return Record(
             op, provider.name, "forward", dtype, shape, metric, p50, self.machine, evidence=evidence, **fields
         )

@@ -7,6 +7,7 @@ computing. Each is built as whoever wants it fast would build it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..backend import why_not_triton
 from ..factory import create_model
-from ..inference import Frozen, freeze
+from ..inference import Frozen, capture_graph, freeze
 from ..testing import randomise
 from .competitor import fold_batch_norm, import_timm
 
@@ -56,6 +57,7 @@ class Provider:
         channels_last: of weights and images.
         folded: BatchNorm is folded into the convolutions.
         options: of torch.compile; None for no compiling.
+        captured: its calls are in a CUDA graph as ours frozen are, and pass by all that torch.compile asks of a call.
         backend: of our live network.
     """
 
@@ -64,11 +66,12 @@ class Provider:
     channels_last: bool = True
     folded: bool = False
     options: dict[str, Any] | None = None
+    captured: bool = False
     backend: str = "eager"
 
     @property
     def wants_graph(self) -> bool:
-        return self.whose == "frozen" or bool(self.options and self.options.get("triton.cudagraphs"))
+        return self.whose == "frozen" or self.captured or bool(self.options and self.options.get("triton.cudagraphs"))
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -95,6 +98,8 @@ class Provider:
                 return "timm is not installed (pip install effformer[timm])"
             if (cell.height, cell.width) != TIMM_SIZE:
                 return "timm's network takes images of 224x224 alone"
+        if self.captured and device.type == "cpu":
+            return "no GPU; there are no graphs"
         if self.backend == "triton" and device.type == "cpu":
             return "no GPU; what Triton's interpreter takes says nothing"
         if self.backend == "triton":
@@ -107,35 +112,44 @@ class Provider:
 # where they are left to the libraries, and all else is tuned.
 _GRAPHS = {"triton.cudagraphs": True, "coordinate_descent_tuning": True, "freezing": True}
 _MOST = {"max_autotune": True, **_GRAPHS}
+_UNGRAPHED = {**_MOST, "triton.cudagraphs": False}
 _CONVOLVED = {"max_autotune_pointwise": True, **_GRAPHS, "conv_1x1_as_mm": False}
 _MULTIPLIED = {**_CONVOLVED, "conv_1x1_as_mm": True}
+
+
+def _compiled(name: str, whose: str, folded: bool) -> Iterator[Provider]:
+    of = functools.partial(Provider, whose=whose, folded=folded)
+    yield of(f"{name} torch.compile", options={})
+    yield of(f"{name} torch.compile max-autotune", options=_MOST)
+    yield of(f"{name} torch.compile max-autotune-pointwise", options=_CONVOLVED)
+    yield of(f"{name} torch.compile max-autotune-pointwise + conv_1x1_as_mm", options=_MULTIPLIED)
+    yield of(f"{name} torch.compile max-autotune, captured", options=_UNGRAPHED, captured=True)
+
 
 PROVIDERS = (
     Provider("timm eager", "timm", channels_last=False),
     Provider("timm eager, channels_last", "timm"),
     Provider("timm eager + BN folded", "timm", channels_last=False, folded=True),
     Provider("timm eager, channels_last + BN folded", "timm", folded=True),
-    Provider("timm torch.compile", "timm", folded=True, options={}),
-    Provider("timm torch.compile max-autotune", "timm", folded=True, options=_MOST),
-    Provider("timm torch.compile max-autotune-pointwise", "timm", folded=True, options=_CONVOLVED),
-    Provider("timm torch.compile max-autotune-pointwise + conv_1x1_as_mm", "timm", folded=True, options=_MULTIPLIED),
+    *_compiled("timm", "timm", folded=True),
     Provider("ours eager", "ours"),
     Provider("ours triton", "ours", backend="triton"),
     Provider("ours frozen", "frozen"),
 )
 # Where timm cannot run: our own eager network in its place.
-STAND_INS = (
-    Provider("ours eager, torch.compile", "ours", options={}),
-    Provider("ours eager, torch.compile max-autotune", "ours", options=_MOST),
-    Provider("ours eager, torch.compile max-autotune-pointwise", "ours", options=_CONVOLVED),
-    Provider("ours eager, torch.compile max-autotune-pointwise + conv_1x1_as_mm", "ours", options=_MULTIPLIED),
-)
+STAND_INS = tuple(_compiled("ours eager,", "ours", folded=False))
 BY_NAME = {provider.name: provider for provider in (*PROVIDERS, *STAND_INS)}
 
 
 def rungs(cell: Cell) -> tuple[Provider, ...]:
     """The providers of a cell."""
     return PROVIDERS if (cell.height, cell.width) == TIMM_SIZE else PROVIDERS + STAND_INS
+
+
+def strongest(cell: Cell) -> list[str]:
+    """The rungs without which nobody knows the baseline: whatever is compiled, where it can run."""
+    compiled = PROVIDERS if rungs(cell) == PROVIDERS else STAND_INS
+    return [provider.name for provider in compiled if provider.options is not None]
 
 
 def draw_weights(name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -170,6 +184,32 @@ class Built:
     model: nn.Module | None = None
     frozen: Frozen | None = None
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of images and results that a graph of ours keeps."""
+        holder = self.frozen or self.call
+        return holder.held_bytes if isinstance(holder, Frozen | Captured) else 0
+
+
+class Captured:
+    """Calls of a function by one CUDA graph: images are copied in and results out, as in the frozen form."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.graph is None:
+            self.images = images.clone()
+            _, self.graph, self.result = capture_graph(lambda: self.function(self.images), None)
+        self.images.copy_(images)
+        self.graph.replay()
+        return self.result.clone()
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.images, self.result))
+
 
 @torch.no_grad()
 def build(provider: Provider, cell: Cell, device: torch.device) -> Built:
@@ -191,7 +231,7 @@ def build(provider: Provider, cell: Cell, device: torch.device) -> Built:
             fill(device)  # timm's cache: filled later, it would have all compiled twice
     if provider.options is not None:
         call = torch.compile(model, fullgraph=True, dynamic=False, options=dict(provider.options))  # type: ignore[assignment]
-    return Built(call, model)
+    return Built(Captured(call) if provider.captured else call, model)
 
 
 def exact_network(cell: Cell, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -109,23 +109,25 @@ def _sdpa(device: torch.device) -> dict[str, Form]:
 
 
 def _flex(device: torch.device) -> dict[str, Form]:
-    """FlexAttention, compiled, whose score_mod adds the bias."""
+    """FlexAttention, compiled, whose score_mod adds the bias; on a GPU also by its kernel for long queries."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    def attention(qkv: Tensor, bias: Tensor, num_heads: int, key_dim: int) -> Tensor:
+    def attention(qkv: Tensor, bias: Tensor, num_heads: int, key_dim: int, long: bool) -> Tensor:
         def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return score + bias[h, i, j]
 
         q, k, v = reference.split_heads(qkv, num_heads=num_heads, key_dim=key_dim)
-        values: Tensor = flex_attention(q, k, v, score_mod=add_bias)
+        # Queries of fewer than 128 tokens go to a kernel for decoding, unless told otherwise.
+        options: Any = {"FORCE_USE_FLEX_ATTENTION": True} if long else None
+        values: Tensor = flex_attention(q, k, v, score_mod=add_bias, kernel_options=options)
         return values.transpose(1, 2).flatten(2)
 
     compiled: Callable[..., Tensor] = torch.compile(attention, fullgraph=True, dynamic=False)
 
-    def form(case: Case) -> Callable[[], Tensor]:
-        return lambda: compiled(*case.arguments, **case.options)
+    def by(long: bool) -> Form:
+        return lambda case: lambda: compiled(*case.arguments, **case.options, long=long)
 
-    return {"default": form}
+    return {"default": by(False)} | ({"long": by(True)} if device.type == "cuda" else {})
 
 
 # --- MLPs -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from .records import Machine
 
 CPU_RUN = "CPU run: it says nothing about a GPU"
 
-SHARED = ("timm", "sources", "order")  # evidence that all rungs of a comparison have in common
+SHARED = ("timm", "sources", "order", "cut off")  # evidence that all rungs of a comparison have in common
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,8 @@ def _add_bench_run(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -
             "Throughput, latency, memory, errors against float64 and top-1 agreement with float32, of timm's network\n"
             "(eager, BatchNorm folded, torch.compile up to max-autotune) and ours (eager, Triton, frozen), same\n"
             "weights and images, each in a process of its own. A cell is a model at a batch size, dtype and image\n"
-            "size. It is written when all of these are through; what is there already is not measured again.\n"
-            "Exit status: 0 when all is measured, 75 when the time was over first, 1 if one of ours failed."
+            "size: all of these, or what there is of them when the time is over. A whole one is not measured again.\n"
+            "Exit status: 0 when all is measured, 75 when the time was over first, 1 if a rung failed."
         ),
         epilog="example:\n  effformer bench --model efficientformer_l1 --dtype bfloat16 --batch-size 256 1",
     )

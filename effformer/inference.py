@@ -357,7 +357,7 @@ class Frozen:
         def forward() -> Tensor | list[Tensor]:
             return self._packed.run(images, biases, self.backend)
 
-        self._pool, graph, results = _captured(forward, self._pool)
+        self._pool, graph, results = capture_graph(forward, self._pool)
         return _Graph(graph, images, biases, results)
 
     def _wait(self) -> None:
@@ -365,7 +365,7 @@ class Frozen:
             torch.cuda.synchronize(self.device)
 
 
-def _captured(forward: Callable[[], _Result], pool: Any) -> tuple[Any, torch.cuda.CUDAGraph, _Result]:
+def capture_graph(forward: Callable[[], _Result], pool: Any) -> tuple[Any, torch.cuda.CUDAGraph, _Result]:
     """The memory pool (a new one for None), a graph of `forward`, and the result that each replay writes again."""
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(current)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from effformer.bench import ceilings, kernels, providers
 from effformer.bench.ceilings import Measured, measure_ceilings
-from effformer.bench.kernels import DeviceLostError, bench, cells, copied, exact_of, key_of, recorded_cells
+from effformer.bench.kernels import DeviceLostError, begun, bench, cells, copied, exact_of, key_of, recorded_cells
 from effformer.bench.providers import OURS, PROVIDERS, Provider
 from effformer.bench.records import Machine, Record, read_records
 from effformer.bench.roofline import cost
@@ -43,6 +43,11 @@ BLOCK = Check("meta4d", (3, 8, 5, 4), torch.float32, {"hidden": 16}, ())
 def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor takes half a minute for what eager PyTorch computes as well."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "cache_folder", lambda: tmp_path / "cache" / "inductor")
 
 
 # --- who computes -------------------------------------------------------------------------------------------------------
@@ -142,7 +147,7 @@ def fake_timer(make: Callable[[], Callable[[], object]], device: torch.device, f
 
 def run(todo: list[Check], *with_: Provider, **options: Any) -> list[list[Record] | None]:
     options = {"timer": fake_timer, "measure": fake_ceilings, "seconds": 60.0} | options
-    return list(bench(todo, CPU, MACHINE, providers=with_ or PROVIDERS[:2], **options))
+    return list(bench(todo, CPU, MACHINE, attempts=begun(MACHINE), providers=with_ or PROVIDERS[:2], **options))
 
 
 def provider(name: str, *calls: Callable[[Case], Tensor]) -> Provider:
@@ -247,7 +252,8 @@ def test_a_lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
         found.extend(
             records
             for records in bench(
-                [MLP, POOL], CPU, MACHINE, seconds=60.0, timer=fake_timer, measure=fake_ceilings,
+                [MLP, POOL], CPU, MACHINE, seconds=60.0, attempts=begun(MACHINE), timer=fake_timer,
+                measure=fake_ceilings,
                 providers=[PROVIDERS[1], provider("breaks", breaks), provider("later", lambda case: case.run("eager"))],
             )
             if records is not None and "options" in records[0].evidence
@@ -258,6 +264,30 @@ def test_a_lost_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert records[-1].why == "breaks had broken the device"
     assert records[0].metric == "ms"
     assert recorded_cells(records, MACHINE) == {key_of(MLP)}
+
+
+def test_what_takes_the_process_with_it_is_left_out_the_third_time() -> None:
+    class Crash(BaseException):
+        pass
+
+    def crashes(case: Case) -> Tensor:
+        attempts.remove = lambda *what: None  # type: ignore[method-assign]  # a process that is gone takes nothing back
+        raise Crash
+
+    with_ = [PROVIDERS[1], provider("crashes", crashes)]
+    for _ in range(2):
+        attempts = begun(MACHINE)
+        with pytest.raises(Crash):
+            list(bench([MLP], CPU, MACHINE, seconds=60.0, attempts=attempts, providers=with_, timer=fake_timer,
+                       measure=fake_ceilings))  # fmt: skip
+    _, records = run([MLP], *with_)
+    assert records is not None
+    assert [record.why for record in records if record.metric == "not run"] == [
+        "it was begun twice, and came to no end"
+    ]
+    assert records[0].provider == "eager"
+    _, records = run([POOL], PROVIDERS[1], provider("crashes", lambda case: case.run("eager")))
+    assert {record.provider for record in records or () if record.metric == "ms"} == {"eager", "crashes"}
 
 
 def test_no_room_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,13 +322,16 @@ def test_order() -> None:
     assert "network" not in {check.operation for check in cells(list_models(), OPERATIONS, [bf16], [1])}
 
 
-def test_resumption() -> None:
+def test_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
     _, records = run([MLP])
     assert records is not None
     later = replace(MACHINE, date="2026-02-02T00:00:00+00:00")
     assert recorded_cells(records, later) == {key_of(MLP)}
-    for name in ("gpu", "torch", "triton", "commit"):
+    assert recorded_cells(records, replace(later, commit="of results alone")) == {key_of(MLP)}
+    for name in ("gpu", "torch", "triton"):
         assert recorded_cells(records, replace(MACHINE, **{name: "other"})) == set()
+    monkeypatch.setattr(kernels, "code", lambda: "changed")
+    assert recorded_cells(records, MACHINE) == set()
     assert key_of(replace(MLP, options={"hidden": 32})) != key_of(MLP)
 
 

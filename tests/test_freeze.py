@@ -351,7 +351,7 @@ def graphed(monkeypatch: pytest.MonkeyPatch, narrow: Callable[..., EfficientForm
         frozen._max_graphs = max_graphs
         return model, frozen
 
-    monkeypatch.setattr(inference, "_captured", captured)
+    monkeypatch.setattr(inference, "capture_graph", captured)
     return build
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from effformer.bench import backbone, evidence, ladder, rung
-from effformer.bench.backbone import Stopped, complete, in_order, run_cell, run_ladder
+from effformer.bench.backbone import complete, in_order, run_cell, run_ladder
 from effformer.bench.competitor import fold_batch_norm
 from effformer.bench.isolation import FailedError, in_process
 from effformer.bench.ladder import BY_NAME, Cell, build, draw_images, draw_weights, rungs
 from effformer.bench.records import Machine, Record, read_records
+from effformer.bench.resume import Attempts
 from effformer.bench.rung import Figures
 from torch import nn
 
@@ -66,11 +67,15 @@ def figures(ms: float = 2.0, doubts: tuple[str, ...] = ()) -> Figures:
     return found
 
 
-def run_one(
-    cell: Cell, run: backbone.Run, cache: Path, seconds: float = 1e3, **options: Any
-) -> backbone.Outcome | None:
+def run_one(cell: Cell, run: backbone.Run, cache: Path, seconds: float = 1e3, **options: Any) -> backbone.Outcome:
     return run_cell(
-        cell, HERE, CPU, run, time.monotonic() + seconds, stopped=Stopped(cache / "stopped.jsonl", HERE), **options
+        cell,
+        HERE,
+        CPU,
+        run,
+        time.monotonic() + seconds,
+        stopped=Attempts(cache / "stopped.jsonl", HERE, "code"),
+        **options,
     )
 
 
@@ -93,7 +98,8 @@ def test_where_timm_cannot_run_our_network_is_compiled_in_its_place() -> None:
     wide = CELL._replace(width=384)
     for provider in rungs(wide):
         reason = provider.unavailable(wide, CPU)
-        assert (reason is not None) == (provider.whose == "timm" or provider.backend == "triton"), provider.name
+        on_gpu_alone = provider.backend == "triton" or provider.captured
+        assert (reason is not None) == (provider.whose == "timm" or on_gpu_alone), provider.name
     assert {p.name for p in rungs(wide)} - {p.name for p in rungs(CELL)} == {p.name for p in ladder.STAND_INS}
     assert "224x224" in str(BY_NAME["timm eager"].unavailable(wide, CPU))
 
@@ -101,6 +107,36 @@ def test_where_timm_cannot_run_our_network_is_compiled_in_its_place() -> None:
 def test_without_timm_its_rungs_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert BY_NAME["timm eager"].unavailable(CELL, CPU) == "timm is not installed (pip install effformer[timm])"
+
+
+def test_a_captured_function_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a graph that computes again."""
+    calls = []
+
+    class Replay:
+        def __init__(self, forward: Callable[[], torch.Tensor]) -> None:
+            self.forward, self.result = forward, forward()
+
+        def replay(self) -> None:
+            self.result.copy_(self.forward())
+
+    def capture(forward: Callable[[], torch.Tensor], pool: Any) -> Any:
+        calls.append(forward)
+        graph = Replay(forward)
+        return pool, graph, graph.result
+
+    monkeypatch.setattr(ladder, "capture_graph", capture)
+    captured = ladder.Captured(lambda x: 2 * x)
+    x, y = torch.randn(2, 3)
+    first, second = captured(x), captured(y)
+    assert torch.equal(first, 2 * x)
+    assert torch.equal(second, 2 * y)
+    assert captured.held_bytes == ladder.Built(captured).held_bytes == 2 * 3 * 4
+    assert len(calls) == 1
+    provider = BY_NAME["timm torch.compile max-autotune, captured"]
+    assert provider.wants_graph
+    assert provider.options is not None
+    assert provider.options["triton.cudagraphs"] is False, "one graph within another"
 
 
 @torch.no_grad()
@@ -239,19 +275,33 @@ def test_a_cell_holds_all_rungs_and_the_drift(cache: Path) -> None:
         return figures(2.4 if speed_alone else 2.0)
 
     outcome = run_one(CELL, run, cache)
-    assert outcome is not None
     assert [asked[0], asked[-1]] == [("ours frozen", False), ("ours frozen", True)]
     assert [name for name, _ in asked[1:4]] == [
         "timm torch.compile max-autotune", "timm torch.compile max-autotune-pointwise",
         "timm torch.compile max-autotune-pointwise + conv_1x1_as_mm",
     ]  # fmt: skip
+    assert outcome.whole
     assert {record.provider for record in outcome.records} == {provider.name for provider in rungs(CELL)}
     assert {record.machine.date for record in outcome.records} == {HERE.date}
-    (skipped,) = [record for record in outcome.records if record.metric == "not run"]
-    assert (skipped.provider, math.isnan(skipped.p50)) == ("ours triton", True)
-    (ms,) = [r for r in outcome.records if r.provider == "ours frozen" and r.metric == "ms"]
-    assert ms.evidence["drift"] == pytest.approx(0.2)
-    assert ms.why == "the machine drifted: +20% at the end of the cell"
+    skipped = [record for record in outcome.records if record.metric == "not run"]
+    assert [record.provider for record in skipped] == ["timm torch.compile max-autotune, captured", "ours triton"]
+    assert all(math.isnan(record.p50) for record in skipped)
+
+
+@pytest.mark.parametrize(("last", "slower"), [(2.5, 2.5), (1.6, 2.0)])
+def test_the_slower_of_first_and_last_counts(last: float, slower: float, cache: Path) -> None:
+    def run(provider: ladder.Provider, cell: Cell, speed_alone: bool, seconds: float) -> Figures:
+        found = figures(last if speed_alone else 2.0)
+        found.evidence["floor ms"] = 1.0
+        return found
+
+    records = {r.metric: r for r in run_one(CELL, run, cache).records if r.provider == "ours frozen"}
+    ms, rate = records["ms"], records["img/s"]
+    assert (ms.p50, records["p99 ms"].p50, rate.p50) == (slower, 2 * slower, 2e3 / slower)
+    assert ms.roofline == rate.roofline == 1 / slower
+    assert ms.evidence["drift"] == pytest.approx(last / 2 - 1)
+    assert (ms.evidence["first"], ms.evidence["again"]) == (2.0, last)
+    assert ms.why == f"the machine drifted: {last / 2 - 1:+.0%} at the end of the cell"
 
 
 def test_floor_shares() -> None:
@@ -269,11 +319,10 @@ def test_a_failing_rung_takes_no_other_with_it(cache: Path) -> None:
         return figures()
 
     outcome = run_one(CELL, run, cache)
-    assert outcome is not None
-    assert outcome.failed == ("ours eager",)
+    assert outcome.failed == ("timm eager", "ours eager")
     reasons = {record.provider: record.why for record in outcome.records if record.metric == "not run"}
     assert reasons["timm eager"] == reasons["ours eager"] == "OutOfMemoryError: 3 MiB"
-    assert len(reasons) == 3
+    assert len(reasons) == 4
 
 
 def test_a_rung_is_stopped_twice_at_most(cache: Path) -> None:
@@ -282,15 +331,42 @@ def test_a_rung_is_stopped_twice_at_most(cache: Path) -> None:
             raise TimeoutError
         return figures()
 
-    assert run_one(CELL, run, cache, seconds=100) is None  # the time was over, which says nothing of the rung
-    assert run_one(CELL, run, cache) is None
+    assert not run_one(CELL, run, cache, seconds=100).whole  # the time was over, which says nothing of the rung
+    assert not run_one(CELL, run, cache).whole
     outcome = run_one(CELL, run, cache)
-    assert outcome is not None
+    assert outcome.whole
     reasons = {record.provider: record.why for record in outcome.records if record.metric == "not run"}
-    assert reasons["timm torch.compile"] == "it took longer than 300 s, twice"
+    assert reasons["timm torch.compile"] == "it took longer than 400 s, twice"
     other = CELL._replace(batch=3)
-    assert run_one(other, run, cache, seconds=100, alone=True) is None
-    assert run_one(other, run, cache, seconds=100, alone=True) is not None
+    assert not run_one(other, run, cache, seconds=100, alone=True).whole
+    assert run_one(other, run, cache, seconds=100, alone=True).whole
+
+
+def test_what_there_is_when_the_time_is_over_is_kept(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "backbone.jsonl"
+
+    def run(provider: ladder.Provider, cell: Cell, speed_alone: bool, seconds: float) -> Figures:
+        if provider.name in slow or speed_alone in slow:
+            raise TimeoutError
+        return figures()
+
+    def go() -> list[backbone.Outcome]:
+        return list(run_ladder([CELL], path, lambda: HERE, CPU, 1e3, run=run))
+
+    slow: tuple[object, ...] = ("timm torch.compile max-autotune",)
+    assert go() == [], "ours alone says nothing"
+    slow = ("timm torch.compile max-autotune-pointwise",)
+    (outcome,) = go()
+    assert not outcome.whole
+    providers = {record.provider for record in read_records(path) if record.evidence.get("cut off")}
+    assert providers == {"ours frozen", "timm torch.compile max-autotune"}
+    slow = (True,)  # the last rung of all
+    (outcome,) = go()
+    assert not outcome.whole
+    assert complete(path, HERE) == set()
+    (outcome,) = go()
+    assert outcome.whole
+    assert complete(path, HERE) == {CELL}
 
 
 def test_an_interrupted_cell_is_begun_again_and_a_whole_one_is_not(tmp_path: Path, cache: Path) -> None:
@@ -328,7 +404,7 @@ def test_what_is_complete(tmp_path: Path, cache: Path, monkeypatch: pytest.Monke
     assert complete(path, HERE) == set()
     assert complete(path, replace(HERE, date="later", commit="other"), ["ours eager"]) == {CELL}
     assert complete(path, replace(HERE, torch="3"), ["ours eager"]) == set()
-    monkeypatch.setattr(backbone, "sources", lambda: {"sources": "changed"})
+    monkeypatch.setattr(backbone, "known", lambda: {"sources": "changed"})
     assert complete(path, HERE, ["ours eager"]) == set()
 
 
@@ -378,6 +454,7 @@ def test_table_names_the_baseline_and_shows_losses() -> None:
     assert "ours triton" in lines[5]
     assert "not run: no GPU" in lines[5]
     assert lines[6].strip() == "baseline: timm torch.compile (img/s), timm eager (ms)"
+    assert "a rival may be faster yet: timm torch.compile max-autotune, timm" in lines[7]
 
 
 def test_command(

@@ -56,8 +56,8 @@ def ladder(
 
 
 def kernel(provider: str, ms: float, machine: Machine = GPU, *, op: str = "meta4d", shape: tuple[int, ...] = (256, 48, 56, 56),
-           roofline: float | None = None, options: dict[str, Any] | None = None) -> list[Record]:  # fmt: skip
-    evidence = {"options": options or {}}
+           roofline: float | None = None, options: dict[str, Any] | None = None, sources: str = "same") -> list[Record]:  # fmt: skip
+    evidence = {"options": options or {}, "sources": sources}
     figures = {"ms": ms, "TFLOP/s": 100 / ms, "GB/s": 1000 / ms, "max error": 2e-3}
     return [
         Record(op, provider, "forward", "bfloat16", shape, metric, value, machine, evidence=evidence, roofline=roofline)
@@ -126,8 +126,8 @@ def test_a_run_of_fewer_rungs_does_not_hide_a_stronger_baseline(tmp_path: Path) 
     assert (cell.machine, cell.speedup("img/s")) == (GPU, 2.0)
 
 
-def test_operations_of_one_commit_and_options_are_one_comparison(tmp_path: Path) -> None:
-    again = replace(GPU, date="2026-01-05T00:00:00+00:00")
+def test_operations_of_one_code_and_options_are_one_comparison(tmp_path: Path) -> None:
+    again = replace(GPU, date="2026-01-05T00:00:00+00:00", commit="of results alone")
     shape = (256, 3, 224, 224)
     found = results(
         tmp_path,
@@ -137,7 +137,7 @@ def test_operations_of_one_commit_and_options_are_one_comparison(tmp_path: Path)
             *kernel("ours", 1.0, op="conv_norm", shape=shape, options={"outputs": 24}),
             *kernel("eager", 8.0, op="conv_norm", shape=shape, options={"outputs": 48}),
             *kernel("ours", 2.0, op="conv_norm", shape=shape, options={"outputs": 48}),
-            *kernel("eager", 0.1, LATER, op="conv_norm", shape=shape, options={"outputs": 48}),
+            *kernel("eager", 0.1, LATER, op="conv_norm", shape=shape, options={"outputs": 48}, sources="other"),
         ],
     )
     assert {cell.options["outputs"]: cell.speedup("ms") for cell in found.kernels} == {24: 3.0, 48: 4.0}

@@ -59,7 +59,8 @@ def main(arguments: argparse.Namespace) -> int:
         remaining, path, lambda: machine_of(device), device, seconds, providers=providers, tell=_tell
     ):
         print("\n".join(table(outcome.records)) + "\n", flush=True)
-        remaining.remove(outcome.cell)
+        if outcome.whole:
+            remaining.remove(outcome.cell)
         failed += [f"{outcome.cell}: {name} failed" for name in outcome.failed]
     for line in failed:
         print(f"effformer: {line}", file=sys.stderr)
@@ -76,7 +77,7 @@ HEAD = (
 
 def table(records: Sequence[Record]) -> list[str]:
     """A cell's rungs, a line each; x is the speed-up over the fastest rival of the cell, which is named below."""
-    from ..bench.ladder import Cell, rungs
+    from ..bench.ladder import Cell, rungs, strongest
 
     by_provider: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -106,6 +107,8 @@ def table(records: Sequence[Record]) -> list[str]:
         lines.append(f"  {name:<50}{''.join(aligned)}")
     if fastest and quickest:
         lines.append(f"  baseline: {fastest}" + (f" (img/s), {quickest} (ms)" if quickest != fastest else ""))
+    if rivals and (missing := [name for name in strongest(cell) if "ms" not in values.get(name, {})]):
+        lines.append(f"  not measured, so that a rival may be faster yet: {', '.join(missing)}")
     for name, found_records in by_provider.items():
         if remarks := {record.why for record in found_records if record.why and record.metric in ("ms", "img/s")}:
             lines.append(f"  {name}: {'; '.join(sorted(remarks))}")

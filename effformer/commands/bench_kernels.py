@@ -41,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
     wrong: list[str] = []
     finished = True
     try:
-        for records in kernels.bench(left, device, machine, seconds=seconds):
+        for records in kernels.bench(left, device, machine, seconds=seconds, attempts=kernels.begun(machine)):
             if records is None:
                 finished = False
                 print("the time is over: the same command goes on from here")

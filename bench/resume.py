@@ -1,0 +1,60 @@
+"""How a run goes on where another stopped: what figures hold for, and what was begun in vain."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..kernels.config import user_file
+from .records import Machine
+
+
+@functools.cache
+def sources(*modules: str) -> str:
+    """A digest of the code that figures are of: the networks', the kernels', and these modules' of the benchmarks.
+
+    The commit is in the records as well, but committing results changes that.
+    """
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    package = Path(sys.modules[__package__.partition(".")[0]].__path__[0])
+    own = [*(root / f"{name}.py" for name in modules), user_file()]  # tiles tuned here count as code
+    for path in [*sorted(package.glob("*.py")), *sorted((root / "../kernels").resolve().glob("*.*")), *own]:
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return digest.hexdigest()[:16]
+
+
+class Attempts:
+    """A file of attempts without an outcome, which outlives the process: whatever fails again and again is seen.
+
+    Args:
+        path: of the file.
+        machine: attempts on another, or with other versions, do not count.
+        code: what else they are of.
+    """
+
+    def __init__(self, path: Path, machine: Machine, code: Any) -> None:
+        self.path, self.owner = path, [machine.gpu, machine.torch, machine.triton, code]
+
+    def add(self, *what: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(self._line(what) + "\n")
+
+    def count(self, *what: Any) -> int:
+        return self._lines().count(self._line(what))
+
+    def remove(self, *what: Any) -> None:
+        """Take one back: it had an outcome."""
+        lines = self._lines()
+        lines.remove(self._line(what))
+        self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+
+    def _line(self, what: Any) -> str:
+        return json.dumps([self.owner, *what])
