@@ -43,6 +43,12 @@ LUCKY = MlpConfig(128, 32, True, 8, 1)
 REFUSED = MlpConfig(64, 64, False, 2, 1)  # two warps are no warpgroup: HMMA
 
 
+@pytest.fixture(autouse=True)
+def _few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter gives the same bits each time, unless a test has it give others."""
+    monkeypatch.setattr(tune, "REPEATS", 2)
+
+
 def test_the_question_is_what_the_launch_asked() -> None:
     """Its answer is the launch's configuration, at every shape of the networks."""
     for device in (HOPPER, CONSUMER):
@@ -233,12 +239,12 @@ def test_tiles_of_the_table_that_fail_are_reported_and_replaced(
 @interpreted
 def test_products_are_tuned_before_the_blocks_that_compete_with_them(tmp_path: Path) -> None:
     """A block that the table takes apart asks for itself, for its pooling and for both products."""
-    check = Check("meta4d", (1, 240, 3, 3), torch.float32, {"hidden": 16}, ("here",))
+    check = Check("meta4d", (1, 226, 2, 2), torch.float32, {"hidden": 16}, ("here",))
     state = State(tmp_path / "state.jsonl", H200)
     found = list(tune.tune([check], CPU, state, seconds=300, workers=1, timer=fake_clock({}), propose=lambda _: []))
     asked = [tuned.question for tuned in found if tuned]
     assert [operation for operation, *_ in asked] == ["linear", "linear", "pool_mixer", "meta4d"]
-    assert asked[-1] == ("meta4d", torch.float32, (240, 9))
+    assert asked[-1] == ("meta4d", torch.float32, (226, 4))
 
 
 def test_a_candidate_that_took_its_process_down_is_refused(tmp_path: Path) -> None:
