@@ -21,7 +21,7 @@ import torch
 
 from .isolation import FailedError, cache_folder, in_process
 from .ladder import BY_NAME, Cell, Provider, rungs
-from .records import Machine, Record, append_records, read_records
+from .records import CUT_OFF, Machine, Record, append_records, read_records
 from .resume import Attempts, sources
 from .rung import Figures
 
@@ -31,7 +31,6 @@ DTYPES = ("bfloat16", "float16", "float32")
 FIRST_BATCHES = (256, 1)
 LIMIT = 400.0  # seconds a rung may take
 LEAST = 45.0  # seconds worth starting a cell for
-CUT_OFF = "cut off"  # evidence of a cell that is not whole
 DRIFT = 0.05  # between the first rung's time and the same at the end, beyond which the cell says so
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .ladder import Cell, rungs, strongest
-from .records import Machine, Record, read_records
+from .records import CUT_OFF, Machine, Record, read_records
 from .roofline import Ceilings
 
 BACKBONES, KERNELS = "backbone.jsonl", "kernels.jsonl"
@@ -134,13 +134,14 @@ class Comparison:
 
     @property
     def has_every_rung(self) -> bool:
-        """Whether all of the ladder was tried, and all that is compiled ran: else the baseline may be a weaker one.
+        """Whether the ladder was run to its end, and all that is compiled ran: else the baseline may be a weaker one.
 
         What cannot run at an image size need not have.
         """
         cell = Cell(self.op, self.batch, self.dtype, *self.shape[2:])
         listed = {rung.name for rung in rungs(cell)}
-        return listed <= set(self.results) and all(self.results[name].ran("ms") for name in strongest(cell))
+        whole = listed <= set(self.results) and not any(CUT_OFF in result.evidence for result in self.results.values())
+        return whole and all(self.results[name].ran("ms") for name in strongest(cell))
 
     @property
     def rank(self) -> tuple[bool, int, str]:

@@ -43,6 +43,7 @@ METRICS = (
     "not run",
 )
 MODES = ("forward", "backward", "full")
+CUT_OFF = "cut off"  # evidence of what is not all that was to be measured together: the time was over
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from itertools import groupby
 from typing import Any
 
 from .comparison import Comparison, Measured, Result
-from .records import Machine
+from .records import CUT_OFF, Machine
 
 CPU_RUN = "CPU run: it says nothing about a GPU"
 
-SHARED = ("timm", "sources", "order", "cut off")  # evidence that all rungs of a comparison have in common
+SHARED = ("timm", "sources", "order", CUT_OFF)  # evidence that all rungs of a comparison have in common
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,8 @@ def test_no_target_is_met_without_an_error_or_against_part_of_the_ladder(tmp_pat
     strongest = "timm torch.compile max-autotune"
     stopped = [record for record in ladder(9.0) if record.provider != strongest] + [not_run(strongest, "too long")]
     assert outcomes(results(tmp_path / "c", stopped))[name] == "unmeasured"
+    cut_off = [replace(record, evidence={**record.evidence, "cut off": True}) for record in ladder(9.0)]
+    assert outcomes(results(tmp_path / "d", cut_off))[name] == "unmeasured"
 
 
 def test_what_is_in_doubt_says_so(tmp_path: Path) -> None:
