@@ -1,6 +1,7 @@
 """Planted faults: each must turn the kernels' tests red. `make mutants` writes what happened to tests/mutants.txt.
 
 A mutant replaces one piece of text in a copy of the package; the kernels' tests run on it, up to the first failure.
+With words as arguments only the mutants run that have one of them in their name; the others' lines stay as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+RECORD = ROOT / "tests" / "mutants.txt"
 TESTS = (
     "test_kernel_values.py",
     "test_kernels.py",
@@ -45,6 +47,10 @@ class Mutant:
     file: str
     old: str
     new: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.fault} ({self.file})"
 
 
 MUTANTS = (
@@ -247,20 +253,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for mutant in chosen:  # all texts stand where they should, before the long part begins
             plant(mutant, Path(folder))
-    lines, survived = [], 0
+    killers = recorded()
     for mutant in chosen:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             plant(mutant, Path(folder))
             killer = red(Path(folder), JUDGES.get(mutant.file, TESTS))
-        survived += killer is None
-        lines.append(f"{'SURVIVED' if killer is None else 'killed':8} {mutant.fault} ({mutant.file}): {killer or '-'}")
-        print(f"{lines[-1]}  [{time.monotonic() - begin:.0f} s]", flush=True)
-    lines.append(f"{len(chosen) - survived} of {len(chosen)} killed")
-    print(lines[-1])
-    if not sys.argv[1:]:
-        (ROOT / "tests" / "mutants.txt").write_text("\n".join(lines) + "\n")
-    sys.exit(survived > 0)
+        killers[mutant.name] = killer or "-"
+        print(f"{line(mutant, killers)}  [{time.monotonic() - begin:.0f} s]", flush=True)
+        RECORD.write_text("".join(line(mutant, killers) + "\n" for mutant in MUTANTS if mutant.name in killers))
+    survived = [mutant.fault for mutant in chosen if killers[mutant.name] == "-"]
+    print(f"{len(chosen) - len(survived)} of {len(chosen)} killed")
+    sys.exit(bool(survived))
+
+
+def recorded() -> dict[str, str]:
+    """What killed the mutants that have been run before, by their names; "-" where nothing did."""
+    found = RECORD.read_text().splitlines() if RECORD.exists() else []
+    known = {mutant.name for mutant in MUTANTS}
+    pairs = (text[len("SURVIVED ") :].rsplit(": ", 1) for text in found)
+    return {name: killer for name, killer in pairs if name in known}
+
+
+def line(mutant: Mutant, killers: dict[str, str]) -> str:
+    killer = killers[mutant.name]
+    return f"{'SURVIVED' if killer == '-' else 'killed':8} {mutant.name}: {killer}"
 
 
 if __name__ == "__main__":
