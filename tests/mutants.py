@@ -1,7 +1,8 @@
 """Planted faults: each must turn the kernels' tests red. `make mutants` writes what happened to tests/mutants.txt.
 
 A mutant replaces one piece of text in a copy of the package; the kernels' tests run on it, up to the first failure.
-With words as arguments only the mutants run that have one of them in their name; the others' lines stay as they are.
+With words as arguments only the mutants run that have one of them in their name, with --new those that never ran; the
+others' lines stay as they are.
 """
 
 from __future__ import annotations
@@ -249,11 +250,13 @@ def red(place: Path, tests: tuple[str, ...]) -> str | None:
 
 
 def main() -> None:
-    chosen = [mutant for mutant in MUTANTS if not sys.argv[1:] or any(word in mutant.fault for word in sys.argv[1:])]
+    killers, words = recorded(), sys.argv[1:]
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    if words == ["--new"]:
+        chosen = [mutant for mutant in MUTANTS if mutant.name not in killers]
     with tempfile.TemporaryDirectory() as folder:
         for mutant in chosen:  # all texts stand where they should, before the long part begins
             plant(mutant, Path(folder))
-    killers = recorded()
     for mutant in chosen:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
