@@ -188,7 +188,8 @@ def conv_norm(
         UnsupportedError: for backend="triton" where the kernels cannot run.
     """
     like = check_conv_norm(x, weight, scale, shift, activation, border)
-    match select_backend(backend, like, x, weight, scale, shift, activation=activation or "relu"):
+    borders = () if border is None else (border,)
+    match select_backend(backend, like, x, weight, scale, shift, *borders, activation=activation or "relu"):
         case "eager":
             return reference.conv_norm(x, weight, scale, shift, activation=activation, border=border)
         case "triton":

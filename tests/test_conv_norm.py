@@ -97,13 +97,31 @@ def test_bad_arguments_are_named(call: Callable[[], Any], error: type[Exception]
         call()
 
 
+def test_a_gradient_of_the_border_is_seen() -> None:
+    case = conv_norm_case(pixels(1, 5, 5), 6, None, torch.float32)
+    border = case.options["border"].requires_grad_()
+    ops.conv_norm(*case.arguments, border=border, backend="auto").sum().backward()
+    assert border.grad is not None
+    with pytest.raises(ops.UnsupportedError, match="a gradient is needed"):
+        ops.conv_norm(*case.arguments, border=border, backend="triton")
+
+
+def test_pixels_in_autocast() -> None:
+    """The result has the weight's dtype."""
+    case = conv_norm_case(pixels(1, 5, 6), 6, None, torch.float32)
+    with torch.autocast(machine.DEVICE.type, torch.float16):
+        eager, triton = case.run("eager"), case.run("triton")
+    assert eager.dtype == triton.dtype == torch.float32
+    assert 1e-5 < (triton - case.run("eager")).abs().max() < 2e-2
+
+
 # --- kernel ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [3, 24, 40])
 def test_layouts(channels: int, layout: str) -> None:
-    """29 x 15 pixels of 3 images: 315 rows, two tiles and a part."""
+    """3 images of 15 x 7 pixels: 315 rows, whole tiles and a part."""
     case = conv_norm_case(draw_map((3, channels, 29, 14), torch.float16, layout), 24, "relu")
     check(case)
     assert case.run("triton").is_contiguous(memory_format=torch.channels_last)
