@@ -11,6 +11,7 @@ import pytest
 import torch
 from effformer.kernels import config, conv_norm
 from effformer.kernels.device import CLASSES
+from effformer.kernels.launch import recorded
 from effformer.kernels.table import DTYPES as TABLE_DTYPES
 from effformer.kernels.table import Entry
 from hypothesis import given
@@ -144,6 +145,20 @@ def test_widths_of_the_networks(inputs: int, outputs: int, side: int, dtype: tor
 @pytest.mark.parametrize(("inputs", "outputs"), [(224, 448), (320, 512), (384, 768)])
 def test_the_widest(inputs: int, outputs: int) -> None:
     check(conv_norm_case(draw_map((1, inputs, 4, 3), torch.float16), outputs), ulps=0.0)
+
+
+@pytest.mark.usefixtures("many_rows")
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "widths"),
+    [(24, 48, (32, 16)), (20, 96, (64, 32)), (40, 230, (128,)), (48, 448, (128, 64, 32)), (32, 320, (128, 32))],
+)
+def test_tiles_of_many_rows(inputs: int, outputs: int, widths: tuple[int, ...]) -> None:
+    """286 rows are two tiles and a part; columns one tile, two, and a part of one."""
+    case = conv_norm_case(draw_map((2, inputs, 22, 25), torch.float16), outputs, "relu")
+    with recorded() as launches:
+        check(case)
+    (launch,) = launches
+    assert (launch.constants["BLOCK_M"], launch.constants["WIDTHS"]) == (128, widths)
 
 
 @pytest.mark.parametrize("dtype", machine.DTYPES, ids=machine.id_of)
