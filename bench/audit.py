@@ -40,7 +40,7 @@ TARGETS = {
     120: Device(120, CONSUMER.shared_memory),
 }
 SIZES = ((224, 224), (512, 640))
-BATCHES = (256, 64, 8, 1)
+BATCHES = (256, 64, 8, 2, 1)
 
 _PRODUCTS = ("conv_norm_kernel", "mlp_kernel", "split_mlp_kernel", "linear_kernel", "bias_attention_kernel")
 

@@ -35,7 +35,7 @@ from .backend import UnsupportedError as UnsupportedError
 from .backend import refuse_triton as refuse_triton
 from .backend import select_backend
 from .backend import why_not_triton as why_not_triton
-from .config import BIAS_RESIZES, check_choice
+from .config import BIAS_RESIZES, check_choice, check_count
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 PIXEL_OFFSET = reference.PIXEL_OFFSET  # what `conv_norm` takes from uint8
@@ -188,7 +188,8 @@ def conv_norm(
         UnsupportedError: for backend="triton" where the kernels cannot run.
     """
     like = check_conv_norm(x, weight, scale, shift, activation, border)
-    match select_backend(backend, like, x, weight, scale, shift, activation=activation or "relu"):
+    borders = () if border is None else (border,)
+    match select_backend(backend, like, x, weight, scale, shift, *borders, activation=activation or "relu"):
         case "eager":
             return reference.conv_norm(x, weight, scale, shift, activation=activation, border=border)
         case "triton":
@@ -312,11 +313,13 @@ def prepare_bias(bias: Tensor, *, key_dim: int, value_dim: int, dtype: torch.dty
         dtype: what the attention's products are computed in: float16, bfloat16 or float32.
 
     Raises:
-        TypeError, ValueError: for a bias of another shape or dtype.
+        TypeError, ValueError: for a bias of another shape or dtype, or dimensions below 1.
         UnsupportedError: where the kernels cannot run.
     """
     check_tokens("bias", bias)
     check_bias(bias, bias[:1].mT, bias.shape[0])
+    check_count("key_dim", key_dim, least=1)
+    check_count("value_dim", value_dim, least=1)
     refuse_triton("triton", why_not_triton(bias.device, dtype, asked_for=True))
     from .kernels.bias_attention import prepare_bias as prepare
 

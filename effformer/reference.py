@@ -52,6 +52,7 @@ def conv_norm(
     x [B, C, H, W], weight [O, C, 3, 3], scale and shift [O]. uint8 x counts as x - PIXEL_OFFSET, in the weight's dtype,
     and its padding as border [C].
     """
+    dtype = x.dtype if border is None else weight.dtype
     if border is None:
         y = F.conv2d(x, weight, stride=2, padding=1)
     else:
@@ -60,7 +61,7 @@ def conv_norm(
         padded[:, :, 1:-1, 1:-1] = x.to(weight.dtype) - PIXEL_OFFSET
         y = F.conv2d(padded, weight, stride=2)
     y = _affine(y, scale, shift)
-    return y if activation is None else ACTIVATIONS[activation](y)
+    return (y if activation is None else ACTIVATIONS[activation](y)).to(dtype)
 
 
 def conv_mlp(

@@ -131,7 +131,6 @@ def split_sum_kernel(
     C: tl.constexpr,
     PARTS: tl.constexpr,
     POOL: tl.constexpr,
-    CLEAR: tl.constexpr,
     RESIDUAL_FLAT: tl.constexpr,
     OUT_FLAT: tl.constexpr,
     X_GAIN: tl.constexpr,
@@ -149,8 +148,6 @@ def split_sum_kernel(
     b_sum = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for _ in tl.static_range(PARTS):
         b_sum += tl.load(p_parts, mask=mask, other=0.0)
-        if CLEAR:
-            tl.store(p_parts, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), mask=mask)
         p_parts += stride_ps
 
     o_residual = row_offsets(row, b, h, w, stride_rb, stride_rh, stride_rw, RESIDUAL_FLAT)
@@ -186,8 +183,8 @@ def split_mlp_launches(
     """The parts, and their sum; with a `layer_scale` the pooling token mixer comes first, and x is the residual.
 
     x, residual and out over the same images, out not in x's memory. weights [hidden, C] and [C, hidden], vectors
-    [hidden] and [C], contiguous. Without `deterministic` all programs add to one part, in whatever order they come; the
-    second launch leaves it at zero, as the first must find it.
+    [hidden] and [C], contiguous. Without `deterministic` all programs add to one part, in whatever order they come: the
+    first launch must find it at zero, as it is here and at each replay of a CUDA graph that this became part of.
     """
     hidden, channels = weight1.shape
     splits = -(-hidden // config.chunk)
@@ -232,7 +229,7 @@ def split_mlp_launches(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         ),
-        _sum_launch(parts, residual, layer_scale, scale2, shift2, out, gain(activation), clear=not deterministic),
+        _sum_launch(parts, residual, layer_scale, scale2, shift2, out, gain(activation)),
     ]
 
 
@@ -244,8 +241,6 @@ def _sum_launch(
     shift2: Tensor,
     out: Rows,
     x_gain: float,
-    *,
-    clear: bool,
 ) -> Launch:
     number, rows, channels = parts.shape
     block_m, block_c, num_warps = sum_config(channels, rows, out.tensor.dtype, device_of(parts.device))
@@ -270,7 +265,6 @@ def _sum_launch(
             "C": channels,
             "PARTS": number,
             "POOL": layer_scale is not None,
-            "CLEAR": clear,
             "RESIDUAL_FLAT": residual.flat,
             "OUT_FLAT": out.flat,
             "X_GAIN": x_gain,

@@ -264,6 +264,9 @@ def read_config(found: Any, operations: Iterable[str], source: str) -> Config | 
             )
         if not right:
             raise ValueError(f"{source}: use.{name}: got {value!r}, allowed: {rule}")
+    if kind is SplitConfig and values["block_h"] > values["chunk"]:  # tiles of two programs would overlap
+        block_h, chunk = values["block_h"], values["chunk"]
+        raise ValueError(f"{source}: use.block_h: got {block_h}, allowed is the chunk of {chunk} at most")
     return kind(**values)
 
 

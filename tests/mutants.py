@@ -111,7 +111,7 @@ MUTANTS = (
     Mutant("rows past the end added", "kernels/split_mlp.py", "mask = inside[:, None] & channel_mask(", "mask = (row >= 0)[:, None] & channel_mask("),
     Mutant("a part stored and not added", "kernels/split_mlp.py", "tl.atomic_add(p_out, b_acc[i], mask=mask, sem=\"relaxed\")", "tl.store(p_out, b_acc[i], mask=mask)"),
     Mutant("last part forgotten", "kernels/split_mlp.py", "tl.static_range(PARTS)", "tl.static_range(max(PARTS - 1, 1))"),
-    Mutant("sum left as it is", "kernels/split_mlp.py", "if CLEAR:", "if False:"),
+    Mutant("sum begins with what was there", "kernels/split_mlp.py", "torch.empty if deterministic else torch.zeros", "torch.empty"),
     Mutant("channel tile ignored in the sum", "kernels/split_mlp.py", "c = i_c * BLOCK_C + tl.arange", "c = tl.arange"),
     Mutant("residual taken before pooling", "kernels/split_mlp.py", "residual = pool_tile(p_residual, there, h, w, H, W, stride_rh, stride_rw, layer_scale)", "residual = tl.load(p_residual, mask=there, other=0.0)"),
     Mutant("gain of the hidden forgotten", "kernels/split_mlp.py", "* (1.0 / X_GAIN)", ""),

@@ -174,6 +174,7 @@ import torch
 from effformer.bench.offline import compile_launch
 from effformer.kernels.bias_attention import bias_attention_launch
 from effformer.kernels.conv_mlp import conv_mlp_launches
+from effformer.kernels.device import CONSUMER, stand_in
 from effformer.kernels.meta4d import meta4d_launches
 from effformer.kernels.pool_mixer import pool_mixer_launch
 
@@ -198,6 +199,11 @@ for tokens, heads, key, value in ((1, 1, 1, 1), (2, 3, 5, 7), (70, 1, 300, 20), 
     launches.append(bias_attention_launch(qkv, empty(heads, tokens, tokens), heads, key, empty(1, tokens, heads * value, of=half)))
 for launch in launches:
     assert compile_launch(launch, 90).shared_memory <= 232448, launch
+with stand_in(CONSUMER):  # a few images at the last stage of L3
+    x, c, h = empty(2, 7, 7, 512, of=half).permute(0, 3, 1, 2), empty(512), empty(2048)
+    w1, w2 = empty(2048, 512, of=half), empty(512, 2048, of=half)
+    split = meta4d_launches(x, c, w1, h, h, w2, c, c, "gelu", out=torch.empty_like(x))[0]
+assert compile_launch(split, 86).shared_memory <= CONSUMER.shared_memory, split
 print(len(launches))
 """
 

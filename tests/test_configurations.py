@@ -242,6 +242,7 @@ USE = ENTRY["use"]
         ({"where": []}, "where: got [], allowed is an object"),
         ({"gpu": 7}, "gpu: got 7, allowed is a name"),
         ({"use": USE | {"num_stages": 0}}, "use.num_stages: got 0, allowed: 1 to 8"),
+        ({"use": {"block_m": 16, "block_h": 64, "chunk": 32, "num_warps": 4, "num_stages": 1}}, "use.block_h: got 64, allowed is the chunk of 32 at most"),
         ({"use": USE | {"reload": 1}}, "use.reload: got 1, allowed: true or false"),
         ({"colour": "red"}, "got the fields ['colour', 'device', 'dtype', 'operation', 'use', 'where'], allowed are"),
     ],

@@ -11,6 +11,7 @@ import pytest
 import torch
 from effformer.kernels import config, conv_norm
 from effformer.kernels.device import CLASSES
+from effformer.kernels.launch import recorded
 from effformer.kernels.table import DTYPES as TABLE_DTYPES
 from effformer.kernels.table import Entry
 from hypothesis import given
@@ -97,13 +98,31 @@ def test_bad_arguments_are_named(call: Callable[[], Any], error: type[Exception]
         call()
 
 
+def test_a_gradient_of_the_border_is_seen() -> None:
+    case = conv_norm_case(pixels(1, 5, 5), 6, None, torch.float32)
+    border = case.options["border"].requires_grad_()
+    ops.conv_norm(*case.arguments, border=border, backend="auto").sum().backward()
+    assert border.grad is not None
+    with pytest.raises(ops.UnsupportedError, match="a gradient is needed"):
+        ops.conv_norm(*case.arguments, border=border, backend="triton")
+
+
+def test_pixels_in_autocast() -> None:
+    """The result has the weight's dtype."""
+    case = conv_norm_case(pixels(1, 5, 6), 6, None, torch.float32)
+    with torch.autocast(machine.DEVICE.type, torch.float16):
+        eager, triton = case.run("eager"), case.run("triton")
+    assert eager.dtype == triton.dtype == torch.float32
+    assert 1e-5 < (triton - case.run("eager")).abs().max() < 2e-2
+
+
 # --- kernel ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [3, 24, 40])
 def test_layouts(channels: int, layout: str) -> None:
-    """29 x 15 pixels of 3 images: 315 rows, two tiles and a part."""
+    """3 images of 15 x 7 pixels: 315 rows, whole tiles and a part."""
     case = conv_norm_case(draw_map((3, channels, 29, 14), torch.float16, layout), 24, "relu")
     check(case)
     assert case.run("triton").is_contiguous(memory_format=torch.channels_last)
@@ -126,6 +145,20 @@ def test_widths_of_the_networks(inputs: int, outputs: int, side: int, dtype: tor
 @pytest.mark.parametrize(("inputs", "outputs"), [(224, 448), (320, 512), (384, 768)])
 def test_the_widest(inputs: int, outputs: int) -> None:
     check(conv_norm_case(draw_map((1, inputs, 4, 3), torch.float16), outputs), ulps=0.0)
+
+
+@pytest.mark.usefixtures("many_rows")
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "widths"),
+    [(24, 48, (32, 16)), (20, 96, (64, 32)), (40, 230, (128,)), (48, 448, (128, 64, 32)), (32, 320, (128, 32))],
+)
+def test_tiles_of_many_rows(inputs: int, outputs: int, widths: tuple[int, ...]) -> None:
+    """286 rows are two tiles and a part; columns one tile, two, and a part of one."""
+    case = conv_norm_case(draw_map((2, inputs, 22, 25), torch.float16), outputs, "relu")
+    with recorded() as launches:
+        check(case)
+    (launch,) = launches
+    assert (launch.constants["BLOCK_M"], launch.constants["WIDTHS"]) == (128, widths)
 
 
 @pytest.mark.parametrize("dtype", machine.DTYPES, ids=machine.id_of)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import machine
 import pytest
 import torch
+from effformer.kernels import launch
 from effformer.kernels.attention_mixer import attention_mixer
 from effformer.kernels.bias_attention import prepare_bias
 from machine import DTYPES, prepared
@@ -244,8 +245,15 @@ def test_linear_mlp(channels: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("channels", [448, 512, 768])
 def test_head(channels: int, dtype: torch.dtype) -> None:
     """One image, few and many: one kernel with a few classes a program, with many, and pooling apart; 2.3 token tiles."""
-    for batch, classes in ((1, 21), (2, 150), (33, 150), (3, None)):
-        check(head_case(torch.randn(batch, 150 if batch < 3 else 49, channels).to(dtype), classes))
+    for batch, classes, kernels in (
+        (1, 21, ["head_kernel"]),
+        (2, 150, ["head_kernel"]),
+        (33, 150, ["token_mean_kernel", "linear_kernel"]),
+        (3, None, ["token_mean_kernel"]),
+    ):
+        with launch.recorded() as launches:
+            check(head_case(torch.randn(batch, 150 if batch < 3 else 49, channels).to(dtype), classes))
+        assert [one.kernel.__name__ for one in launches] == kernels
 
 
 def test_tokens_that_do_not_exist_are_not_pooled() -> None:

@@ -24,9 +24,11 @@ from effformer import EfficientFormer, backend, create_model, ops, set_backend
 from effformer.testing import (
     LAYOUTS,
     Case,
+    accuracy,
     attention_mixer_case,
     bias_attention_case,
     conv_mlp_case,
+    conv_norm_case,
     draw_map,
     head_case,
     linear_mlp_case,
@@ -57,6 +59,7 @@ def cases(dtype: torch.dtype = torch.float16) -> dict[str, Case]:
         "pool_mixer": pool_mixer_case(x),
         "conv_mlp": conv_mlp_case(x, 40),
         "meta4d": meta4d_case(x, 40),
+        "conv_norm": conv_norm_case(x, 24, "silu"),
         "bias_attention": bias_attention_case(2, 9, dtype, num_heads=2, key_dim=4, value_dim=6),
         "attention_mixer": attention_mixer_case(tokens, num_heads=2, key_dim=4, value_dim=6),
         "linear_mlp": linear_mlp_case(tokens, 40),
@@ -83,6 +86,27 @@ def test_opcheck_of_a_prepared_bias() -> None:
     arguments = list(operator_arguments(case))
     arguments[5] = bias_attention.prepare_bias(arguments[5], 4, 6, torch.float32)
     torch.library.opcheck(OPERATORS["attention_mixer"], (*arguments, True))
+
+
+@torch.no_grad()
+def test_a_prepared_bias_is_for_the_kernels_alone() -> None:
+    case = cases(torch.float32)["attention_mixer"]
+    bias, sizes = case.arguments[5], {"key_dim": 4, "value_dim": 6}
+    prepared = ops.prepare_bias(bias, **sizes, dtype=torch.float32)
+    arguments = (*case.arguments[:5], prepared, *case.arguments[6:])
+    found = ops.attention_mixer(*arguments, **case.options, prepared=True, backend="triton")
+    assert accuracy(found, case.exact(), case.run("eager")).passes()
+    with pytest.raises(ValueError, match="prepared: got True, allowed is False where eager PyTorch computes"):
+        ops.attention_mixer(*arguments, **case.options, prepared=True, backend="eager")
+    with pytest.raises(ValueError, match=r"bias: got shape \[2, 16, 16\], allowed is \[2, 9, 9\]"):
+        ops.attention_mixer(*arguments, **case.options, backend="triton")
+    with pytest.raises(ValueError, match=r"bias: got shape \[2, 9, 8\]"):
+        ops.prepare_bias(bias[..., :8], **sizes, dtype=torch.float32)
+    for name in sizes:
+        with pytest.raises(ValueError, match=f"{name}: got 0"):
+            ops.prepare_bias(bias, **sizes | {name: 0}, dtype=torch.float32)
+    with pytest.raises(ops.UnsupportedError, match="not torch.float64"):
+        ops.prepare_bias(bias, **sizes, dtype=torch.float64)
 
 
 def test_opcheck_of_pooled_features() -> None:
@@ -227,7 +251,7 @@ def test_autocast_computes_products_in_its_dtype(narrow: Callable[..., Efficient
         with torch.autocast(DEVICE.type, torch.float16):
             out = case.run("triton")
             found = (out.double() - case.exact()).abs().max()
-        assert out.dtype == torch.float32
+            assert out.dtype == case.run("eager").dtype == torch.float32, case.operation
         if case.operation != "pool_mixer":
             assert 1e-5 < found < 2e-2, case.operation  # float16's error, not float32's
 

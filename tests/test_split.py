@@ -128,7 +128,17 @@ def test_all_parts_are_written_and_none_beyond(deterministic: bool) -> None:
     assert isinstance(parts, torch.Tensor)
     assert parts.shape == (3 if deterministic else 1, 39, 20)
     assert parts.isfinite().all()
-    assert deterministic or not parts.any()
+
+
+def test_the_sum_leaves_the_parts_alone() -> None:
+    """A thread that cleared them might do so before another thread, to whom the compiler gave them, has read them."""
+    with splitting():
+        first, last = split_of(meta4d_case(draw_map((1, 20, 3, 13), torch.float16), 70), deterministic=False)
+    parts = first.arguments["out_ptr"]
+    assert isinstance(parts, torch.Tensor)
+    before = parts.normal_().clone()
+    last.run()
+    same(parts, before)
 
 
 def test_the_gain_of_the_hidden_is_taken_out_of_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,17 +170,9 @@ def test_atomic_sums_are_as_accurate(operation: str) -> None:
         "linear_mlp": lambda: linear_mlp_case(x.flatten(2).mT, 70),
     }[operation]()
     with splitting():
-        launches = split_of(case, deterministic=False)
-        out = launches[-1].arguments["out_ptr"]
-        assert isinstance(out, torch.Tensor)
-        exact, eager = case.exact(), case.run("eager")
-        for _ in range(2):  # as in a CUDA graph that is replayed: the parts start from zero each time
-            assert accuracy(out, exact, eager).passes(0.5 if INTERPRETED else 2.0)
-            out.fill_(NAN)
-            for launch in launches:
-                launch.run()
+        assert split_of(case, deterministic=False)[-1].constants["PARTS"] == 1
         found = getattr(ops, operation)(*case.arguments, **case.options, deterministic=False, backend="triton")
-        assert accuracy(found, exact, eager).passes(0.5 if INTERPRETED else 2.0)
+        assert accuracy(found, case.exact(), case.run("eager")).passes(0.5 if INTERPRETED else 2.0)
 
 
 @pytest.mark.parametrize("operation", OPERATORS)
