@@ -150,6 +150,24 @@ def unusual_launches(dtype: torch.dtype, device: Device) -> Iterator[tuple[str, 
                 w1, w2 = _empty(1792, 448, of=torch.float16), _empty(448, 1792, of=torch.float16)
                 for launch in linear_mlp_launches(x, c, c, w1, h, w2, c, c, "gelu", 1e-5, out=x):
                     yield "linear_mlp", f"[{batch}, 49, 448], weights in float16", launch
+            yield from few_rows_launches(512, (2, 7, 7), dtype, weights=torch.float16)
+        else:
+            for channels, size in ((224, (1, 14, 14)), (448, (8, 7, 7)), (512, (2, 7, 7)), (768, (1, 7, 7))):
+                yield from few_rows_launches(channels, size, dtype, weights=dtype, deterministic=False)
+
+
+def few_rows_launches(
+    channels: int, size: tuple[int, int, int], dtype: torch.dtype, *, weights: torch.dtype, deterministic: bool = True
+) -> Iterator[tuple[str, str, Launch]]:
+    """Of a 4D block, with size = (batch, height, width), in ways that the networks do not take by themselves."""
+    batch, height, width = size
+    x = _empty(batch, height, width, channels, of=dtype).permute(0, 3, 1, 2)
+    c, h, out = _empty(channels), _empty(4 * channels), torch.empty_like(x)
+    w1, w2 = _empty(4 * channels, channels, of=weights), _empty(channels, 4 * channels, of=weights)
+    how = "in any order" if not deterministic else f"weights in {str(weights).removeprefix('torch.')}"
+    launches = meta4d_launches(x, c, w1, h, h, w2, c, c, "gelu", deterministic=deterministic, out=out)
+    for launch in launches:
+        yield "meta4d", f"[{batch}, {channels}, {height}, {width}], {how}", launch
 
 
 def _empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:

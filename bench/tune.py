@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.config import Question, answer, asked, fingerprint, preferring
+from ..kernels.conv_norm import GATHERED
 from ..kernels.device import Device, device_class, device_of
 from ..kernels.launch import Launch, recorded
 from ..kernels.table import (
@@ -92,7 +93,8 @@ def question_of(launch: Launch) -> Question:
         case "linear_kernel":
             operation, source, sizes = "linear", "weight_ptr", (constants["OUTPUTS"], constants["INPUTS"], rows)
         case "conv_norm_kernel":
-            operation, source, sizes = "conv_norm", "weight_ptr", (constants["OUTPUTS"], constants["C"], rows)
+            inputs = min(constants["C"], GATHERED) if constants["GATHER"] else constants["C"]
+            operation, source, sizes = "conv_norm", "weight_ptr", (constants["OUTPUTS"], inputs, rows)
         case "bias_attention_kernel":
             width = max(constants["KEY_DIM"], constants["BLOCK_V"])
             operation, source, sizes = "bias_attention", "qkv_ptr", (arguments["N"], width)
@@ -127,7 +129,7 @@ def candidates(question: Question) -> Iterator[Config | None]:
                 if block_m * sizes[0] <= 128 * 256:
                     yield MlpConfig(block_m, block_h, reload, warps, stages)
         case "linear" | "conv_norm":
-            if operation == "conv_norm":
+            if operation == "conv_norm" and dtype != torch.float32:  # where cuDNN may take TF32 for it
                 yield None
             tiles = [(64,), (128,), (256,), (128, 128), (128, 64), (128, 64, 32), (128, 32), (256, 64)]
             fitting = [widths for widths in tiles if -(-sizes[0] // sum(widths)) * sum(widths) <= 1.15 * sizes[0]]

@@ -73,7 +73,9 @@ def bias_attention_kernel(
     p_values = p_head + (2 * KEY_DIM + i_v * BLOCK_V).to(tl.int64) * stride_qc
     p_queries = p_head + first_row * stride_qn
     p_bias = bias_ptr + i_h.to(tl.int64) * stride_bh + first_row * stride_bm
-    p_bias += _times(r, stride_bm, DENSE)[:, None]
+    # A prepared bias is read without a mask: rows that do not exist take the last one's.
+    r_bias = tl.minimum(r, N - 1 - i_m * BLOCK_M) if PREPARED else r
+    p_bias += _times(r_bias, stride_bm, DENSE)[:, None]
 
     b_q = ()
     for i in tl.static_range(len(KEY_WIDTHS)):
@@ -192,15 +194,14 @@ def _value_mask(
 def prepare_bias(bias: Tensor, key_dim: int, value_dim: int, dtype: torch.dtype) -> Tensor:
     """bias [heads, N, N] as the kernel adds it to q · kᵀ: once, where it stays the same over many calls.
 
-    Divided by the scale, -inf for keys that do not exist, and padded to whole tiles of queries and keys: those of
-    attention in `dtype` with `value_dim` values a head. float32 [heads, M, K].
+    Divided by the scale, and padded to whole tiles of keys, those of attention in `dtype` with `value_dim` values a
+    head; -inf for keys that do not exist. float32 [heads, N, K].
     """
     tokens = bias.shape[1]
     config = _config(tokens, key_dim, value_dim, dtype, bias.device)
-    rows, columns = (-tokens % block for block in (config.block_m, config.block_n))
     limit = MOST_SCORE.value * key_dim**-0.5
     finite = torch.where(bias.isinf(), bias, bias.clamp(-limit, limit)) / key_dim**-0.5
-    return F.pad(F.pad(finite, (0, columns), value=-torch.inf), (0, 0, 0, rows))
+    return F.pad(finite, (0, -tokens % config.block_n), value=-torch.inf)
 
 
 def _config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> AttentionConfig:
@@ -219,11 +220,11 @@ def bias_attention_launch(
     block_v = min(value_dim, MOST_VALUES)
     config = _config(tokens, key_dim, value_dim, qkv.dtype, qkv.device)
     if prepared:
-        tiles = -(-tokens // config.block_m) * config.block_m, -(-tokens // config.block_n) * config.block_n
-        if bias.shape != (num_heads, *tiles) or not bias.is_contiguous():
+        shape = num_heads, tokens, -(-tokens // config.block_n) * config.block_n
+        if bias.shape != shape or not bias.is_contiguous():
             raise ValueError(
                 f"bias: got a prepared one of shape {list(bias.shape)} and strides {bias.stride()}, "
-                f"allowed is {[num_heads, *tiles]}, contiguous: prepare it for {tokens} tokens in {qkv.dtype} again"
+                f"allowed is {list(shape)}, contiguous: prepare it for {tokens} tokens in {qkv.dtype} again"
             )
     return Launch(
         bias_attention_kernel,

@@ -217,8 +217,9 @@ def conv_norm_launches(
     out: Tensor,
 ) -> list[Launch]:
     """One launch; none where the table leaves it to the vendor's library."""
-    rows = map_rows(out).count
-    config = conv_config(weight.shape[0], weight.shape[1], rows, weight.dtype, device_of(x.device))
+    rows, channels = map_rows(out).count, weight.shape[1]
+    inputs = channels if border is None else min(channels, GATHERED)  # pixels are gathered, however many
+    config = conv_config(weight.shape[0], inputs, rows, weight.dtype, device_of(x.device))
     return [] if config is None else [conv_norm_launch(x, weight, scale, shift, activation, border, out, config)]
 
 

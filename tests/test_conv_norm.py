@@ -191,15 +191,33 @@ def test_a_spoiled_element_reaches_its_taps_alone(value: float, channels: int) -
 def test_offsets_beyond_32_bits(far: str, channels: int) -> None:
     if far == "channels" and channels > conv_norm.GATHERED:
         pytest.skip("such a map is copied first")
-    near = torch.randn(2, channels, 3, 3).half()
-    size = {"images": 1, "lines": 2, "columns": 2, "channels": channels - 1}[far]
-    strides = {"images": 9 * channels, "channels": 1, "lines": 3 * channels, "columns": channels}
-    strides[far] = FAR // size // 8 * 8
+    near = torch.randn(2, channels, 5, 5).half()
+    # The first taps of the last outputs lie beyond 32 bits already, in the line or column before the last but one.
+    size = {"images": 1, "lines": 3, "columns": 3, "channels": channels - 1}[far]
+    strides = {"images": 25 * channels, "channels": 1, "lines": 5 * channels, "columns": channels}
+    strides[far] = -(-FAR // size // 8) * 8
     order = [strides[name] for name in ("images", "channels", "lines", "columns")]
-    x = far_storage(near.numel()).as_strided(near.shape, order)
+    x = far_storage(near.numel() + strides[far]).as_strided(near.shape, order)
     x.copy_(near)
     case = conv_norm_case(near, 20)
     machine.same(Case("conv_norm", (x, *case.arguments[1:]), case.options).run("triton"), case.run("triton"))
+
+
+def test_a_doubled_activation_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bfloat16's is, which the interpreter has not."""
+    monkeypatch.setattr(conv_norm, "form", lambda activation, dtype: "gelu_exp3_x2")
+    check(conv_norm_case(draw_map((2, 24, 5, 5), torch.float16), 20, "gelu"))
+
+
+def test_more_channels_of_pixels_than_images_have() -> None:
+    """They are gathered, too, and want the tiles of what is gathered."""
+    x = torch.randint(0, 256, (2, 17, 9, 9), dtype=torch.uint8)
+    with recorded() as launches:
+        check(conv_norm_case(x, 20, "relu", torch.float16))
+    asked = {launch.constants["BLOCK_K"] for launch in launches}
+    with recorded() as launches:
+        check(conv_norm_case(draw_map((2, 15, 9, 9), torch.float16), 20, "relu"))
+    assert asked == {launch.constants["BLOCK_K"] for launch in launches}
 
 
 def test_nothing_to_do() -> None:

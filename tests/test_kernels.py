@@ -233,6 +233,9 @@ def test_attention_mixer_with_a_prepared_bias() -> None:
         ValueError, match=r"bias: got a prepared one of shape \[2, 150, 150\].*prepare it for 150 tokens"
     ):
         attention_mixer(*case.arguments, 2, 16, 1e-5, prepared=True)
+    fewer = prepare_bias(bias[:, :149, :149], 16, 24, torch.float16)  # of as many tiles
+    with pytest.raises(ValueError, match=r"bias: got a prepared one of shape \[2, 149, 1\d\d\]"):
+        attention_mixer(*case.arguments[:5], fewer, *case.arguments[6:], 2, 16, 1e-5, prepared=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

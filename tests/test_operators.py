@@ -98,7 +98,7 @@ def test_a_prepared_bias_is_for_the_kernels_alone() -> None:
     assert accuracy(found, case.exact(), case.run("eager")).passes()
     with pytest.raises(ValueError, match="prepared: got True, allowed is False where eager PyTorch computes"):
         ops.attention_mixer(*arguments, **case.options, prepared=True, backend="eager")
-    with pytest.raises(ValueError, match=r"bias: got shape \[2, 16, 16\], allowed is \[2, 9, 9\]"):
+    with pytest.raises(ValueError, match=r"bias: got shape \[2, 9, 16\], allowed is \[2, 9, 9\]"):
         ops.attention_mixer(*arguments, **case.options, backend="triton")
     with pytest.raises(ValueError, match=r"bias: got shape \[2, 9, 8\]"):
         ops.prepare_bias(bias[..., :8], **sizes, dtype=torch.float32)
