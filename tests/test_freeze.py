@@ -211,14 +211,70 @@ def _whole(model: EfficientFormer) -> None:
     model.register_forward_pre_hook(lambda *_: None)
 
 
+def _stem_longer(model: EfficientFormer) -> None:
+    model.stem.add_module("more", nn.Sigmoid())
+
+
+def _stem_moved(model: EfficientFormer) -> None:
+    model.stem._modules["act1"] = model.stem._modules.pop("act1")
+
+
+def _stem_shorter(model: EfficientFormer) -> None:
+    del model.stem.act2
+
+
+def _no_block(model: EfficientFormer) -> None:
+    model.stages[2].blocks[0] = nn.Identity()  # type: ignore[index, union-attr, operator]
+
+
+def _no_stage(model: EfficientFormer) -> None:
+    model.stages[0] = nn.Identity()
+
+
+def _groups(model: EfficientFormer) -> None:
+    model.feature_norms[0] = nn.GroupNorm(2, 8).double()
+
+
+def _no_affine(model: EfficientFormer) -> None:
+    model.feature_norms[0] = nn.GroupNorm(1, 8, affine=False)
+
+
+def _no_norm(model: EfficientFormer) -> None:
+    model.feature_norms[0] = nn.Identity()
+
+
+def _dropout(model: EfficientFormer) -> None:
+    model.head_drop.p = 0.5
+    model.head_drop.train()
+
+
 @pytest.mark.parametrize(
-    "change", [_hook, _stem_activation, _stem_geometry, _statistics, _block, _training, _head, _whole]
+    "change",
+    [
+        _hook,
+        _stem_activation,
+        _stem_geometry,
+        _stem_longer,
+        _stem_moved,
+        _stem_shorter,
+        _statistics,
+        _block,
+        _no_block,
+        _no_stage,
+        _groups,
+        _no_affine,
+        _no_norm,
+        _training,
+        _dropout,
+        _head,
+        _whole,
+    ],
 )
 def test_a_changed_model_is_refused(
     narrow: Callable[..., EfficientFormer], change: Callable[[EfficientFormer], None]
 ) -> None:
     """Rather than frozen without what was changed."""
-    model = narrow()
+    model = narrow(feature_norm="inline")
     freeze(model)
     change(model)
     with pytest.raises(ValueError, match=r"^model: "):
