@@ -203,12 +203,16 @@ class Frozen:
         """Capture a graph for each (batch, height, width), before a call does; these count into `max_graphs`.
 
         Raises:
-            ValueError: for more than `max_graphs`, where there are no graphs, or for sides or a batch below 1.
+            ValueError: for more than `max_graphs`, where there are no graphs, for what is no (batch, height, width), or
+                for sides or a batch below 1.
         """
         if uint8 and self._pixels is None:
             raise ValueError("uint8: got True, allowed is False for a model frozen without mean and std")
-        for size in (size for shape in shapes for size in shape):
-            check_count("shapes", size, least=1)
+        for shape in shapes:
+            if not isinstance(shape, Sequence) or len(shape) != 3:
+                raise ValueError(f"shapes: got {shape}, allowed are (batch, height, width)")
+            for size in shape:
+                check_count("shapes", size, least=1)
         with self._turn():
             keys = [(*shape, uint8) for shape in shapes]
             if len({*self._graphs, *keys}) > self._max_graphs:
@@ -266,6 +270,8 @@ class Frozen:
 
     def _check(self, images: Tensor) -> Tensor:
         """`images` as [B, in_chans, H, W], if they are what can be run."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images: got {type(images).__name__}, allowed is a torch.Tensor")
         uint8 = images.dtype == torch.uint8
         if uint8 and self._pixels is None:
             raise TypeError("images: got torch.uint8, allowed for uint8 is a model frozen with mean and std")
@@ -283,7 +289,10 @@ class Frozen:
             raise ValueError(f"images: got shape {shape_of(images)}, allowed is {allowed}")
         if first and last:
             raise ValueError(f"images: got shape {shape_of(images)}, which may be either of {allowed}")
-        return images if first else images.permute(0, 3, 1, 2)
+        images = images if first else images.permute(0, 3, 1, 2)
+        if images.shape[2] == 0 or images.shape[3] == 0:
+            raise ValueError(f"images: got shape {shape_of(images)}, allowed are sides of 1 or more")
+        return images
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -393,13 +402,17 @@ def _normalisation(
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     if mean is None and std is None:
         return None
+    found = []
     for name, values, allowed in (("mean", mean, "0 to 1"), ("std", std, "more than 0")):
         right: Callable[[float], bool] = (lambda v: 0 <= v <= 1) if name == "mean" else (lambda v: 0 < v < float("inf"))
-        if values is None or len(values) != channels or not all(right(value) for value in values):
+        try:
+            numbers = tuple(float(value) for value in (() if values is None else values))
+        except (TypeError, ValueError):  # one number for all channels, or what is no number
+            numbers = ()
+        if len(numbers) != channels or not all(right(value) for value in numbers):
             raise ValueError(f"{name}: got {values}, allowed are {channels} numbers, {allowed}, beside the other")
-    assert mean is not None
-    assert std is not None
-    return tuple(mean), tuple(std)
+        found.append(numbers)
+    return found[0], found[1]
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -102,6 +102,8 @@ def test_pixels_in_either_order(narrow: Callable[..., EfficientFormer]) -> None:
     close(frozen(pixels), expected)
     close(frozen(pixels.permute(0, 2, 3, 1).contiguous()), expected)
     close(frozen(normalised(pixels)), expected)
+    tensors = [torch.tensor(values, dtype=torch.float64) for values in (MEAN, STD)]
+    close(freeze(model, torch.float64, mean=tensors[0], std=tensors[1].numpy())(pixels), expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
@@ -163,6 +165,8 @@ def test_bad_arguments(narrow: Callable[..., EfficientFormer]) -> None:
         (ValueError, "std: got None", {"mean": MEAN}),
         (ValueError, "mean: got None", {"std": STD}),
         (ValueError, "mean: got \\(0.5,\\)", {"mean": (0.5,), "std": STD}),
+        (ValueError, "mean: got 0.5, allowed are 3 numbers", {"mean": 0.5, "std": 0.2}),
+        (ValueError, "mean: got abc, allowed are 3 numbers", {"mean": "abc", "std": STD}),
         (ValueError, "mean: .* 0 to 1", {"mean": (123.0, 117.0, 104.0), "std": STD}),
         (ValueError, "std: .* more than 0", {"mean": MEAN, "std": (0.2, 0.0, 0.2)}),
         (UnsupportedError, "backend='triton'", {"backend": "triton", "dtype": torch.float64}),
@@ -295,6 +299,10 @@ def test_bad_images(narrow: Callable[..., EfficientFormer]) -> None:
         pixels(torch.zeros(1, 3, 64, 64, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"got shape \[1, 64, 64, 3\], allowed is \[B, 3, H, W\]$"):
         plain(torch.zeros(1, 64, 64, 3))
+    with pytest.raises(TypeError, match=r"images: got ndarray, allowed is a torch.Tensor"):
+        pixels(torch.zeros(1, 3, 64, 64, dtype=torch.uint8).numpy())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"images: got shape \[1, 3, 64, 0\], allowed are sides of 1 or more"):
+        pixels(torch.zeros(1, 64, 0, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match="may be either"):
         pixels(torch.zeros(1, 3, 64, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match="a tensor on meta, allowed is cpu"):
@@ -495,6 +503,10 @@ def test_capture_says_what_it_cannot(narrow: Callable[..., EfficientFormer], gra
     _, frozen = graphed(2)
     with pytest.raises(ValueError, match="shapes: got 0"):
         frozen.capture((0, 64, 64))
+    for shapes in ((64, 64, 64), ((64, 64),), ((1, 64, 64, 3),)):
+        with pytest.raises(ValueError, match=r"shapes: got .*, allowed are \(batch, height, width\)"):
+            frozen.capture(*shapes)
+    assert frozen.graphs == ()
 
 
 def test_published_networks_are_frozen_whole() -> None:
