@@ -105,7 +105,7 @@ class Frozen:
     """What `freeze` returns: call it with images.
 
     Calls from several threads, and on several streams, are safe: they wait for each other. Where a call finds its
-    stream being captured by the caller, it becomes part of the caller's graph.
+    stream being captured by the caller, it becomes part of the caller's graph, which reads the weights kept here.
 
     Attributes:
         device, dtype, output: see `freeze`.
@@ -317,10 +317,12 @@ class Frozen:
 
     def _run(self, images: Tensor) -> Tensor | list[Tensor]:
         sides = images.shape[2], images.shape[3]
-        biases = self._biases.get(sides)
+        within = self._within_a_graph()
+        # The caller's graph keeps what is computed within it, and may be replayed when what is kept here was given up.
+        biases = None if within else self._biases.get(sides)
         if biases is None:
             biases = self._packed.biases(*sides, self.backend)
-            if not self._within_a_graph():
+            if not within:
                 self._biases[sides] = biases
                 while len(self._biases) > _SIZES:
                     del self._biases[next(iter(self._biases))]

@@ -494,6 +494,29 @@ def test_new_weights_reach_graphs(graphed: Callable[..., Any]) -> None:
     assert len(frozen.graphs) == 2
 
 
+def test_a_callers_graph_reads_nothing_that_may_be_given_up(
+    graphed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a kept bias, which other sizes and new weights drive out, nor one that only a replay computes is kept."""
+    model, frozen = graphed(0)
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    read: list[list[Tensor]] = []
+    run = frozen._packed.run
+    monkeypatch.setattr(
+        frozen._packed, "run", lambda x, biases, backend: read.append(biases) or run(x, biases, backend)
+    )
+    frozen(x)
+    frozen(x)
+    assert read[0] is read[1]
+    monkeypatch.setattr(frozen, "_within_a_graph", lambda: True)
+    close(frozen(x), live(model, "logits", x))
+    frozen(x[..., :64])
+    monkeypatch.undo()
+    assert read[2] is not read[0]
+    assert list(frozen._biases) == [(64, 96)]
+    assert frozen._biases[64, 96] is read[0]
+
+
 def test_capture_says_what_it_cannot(narrow: Callable[..., EfficientFormer], graphed: Callable[..., Any]) -> None:
     frozen = freeze(narrow(), torch.float64)
     with pytest.raises(ValueError, match="allowed are 0 graphs"):  # there is no GPU
