@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -492,6 +495,76 @@ def test_new_weights_reach_graphs(graphed: Callable[..., Any]) -> None:
     for x in images:
         close(frozen(x), live(model, "logits", x))
     assert len(frozen.graphs) == 2
+
+
+class _Cuda:
+    """What `capture_graph` takes of torch.cuda: which stream is current, and what is captured when and where."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current: list[Any] = [Mock(name="the caller's stream")]
+        self.captures: list[tuple[Any, Any]] = []  # stream and pool
+        self.capturing, self.most = 0, 0
+        for name in ("Stream", "CUDAGraph", "graph_pool_handle"):
+            monkeypatch.setattr(torch.cuda, name, Mock(side_effect=lambda: Mock()))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current[-1])
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before = list(self.current)
+        self.current.append(stream)
+        try:
+            yield
+        finally:
+            self.current[:] = before
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        self.captures.append((stream, pool))
+        self.capturing += 1
+        self.most = max(self.most, self.capturing)
+        self.current.append(stream)  # not taken back after an error, as in `torch.cuda.graph` where the capture ends so
+        try:
+            yield
+        finally:
+            self.capturing -= 1
+        self.current.pop()
+
+
+def test_graphs_of_one_pool_are_captured_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or they would share no memory: the allocator gives it to the stream that it was allocated on alone."""
+    cuda = _Cuda(monkeypatch)
+    pool = None
+    for _ in range(3):
+        pool, _, result = inference.capture_graph(lambda: cuda.current[-1], pool)
+        assert result is cuda.captures[0][0]
+    assert len(set(cuda.captures)) == 1
+    inference.capture_graph(lambda: None, None)
+    assert cuda.captures[0][0] is not cuda.captures[-1][0]
+    assert cuda.captures[0][1] is not cuda.captures[-1][1]
+
+
+def test_a_capture_that_fails_leaves_the_callers_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = _Cuda(monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        inference.capture_graph(lambda: 1 // (1 - cuda.capturing), None)
+    assert len(cuda.current) == 1
+    assert cuda.capturing == 0
+
+
+def test_one_capture_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all frozen models: PyTorch allows no more."""
+    cuda = _Cuda(monkeypatch)
+    threads = [
+        threading.Thread(target=inference.capture_graph, args=(lambda: time.sleep(0.01), None)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(cuda.captures) == 4
+    assert cuda.most == 1
 
 
 def test_a_callers_graph_reads_nothing_that_may_be_given_up(
