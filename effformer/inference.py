@@ -222,6 +222,7 @@ class Frozen:
                 raise ValueError(f"shapes: got {shapes} beside {self.graphs}, allowed are {self._max_graphs} graphs")
             for key in keys:
                 if key not in self._graphs:
+                    self._outside_a_graph("capture")
                     self._graphs[key] = self._capture(key)
 
     def input_buffer(self, batch: int, height: int, width: int, *, uint8: bool = False) -> Tensor:
@@ -231,14 +232,19 @@ class Frozen:
         it as [B, H, W, in_chans]. A call with other images of the shape writes them into it.
 
         Raises:
-            ValueError: as `capture`.
+            ValueError, RuntimeError: as `capture`.
         """
         self.capture((batch, height, width), uint8=uint8)
         return self._graphs[batch, height, width, uint8].images
 
     def clear(self) -> None:
-        """Give up all graphs and their memory. The next calls capture anew."""
-        with self._lock:
+        """Give up all graphs and their memory. The next calls capture anew.
+
+        Raises:
+            RuntimeError: where the current stream is being captured.
+        """
+        with self._turn():
+            self._outside_a_graph("clear")
             self._wait()
             self._graphs.clear()
             self._biases.clear()
@@ -251,11 +257,13 @@ class Frozen:
 
         Raises:
             ValueError: for another architecture, or without `model` where the frozen one no longer exists.
+            RuntimeError: where the current stream is being captured.
         """
         network = self._model() if model is None else _network(model)
         if network is None:
             raise ValueError("model: got None, and the frozen model no longer exists; allowed is a model")
         with self._turn():
+            self._outside_a_graph("refresh")
             packed = self._pack(network)
             self._wait()
             self._packed.take(packed)
@@ -337,6 +345,11 @@ class Frozen:
     def _within_a_graph(self) -> bool:
         """Whether the caller is capturing a graph: what is computed now will only exist when that is replayed."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _outside_a_graph(self, method: str) -> None:
+        """An error before CUDA's, which would end the caller's capture."""
+        if self._within_a_graph():
+            raise RuntimeError(f"{method}: called within the capture of a graph, allowed is before or after it")
 
     def _key(self, images: Tensor) -> Key | None:
         """The graph for these images, captured or to be captured; None for no graph."""

@@ -497,6 +497,27 @@ def test_new_weights_reach_graphs(graphed: Callable[..., Any]) -> None:
     assert len(frozen.graphs) == 2
 
 
+def test_what_would_end_the_callers_capture_is_refused(
+    graphed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, frozen = graphed(2)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    before = frozen(x)
+    randomise(model, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(frozen, "_within_a_graph", lambda: True)
+        for name, call in (
+            ("capture", lambda: frozen.capture((2, 64, 64))),
+            ("capture", lambda: frozen.input_buffer(1, 64, 96)),
+            ("clear", frozen.clear),
+            ("refresh", frozen.refresh),
+        ):
+            with pytest.raises(RuntimeError, match=f"{name}: called within the capture of a graph"):
+                call()
+    assert frozen.graphs == ((1, 64, 64, False),)
+    assert torch.equal(frozen(x), before)
+
+
 class _Cuda:
     """What `capture_graph` takes of torch.cuda: which stream is current, and what is captured when and where."""
 
