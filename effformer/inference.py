@@ -65,8 +65,8 @@ def freeze(
             results in memory; what lies between them, all graphs share.
         when_full: what becomes of other shapes. "run": no graph. "pad": the batch is padded up to the next larger one
             of a graph for the same height and width, if there is one.
-        new_outputs: results are new tensors. False: those of a graph are the graph's own, which the next call of the
-            same shape overwrites; it saves a copy.
+        new_outputs: results are new tensors. False: those of a graph are the graph's own, which the next call that it
+            is replayed for overwrites; it saves a copy.
         deterministic: the same images give the same bits. False allows atomic additions in small batches.
         backend: "auto", "eager" or "triton", see `effformer.ops`.
 
@@ -159,7 +159,7 @@ class Frozen:
             self._packed = self._pack(network)
 
     def __repr__(self) -> str:
-        graphs = ", ".join(f"{b}x{h}x{w}" for b, h, w, _ in self._graphs) or "none"
+        graphs = ", ".join(f"{b}x{h}x{w}" for b, h, w, _ in self.graphs) or "none"
         return (
             f"Frozen(output={self.output!r}, dtype={self.dtype}, device={str(self.device)!r}, "
             f"backend={self.backend!r}, graphs: {graphs})"
@@ -175,7 +175,7 @@ class Frozen:
         """Memory of the graphs' own images and results, which stay; what lies between them is in the graphs' pool."""
         tensors = (
             tensor
-            for graph in self._graphs.values()
+            for graph in tuple(self._graphs.values())  # another thread may capture meanwhile
             for tensor in (graph.images, *([graph.results] if isinstance(graph.results, Tensor) else graph.results))
         )
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -234,8 +234,9 @@ class Frozen:
         Raises:
             ValueError, RuntimeError: as `capture`.
         """
-        self.capture((batch, height, width), uint8=uint8)
-        return self._graphs[batch, height, width, uint8].images
+        with self._lock:  # another thread may call `clear`
+            self.capture((batch, height, width), uint8=uint8)
+            return self._graphs[batch, height, width, uint8].images
 
     def clear(self) -> None:
         """Give up all graphs and their memory. The next calls capture anew.

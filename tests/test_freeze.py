@@ -484,6 +484,40 @@ def test_images_may_be_written_where_the_graph_reads_them(graphed: Callable[...,
     close(frozen(pixels), live(model, "logits", normalised(pixels.permute(0, 3, 1, 2))))
 
 
+def test_graphs_may_change_while_they_are_looked_at(graphed: Callable[..., Any]) -> None:
+    """By other threads, which capture and clear."""
+    _, frozen = graphed(8)
+    frozen.capture((1, 32, 32), (2, 32, 32))
+    bytes_held = frozen.held_bytes
+
+    class Changing(dict[Any, Any]):
+        def __getitem__(self, key: Any) -> Any:
+            other = threading.Thread(target=self.clear_unlocked)
+            other.start()
+            other.join()
+            return super().__getitem__(key)
+
+        def clear_unlocked(self) -> None:
+            if frozen._lock.acquire(blocking=False):
+                self.clear()
+                frozen._lock.release()
+
+    class Graph:
+        def __init__(self, graph: Any, added: int) -> None:
+            self.results, self._images, self.added = graph.results, graph.images, added
+
+        @property
+        def images(self) -> Tensor:
+            frozen._graphs[self.added, 32, 32, False] = self
+            return self._images
+
+    frozen._graphs = Changing(frozen._graphs)
+    assert frozen.input_buffer(2, 32, 32).shape == (2, 3, 32, 32)
+    frozen._graphs = {key: Graph(graph, key[0] + 2) for key, graph in frozen._graphs.items()}
+    assert frozen.held_bytes == bytes_held
+    assert len(frozen.graphs) == 4
+
+
 def test_new_weights_reach_graphs(graphed: Callable[..., Any]) -> None:
     """Also the bias, which each graph has for its own size."""
     model, frozen = graphed(2)
