@@ -69,7 +69,7 @@ class Packed:
             yield from step.all_tensors()
 
     def take(self, other: Packed) -> None:
-        """Copy the tensors of the same network with other weights into this one's, in place.
+        """Copy the tensors of the same network with other weights, on any device, into this one's, in place.
 
         Raises:
             ValueError: for another architecture.
@@ -139,8 +139,7 @@ class Packed:
 def _structure(packed: Packed) -> list[Any]:
     steps = packed.steps if packed.pixels is None else [*packed.steps, packed.pixels]
     return [
-        (step.operation, step.options, step.resize, [(t.shape, t.dtype, t.device) for t in step.all_tensors()])
-        for step in steps
+        (step.operation, step.options, step.resize, [(t.shape, t.dtype) for t in step.all_tensors()]) for step in steps
     ]
 
 

@@ -345,6 +345,16 @@ def test_it_is_a_snapshot_until_it_is_refreshed(narrow: Callable[..., EfficientF
         frozen.refresh()
 
 
+def test_weights_from_another_device(narrow: Callable[..., EfficientFormer]) -> None:
+    """Such as of a model that was moved to make room. The meta device stands in for the other one."""
+    model = narrow().to("meta")
+    frozen = freeze(model, torch.float64)
+    frozen.refresh(narrow(seed=1))
+    assert {tensor.device.type for tensor in frozen._packed.tensors()} == {"meta"}
+    with pytest.raises(ValueError, match="another architecture"):
+        frozen.refresh(narrow(depths=(1, 1, 3, 2)))
+
+
 def test_it_keeps_no_tensor_of_the_model_and_changes_none(narrow: Callable[..., EfficientFormer]) -> None:
     """Not even of a model that has its dtype and layout already."""
     model, x = narrow(dtype=torch.float32).to(memory_format=torch.channels_last), torch.randn(1, 3, 64, 64)
