@@ -126,6 +126,7 @@ class Packed:
                     maps = x if x.ndim == 4 else to_map(x, *sides)
                     weight, bias = (vector.to(x.dtype) for vector in step.tensors)
                     maps = F.group_norm(maps, 1, weight, bias, step.options["eps"])
+                    maps = maps.contiguous(memory_format=torch.channels_last)  # on a GPU it returns others
                     if step.options["inline"]:
                         x = maps if x.ndim == 4 else maps.flatten(2).transpose(1, 2)
                         features += [maps] * step.options["wanted"]

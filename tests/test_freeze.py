@@ -67,6 +67,18 @@ def test_it_computes_what_the_live_network_does(
     close(frozen(x.to(memory_format=torch.channels_last)), live(model, output, x))
 
 
+@pytest.mark.parametrize("feature_norm", [None, "tap", "inline"])
+def test_maps_are_channels_last(
+    narrow: Callable[..., EfficientFormer], feature_norm: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, PyTorch's GroupNorm returns contiguous maps whatever it is given."""
+    group_norm = torch.nn.functional.group_norm
+    monkeypatch.setattr(torch.nn.functional, "group_norm", lambda *args: group_norm(*args).contiguous())
+    frozen = freeze(narrow(feature_norm=feature_norm), torch.float64, output="features")
+    for found in frozen(torch.randn(2, 3, 96, 64, dtype=torch.float64)):
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
