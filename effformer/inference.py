@@ -254,7 +254,8 @@ class Frozen:
     def refresh(self, model: EfficientFormer | Backbone | None = None) -> None:
         """Take new weights: those that the frozen model has now, or those of another of the same architecture.
 
-        They are copied to where the old ones lie, from whatever device, and captured graphs stay.
+        They are copied to where the old ones lie, from whatever device, and captured graphs stay. The next call without
+        `model` takes those of the model given last.
 
         Raises:
             ValueError: for another architecture, or without `model` where the frozen one no longer exists.

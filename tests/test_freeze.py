@@ -349,6 +349,9 @@ def test_it_is_a_snapshot_until_it_is_refreshed(narrow: Callable[..., EfficientF
     other = narrow(seed=2)
     frozen.refresh(other)
     close(frozen(x), live(other, "logits", x))
+    randomise(other, seed=3)
+    frozen.refresh()  # from the last one given
+    close(frozen(x), live(other, "logits", x))
     with pytest.raises(ValueError, match="another architecture"):
         frozen.refresh(narrow(depths=(1, 1, 3, 2)))
     del model, other
@@ -377,6 +380,22 @@ def test_it_keeps_no_tensor_of_the_model_and_changes_none(narrow: Callable[..., 
         assert torch.equal(value, state[name])
         value.zero_()
     assert torch.equal(frozen(x), before)  # type: ignore[arg-type]
+
+
+def test_biases_of_few_sizes_are_kept(narrow: Callable[..., EfficientFormer]) -> None:
+    frozen = freeze(narrow(), torch.float64)
+    for side in range(1, 12):
+        frozen(torch.zeros(1, 3, 32, 32 * side, dtype=torch.float64))
+    assert list(frozen._biases) == [(32, 32 * side) for side in range(4, 12)]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_every_mlp_is_told_whether_to_be_deterministic(
+    narrow: Callable[..., EfficientFormer], deterministic: bool
+) -> None:
+    steps = freeze(narrow(), deterministic=deterministic)._packed.steps
+    told = [step.options.get("deterministic") for step in steps if step.operation in ("meta4d", "linear_mlp")]
+    assert told == [deterministic] * 6
 
 
 def test_autocast_does_not_reach_it(narrow: Callable[..., EfficientFormer]) -> None:
@@ -455,10 +474,12 @@ def test_one_graph_for_each_shape_up_to_the_limit(graphed: Callable[..., Any]) -
     assert frozen.graphs == ((2, 64, 64, False), (1, 64, 64, False), (1, 96, 64, False))
     assert [graph.graph.count for graph in frozen._graphs.values()] == [2, 2, 2]
     assert frozen.held_bytes == 8 * (3 * 64 * (2 * 64 + 64 + 96) + 4 * 10)
+    pool = frozen._pool
     frozen.clear()
     assert frozen.graphs == ()
     close(frozen(pixels), live(model, "logits", normalised(pixels)))
     assert frozen.graphs == ((1, 64, 64, True),)
+    assert frozen._pool is not pool
 
 
 def test_padding_up_to_a_captured_batch(graphed: Callable[..., Any]) -> None:
@@ -478,6 +499,8 @@ def test_padding_up_to_a_captured_batch(graphed: Callable[..., Any]) -> None:
     assert [graph.graph.count for graph in frozen._graphs.values()] == [3, 2]
     with pytest.raises(ValueError, match="allowed are 2 graphs"):
         frozen.capture((16, 64, 64))
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    close(frozen(pixels), live(model, "features", normalised(pixels)))  # not in a graph of float images
 
 
 def test_results_are_new_unless_asked_otherwise(graphed: Callable[..., Any]) -> None:
@@ -491,6 +514,9 @@ def test_results_are_new_unless_asked_otherwise(graphed: Callable[..., Any]) -> 
     first = frozen(x)
     assert torch.equal(frozen(y), first)
     assert not torch.equal(first, kept)
+    _, frozen = graphed(1, new_outputs=False, when_full="pad")
+    frozen.capture((3, 64, 64))
+    close(frozen(x), kept)
 
 
 def test_images_may_be_written_where_the_graph_reads_them(graphed: Callable[..., Any]) -> None:
@@ -498,7 +524,9 @@ def test_images_may_be_written_where_the_graph_reads_them(graphed: Callable[...,
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     buffer = frozen.input_buffer(2, 64, 64)
     buffer.copy_(x)
+    written = buffer._version
     close(frozen(buffer), live(model, "logits", x))
+    assert buffer._version == written
     with pytest.raises(RuntimeError, match="single memory location"):
         frozen(buffer.transpose(2, 3))  # the same memory and shape, other images: not to be taken for the buffer
     pixels = frozen.input_buffer(1, 64, 32, uint8=True).permute(0, 2, 3, 1)
