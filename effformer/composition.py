@@ -19,6 +19,7 @@ _EXPECTED: dict[type[nn.Module], Callable[[Any], bool]] = {
     nn.Conv2d: lambda m: (m.kernel_size, m.stride, m.padding, m.groups) == ((1, 1), (1, 1), (0, 0), 1),
     nn.BatchNorm2d: lambda m: m.affine,
     nn.LayerNorm: lambda m: len(m.normalized_shape) == 1 and m.weight is not None and m.bias is not None,
+    nn.GroupNorm: lambda m: m.num_groups == 1 and m.affine,
     nn.Linear: lambda m: m.bias is not None,
     nn.GELU: lambda m: m.approximate == "none",
     nn.LeakyReLU: lambda m: m.negative_slope == 0.01,

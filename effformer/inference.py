@@ -25,6 +25,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _Result = TypeVar("_Result")
 
+# PyTorch captures one graph at a time in a process, and CUDA ends a capture when another thread waits for the device.
+_CAPTURE = threading.RLock()
+
 _SIZES = 8  # image sizes without a graph whose attention bias is kept
 
 
@@ -62,8 +65,8 @@ def freeze(
             results in memory; what lies between them, all graphs share.
         when_full: what becomes of other shapes. "run": no graph. "pad": the batch is padded up to the next larger one
             of a graph for the same height and width, if there is one.
-        new_outputs: results are new tensors. False: those of a graph are the graph's own, which the next call of the
-            same shape overwrites; it saves a copy.
+        new_outputs: results are new tensors. False: those of a graph are the graph's own, which the next call that it
+            is replayed for overwrites; it saves a copy.
         deterministic: the same images give the same bits. False allows atomic additions in small batches.
         backend: "auto", "eager" or "triton", see `effformer.ops`.
 
@@ -105,7 +108,7 @@ class Frozen:
     """What `freeze` returns: call it with images.
 
     Calls from several threads, and on several streams, are safe: they wait for each other. Where a call finds its
-    stream being captured by the caller, it becomes part of the caller's graph.
+    stream being captured by the caller, it becomes part of the caller's graph, which reads the weights kept here.
 
     Attributes:
         device, dtype, output: see `freeze`.
@@ -156,7 +159,7 @@ class Frozen:
             self._packed = self._pack(network)
 
     def __repr__(self) -> str:
-        graphs = ", ".join(f"{b}x{h}x{w}" for b, h, w, _ in self._graphs) or "none"
+        graphs = ", ".join(f"{b}x{h}x{w}" for b, h, w, _ in self.graphs) or "none"
         return (
             f"Frozen(output={self.output!r}, dtype={self.dtype}, device={str(self.device)!r}, "
             f"backend={self.backend!r}, graphs: {graphs})"
@@ -172,7 +175,7 @@ class Frozen:
         """Memory of the graphs' own images and results, which stay; what lies between them is in the graphs' pool."""
         tensors = (
             tensor
-            for graph in self._graphs.values()
+            for graph in tuple(self._graphs.values())  # another thread may capture meanwhile
             for tensor in (graph.images, *([graph.results] if isinstance(graph.results, Tensor) else graph.results))
         )
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -203,18 +206,23 @@ class Frozen:
         """Capture a graph for each (batch, height, width), before a call does; these count into `max_graphs`.
 
         Raises:
-            ValueError: for more than `max_graphs`, where there are no graphs, or for sides or a batch below 1.
+            ValueError: for more than `max_graphs`, where there are no graphs, for what is no (batch, height, width), or
+                for sides or a batch below 1.
         """
         if uint8 and self._pixels is None:
             raise ValueError("uint8: got True, allowed is False for a model frozen without mean and std")
-        for size in (size for shape in shapes for size in shape):
-            check_count("shapes", size, least=1)
+        for shape in shapes:
+            if not isinstance(shape, Sequence) or len(shape) != 3:
+                raise ValueError(f"shapes: got {shape}, allowed are (batch, height, width)")
+            for size in shape:
+                check_count("shapes", size, least=1)
         with self._turn():
             keys = [(*shape, uint8) for shape in shapes]
             if len({*self._graphs, *keys}) > self._max_graphs:
                 raise ValueError(f"shapes: got {shapes} beside {self.graphs}, allowed are {self._max_graphs} graphs")
             for key in keys:
                 if key not in self._graphs:
+                    self._outside_a_graph("capture")
                     self._graphs[key] = self._capture(key)
 
     def input_buffer(self, batch: int, height: int, width: int, *, uint8: bool = False) -> Tensor:
@@ -224,14 +232,20 @@ class Frozen:
         it as [B, H, W, in_chans]. A call with other images of the shape writes them into it.
 
         Raises:
-            ValueError: as `capture`.
+            ValueError, RuntimeError: as `capture`.
         """
-        self.capture((batch, height, width), uint8=uint8)
-        return self._graphs[batch, height, width, uint8].images
+        with self._lock:  # another thread may call `clear`
+            self.capture((batch, height, width), uint8=uint8)
+            return self._graphs[batch, height, width, uint8].images
 
     def clear(self) -> None:
-        """Give up all graphs and their memory. The next calls capture anew."""
-        with self._lock:
+        """Give up all graphs and their memory. The next calls capture anew.
+
+        Raises:
+            RuntimeError: where the current stream is being captured.
+        """
+        with self._turn():
+            self._outside_a_graph("clear")
             self._wait()
             self._graphs.clear()
             self._biases.clear()
@@ -240,15 +254,18 @@ class Frozen:
     def refresh(self, model: EfficientFormer | Backbone | None = None) -> None:
         """Take new weights: those that the frozen model has now, or those of another of the same architecture.
 
-        They are copied to where the old ones lie, and captured graphs stay.
+        They are copied to where the old ones lie, from whatever device, and captured graphs stay. The next call without
+        `model` takes those of the model given last.
 
         Raises:
             ValueError: for another architecture, or without `model` where the frozen one no longer exists.
+            RuntimeError: where the current stream is being captured.
         """
         network = self._model() if model is None else _network(model)
         if network is None:
             raise ValueError("model: got None, and the frozen model no longer exists; allowed is a model")
         with self._turn():
+            self._outside_a_graph("refresh")
             packed = self._pack(network)
             self._wait()
             self._packed.take(packed)
@@ -266,6 +283,8 @@ class Frozen:
 
     def _check(self, images: Tensor) -> Tensor:
         """`images` as [B, in_chans, H, W], if they are what can be run."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images: got {type(images).__name__}, allowed is a torch.Tensor")
         uint8 = images.dtype == torch.uint8
         if uint8 and self._pixels is None:
             raise TypeError("images: got torch.uint8, allowed for uint8 is a model frozen with mean and std")
@@ -283,7 +302,10 @@ class Frozen:
             raise ValueError(f"images: got shape {shape_of(images)}, allowed is {allowed}")
         if first and last:
             raise ValueError(f"images: got shape {shape_of(images)}, which may be either of {allowed}")
-        return images if first else images.permute(0, 3, 1, 2)
+        images = images if first else images.permute(0, 3, 1, 2)
+        if images.shape[2] == 0 or images.shape[3] == 0:
+            raise ValueError(f"images: got shape {shape_of(images)}, allowed are sides of 1 or more")
+        return images
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -308,10 +330,12 @@ class Frozen:
 
     def _run(self, images: Tensor) -> Tensor | list[Tensor]:
         sides = images.shape[2], images.shape[3]
-        biases = self._biases.get(sides)
+        within = self._within_a_graph()
+        # The caller's graph keeps what is computed within it, and may be replayed when what is kept here was given up.
+        biases = None if within else self._biases.get(sides)
         if biases is None:
             biases = self._packed.biases(*sides, self.backend)
-            if not self._within_a_graph():
+            if not within:
                 self._biases[sides] = biases
                 while len(self._biases) > _SIZES:
                     del self._biases[next(iter(self._biases))]
@@ -323,6 +347,11 @@ class Frozen:
     def _within_a_graph(self) -> bool:
         """Whether the caller is capturing a graph: what is computed now will only exist when that is replayed."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _outside_a_graph(self, method: str) -> None:
+        """An error before CUDA's, which would end the caller's capture."""
+        if self._within_a_graph():
+            raise RuntimeError(f"{method}: called within the capture of a graph, allowed is before or after it")
 
     def _key(self, images: Tensor) -> Key | None:
         """The graph for these images, captured or to be captured; None for no graph."""
@@ -362,23 +391,24 @@ class Frozen:
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            with _CAPTURE:
+                torch.cuda.synchronize(self.device)
 
 
 def capture_graph(forward: Callable[[], _Result], pool: Any) -> tuple[Any, torch.cuda.CUDAGraph, _Result]:
-    """The memory pool (a new one for None), a graph of `forward`, and the result that each replay writes again."""
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    """A graph's pool (a new one for None), a graph of `forward`, and the result that each replay writes again."""
+    # Memory belongs to the stream that it was allocated on: graphs share it if they are captured on the same.
+    handle, side = pool or (torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+    current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
     side.wait_stream(current)
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side):  # a capture that fails may leave its stream behind as the current one
         for _ in range(2):  # what is compiled, loaded or chosen at first calls is not for a graph
             forward()
+        # Other threads may use the GPU meanwhile.
+        with _CAPTURE, torch.cuda.graph(graph, pool=handle, stream=side, capture_error_mode="thread_local"):
+            results = forward()
     current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    pool = pool or torch.cuda.graph_pool_handle()
-    # Other threads may use the GPU meanwhile.
-    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-        results = forward()
-    return pool, graph, results
+    return (handle, side), graph, results
 
 
 def _network(model: nn.Module) -> EfficientFormer:
@@ -393,13 +423,17 @@ def _normalisation(
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     if mean is None and std is None:
         return None
+    found = []
     for name, values, allowed in (("mean", mean, "0 to 1"), ("std", std, "more than 0")):
         right: Callable[[float], bool] = (lambda v: 0 <= v <= 1) if name == "mean" else (lambda v: 0 < v < float("inf"))
-        if values is None or len(values) != channels or not all(right(value) for value in values):
+        try:
+            numbers = tuple(float(value) for value in (() if values is None else values))
+        except (TypeError, ValueError):  # one number for all channels, or what is no number
+            numbers = ()
+        if len(numbers) != channels or not all(right(value) for value in numbers):
             raise ValueError(f"{name}: got {values}, allowed are {channels} numbers, {allowed}, beside the other")
-    assert mean is not None
-    assert std is not None
-    return tuple(mean), tuple(std)
+        found.append(numbers)
+    return found[0], found[1]
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:

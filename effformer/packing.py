@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .blocks import Downsample, Flat, Meta3D, Meta4D, Stem
-from .composition import is_plain, why_changed
+from .composition import is_active, is_plain, why_changed
 from .model import EfficientFormer, to_map
 from .reference import PIXEL_OFFSET
 from .stage import Stage
@@ -69,7 +69,7 @@ class Packed:
             yield from step.all_tensors()
 
     def take(self, other: Packed) -> None:
-        """Copy the tensors of the same network with other weights into this one's, in place.
+        """Copy the tensors of the same network with other weights, on any device, into this one's, in place.
 
         Raises:
             ValueError: for another architecture.
@@ -126,6 +126,7 @@ class Packed:
                     maps = x if x.ndim == 4 else to_map(x, *sides)
                     weight, bias = (vector.to(x.dtype) for vector in step.tensors)
                     maps = F.group_norm(maps, 1, weight, bias, step.options["eps"])
+                    maps = maps.contiguous(memory_format=torch.channels_last)  # on a GPU it returns others
                     if step.options["inline"]:
                         x = maps if x.ndim == 4 else maps.flatten(2).transpose(1, 2)
                         features += [maps] * step.options["wanted"]
@@ -139,8 +140,7 @@ class Packed:
 def _structure(packed: Packed) -> list[Any]:
     steps = packed.steps if packed.pixels is None else [*packed.steps, packed.pixels]
     return [
-        (step.operation, step.options, step.resize, [(t.shape, t.dtype, t.device) for t in step.all_tensors()])
-        for step in steps
+        (step.operation, step.options, step.resize, [(t.shape, t.dtype) for t in step.all_tensors()]) for step in steps
     ]
 
 
@@ -262,44 +262,50 @@ def _exact(module: _Module) -> _Module:
 def _check(model: EfficientFormer, output: str) -> None:
     if model.training:
         raise ValueError("model: got one in training mode, allowed is one in eval mode: call model.eval()")
-    for name, module in _parts(model):
-        if reason := _why_not(module):
+    for name, module, kinds in _parts(model):
+        if reason := _why_not(module, kinds):
             raise ValueError(f"model: {name}: {reason}; allowed is what `create_model` builds, in eval mode")
     if output == "features":
         return
     complete = len(model.stages) == model.num_stages and is_plain(model.norm, (nn.LayerNorm,))
     if not complete or model.global_pool != "avg":
         raise ValueError(f"output: got {output!r}, allowed is 'features' for a model without the pooled end")
+    if not is_plain(model.head_drop, (nn.Dropout,)) or is_active(model.head_drop):
+        reason = "it was replaced, has hooks or is active"
+        raise ValueError(f"model: head_drop: {reason}; allowed is what `create_model` builds, in eval mode")
     if output == "logits":
         heads = model.head, model.head_dist
         if model.num_classes == 0:
             raise ValueError("output: got 'logits', allowed are 'pooled' and 'features' for a model without heads")
-        if not all(is_plain(head, (nn.Linear,)) for head in heads) or not is_plain(model.head_drop, (nn.Dropout,)):
+        if not all(is_plain(head, (nn.Linear,)) for head in heads):
             raise ValueError("model: a head was replaced, changed or has hooks; allowed is what `create_model` builds")
 
 
-def _parts(model: EfficientFormer) -> Iterator[tuple[str, nn.Module]]:
-    yield "the model", model
-    yield "stem", model.stem
+def _parts(model: EfficientFormer) -> Iterator[tuple[str, nn.Module, tuple[type[nn.Module], ...]]]:
+    """Name, module, and the classes that it may be of; what lies within one is only looked at after it."""
+    yield "the model", model, (EfficientFormer,)
+    yield "stem", model.stem, (Stem,)
     for index, stage in enumerate(cast("Iterable[Stage]", model.stages)):
-        yield f"stages.{index}", stage
-        yield f"stages.{index}.downsample", stage.downsample
+        yield f"stages.{index}", stage, (Stage,)
+        yield f"stages.{index}.downsample", stage.downsample, (Downsample, nn.Identity)
         for number, block in enumerate(stage.blocks):
-            yield f"stages.{index}.blocks.{number}", block
+            yield f"stages.{index}.blocks.{number}", block, (Meta4D, Meta3D, Flat)
     if model.config.feature_norm is not None:
         for index, norm in enumerate(model.feature_norms):
-            yield f"feature_norms.{index}", norm
+            yield f"feature_norms.{index}", norm, (nn.GroupNorm,)
 
 
-def _why_not(module: nn.Module) -> str | None:
+def _why_not(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None:
     """Why the steps would not compute what `module` does; None if they do."""
-    known = (EfficientFormer, Stem, Stage, Downsample, Meta4D, Meta3D, Flat, nn.Identity, nn.GroupNorm)
-    if not is_plain(module, known):
+    if not is_plain(module, kinds):
         return "it was replaced, changed or has hooks"
     match module:
         case Meta4D() | Meta3D():
             return module.why_composed()
         case Stem():
+            # A Sequential: it calls whatever it holds, in that order.
+            if tuple(module._modules) != ("conv1", "norm1", "act1", "conv2", "norm2", "act2"):
+                return "modules were added, removed or moved"
             pairs = [(module.conv1, module.norm1), (module.conv2, module.norm2)]
             relus = [("act1", module.act1, (nn.ReLU,)), ("act2", module.act2, (nn.ReLU,))]
         case Downsample():

@@ -199,7 +199,7 @@ MUTANTS = (
     Mutant("frozen: another architecture's weights taken", "effformer/packing.py", "if _structure(self) != _structure(other):", "if False:"),
     Mutant("frozen: bias of the image's sides, not the map's", "effformer/packing.py", "sides = (sides[0] + 1) // 2, (sides[1] + 1) // 2", "pass"),
     Mutant("frozen: a tapped norm goes on to the next stage", "effformer/packing.py", 'inline=kind == "inline"', "inline=True"),
-    Mutant("frozen: hooks lost", "effformer/packing.py", "if not is_plain(module, known):", "if False:"),
+    Mutant("frozen: hooks lost", "effformer/packing.py", "if not is_plain(module, kinds):", "if False:"),
     Mutant("frozen: training mode let through", "effformer/packing.py", "if model.training:", "if False:"),
     Mutant("frozen: a stem with other strides let through", "effformer/packing.py", "return geometry ==", "return True or geometry =="),
     Mutant("frozen: old biases in the graphs", "effformer/inference.py", "                    target.copy_(source)", "                    pass"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -64,6 +67,18 @@ def test_it_computes_what_the_live_network_does(
     close(frozen(x.to(memory_format=torch.channels_last)), live(model, output, x))
 
 
+@pytest.mark.parametrize("feature_norm", [None, "tap", "inline"])
+def test_maps_are_channels_last(
+    narrow: Callable[..., EfficientFormer], feature_norm: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, PyTorch's GroupNorm returns contiguous maps whatever it is given."""
+    group_norm = torch.nn.functional.group_norm
+    monkeypatch.setattr(torch.nn.functional, "group_norm", lambda *args: group_norm(*args).contiguous())
+    frozen = freeze(narrow(feature_norm=feature_norm), torch.float64, output="features")
+    for found in frozen(torch.randn(2, 3, 96, 64, dtype=torch.float64)):
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -102,6 +117,8 @@ def test_pixels_in_either_order(narrow: Callable[..., EfficientFormer]) -> None:
     close(frozen(pixels), expected)
     close(frozen(pixels.permute(0, 2, 3, 1).contiguous()), expected)
     close(frozen(normalised(pixels)), expected)
+    tensors = [torch.tensor(values, dtype=torch.float64) for values in (MEAN, STD)]
+    close(freeze(model, torch.float64, mean=tensors[0], std=tensors[1].numpy())(pixels), expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
@@ -163,6 +180,8 @@ def test_bad_arguments(narrow: Callable[..., EfficientFormer]) -> None:
         (ValueError, "std: got None", {"mean": MEAN}),
         (ValueError, "mean: got None", {"std": STD}),
         (ValueError, "mean: got \\(0.5,\\)", {"mean": (0.5,), "std": STD}),
+        (ValueError, "mean: got 0.5, allowed are 3 numbers", {"mean": 0.5, "std": 0.2}),
+        (ValueError, "mean: got abc, allowed are 3 numbers", {"mean": "abc", "std": STD}),
         (ValueError, "mean: .* 0 to 1", {"mean": (123.0, 117.0, 104.0), "std": STD}),
         (ValueError, "std: .* more than 0", {"mean": MEAN, "std": (0.2, 0.0, 0.2)}),
         (UnsupportedError, "backend='triton'", {"backend": "triton", "dtype": torch.float64}),
@@ -211,14 +230,70 @@ def _whole(model: EfficientFormer) -> None:
     model.register_forward_pre_hook(lambda *_: None)
 
 
+def _stem_longer(model: EfficientFormer) -> None:
+    model.stem.add_module("more", nn.Sigmoid())
+
+
+def _stem_moved(model: EfficientFormer) -> None:
+    model.stem._modules["act1"] = model.stem._modules.pop("act1")
+
+
+def _stem_shorter(model: EfficientFormer) -> None:
+    del model.stem.act2
+
+
+def _no_block(model: EfficientFormer) -> None:
+    model.stages[2].blocks[0] = nn.Identity()  # type: ignore[index, union-attr, operator]
+
+
+def _no_stage(model: EfficientFormer) -> None:
+    model.stages[0] = nn.Identity()
+
+
+def _groups(model: EfficientFormer) -> None:
+    model.feature_norms[0] = nn.GroupNorm(2, 8).double()
+
+
+def _no_affine(model: EfficientFormer) -> None:
+    model.feature_norms[0] = nn.GroupNorm(1, 8, affine=False)
+
+
+def _no_norm(model: EfficientFormer) -> None:
+    model.feature_norms[0] = nn.Identity()
+
+
+def _dropout(model: EfficientFormer) -> None:
+    model.head_drop.p = 0.5
+    model.head_drop.train()
+
+
 @pytest.mark.parametrize(
-    "change", [_hook, _stem_activation, _stem_geometry, _statistics, _block, _training, _head, _whole]
+    "change",
+    [
+        _hook,
+        _stem_activation,
+        _stem_geometry,
+        _stem_longer,
+        _stem_moved,
+        _stem_shorter,
+        _statistics,
+        _block,
+        _no_block,
+        _no_stage,
+        _groups,
+        _no_affine,
+        _no_norm,
+        _training,
+        _dropout,
+        _head,
+        _whole,
+    ],
 )
 def test_a_changed_model_is_refused(
     narrow: Callable[..., EfficientFormer], change: Callable[[EfficientFormer], None]
 ) -> None:
     """Rather than frozen without what was changed."""
-    model = narrow()
+    model = narrow(feature_norm="inline")
     freeze(model)
     change(model)
     with pytest.raises(ValueError, match=r"^model: "):
@@ -239,6 +314,10 @@ def test_bad_images(narrow: Callable[..., EfficientFormer]) -> None:
         pixels(torch.zeros(1, 3, 64, 64, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"got shape \[1, 64, 64, 3\], allowed is \[B, 3, H, W\]$"):
         plain(torch.zeros(1, 64, 64, 3))
+    with pytest.raises(TypeError, match=r"images: got ndarray, allowed is a torch.Tensor"):
+        pixels(torch.zeros(1, 3, 64, 64, dtype=torch.uint8).numpy())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"images: got shape \[1, 3, 64, 0\], allowed are sides of 1 or more"):
+        pixels(torch.zeros(1, 64, 0, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match="may be either"):
         pixels(torch.zeros(1, 3, 64, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match="a tensor on meta, allowed is cpu"):
@@ -270,12 +349,25 @@ def test_it_is_a_snapshot_until_it_is_refreshed(narrow: Callable[..., EfficientF
     other = narrow(seed=2)
     frozen.refresh(other)
     close(frozen(x), live(other, "logits", x))
+    randomise(other, seed=3)
+    frozen.refresh()  # from the last one given
+    close(frozen(x), live(other, "logits", x))
     with pytest.raises(ValueError, match="another architecture"):
         frozen.refresh(narrow(depths=(1, 1, 3, 2)))
     del model, other
     gc.collect()
     with pytest.raises(ValueError, match="no longer exists"):
         frozen.refresh()
+
+
+def test_weights_from_another_device(narrow: Callable[..., EfficientFormer]) -> None:
+    """Such as of a model that was moved to make room. The meta device stands in for the other one."""
+    model = narrow().to("meta")
+    frozen = freeze(model, torch.float64)
+    frozen.refresh(narrow(seed=1))
+    assert {tensor.device.type for tensor in frozen._packed.tensors()} == {"meta"}
+    with pytest.raises(ValueError, match="another architecture"):
+        frozen.refresh(narrow(depths=(1, 1, 3, 2)))
 
 
 def test_it_keeps_no_tensor_of_the_model_and_changes_none(narrow: Callable[..., EfficientFormer]) -> None:
@@ -288,6 +380,22 @@ def test_it_keeps_no_tensor_of_the_model_and_changes_none(narrow: Callable[..., 
         assert torch.equal(value, state[name])
         value.zero_()
     assert torch.equal(frozen(x), before)  # type: ignore[arg-type]
+
+
+def test_biases_of_few_sizes_are_kept(narrow: Callable[..., EfficientFormer]) -> None:
+    frozen = freeze(narrow(), torch.float64)
+    for side in range(1, 12):
+        frozen(torch.zeros(1, 3, 32, 32 * side, dtype=torch.float64))
+    assert list(frozen._biases) == [(32, 32 * side) for side in range(4, 12)]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_every_mlp_is_told_whether_to_be_deterministic(
+    narrow: Callable[..., EfficientFormer], deterministic: bool
+) -> None:
+    steps = freeze(narrow(), deterministic=deterministic)._packed.steps
+    told = [step.options.get("deterministic") for step in steps if step.operation in ("meta4d", "linear_mlp")]
+    assert told == [deterministic] * 6
 
 
 def test_autocast_does_not_reach_it(narrow: Callable[..., EfficientFormer]) -> None:
@@ -366,10 +474,12 @@ def test_one_graph_for_each_shape_up_to_the_limit(graphed: Callable[..., Any]) -
     assert frozen.graphs == ((2, 64, 64, False), (1, 64, 64, False), (1, 96, 64, False))
     assert [graph.graph.count for graph in frozen._graphs.values()] == [2, 2, 2]
     assert frozen.held_bytes == 8 * (3 * 64 * (2 * 64 + 64 + 96) + 4 * 10)
+    pool = frozen._pool
     frozen.clear()
     assert frozen.graphs == ()
     close(frozen(pixels), live(model, "logits", normalised(pixels)))
     assert frozen.graphs == ((1, 64, 64, True),)
+    assert frozen._pool is not pool
 
 
 def test_padding_up_to_a_captured_batch(graphed: Callable[..., Any]) -> None:
@@ -389,6 +499,8 @@ def test_padding_up_to_a_captured_batch(graphed: Callable[..., Any]) -> None:
     assert [graph.graph.count for graph in frozen._graphs.values()] == [3, 2]
     with pytest.raises(ValueError, match="allowed are 2 graphs"):
         frozen.capture((16, 64, 64))
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    close(frozen(pixels), live(model, "features", normalised(pixels)))  # not in a graph of float images
 
 
 def test_results_are_new_unless_asked_otherwise(graphed: Callable[..., Any]) -> None:
@@ -402,6 +514,9 @@ def test_results_are_new_unless_asked_otherwise(graphed: Callable[..., Any]) -> 
     first = frozen(x)
     assert torch.equal(frozen(y), first)
     assert not torch.equal(first, kept)
+    _, frozen = graphed(1, new_outputs=False, when_full="pad")
+    frozen.capture((3, 64, 64))
+    close(frozen(x), kept)
 
 
 def test_images_may_be_written_where_the_graph_reads_them(graphed: Callable[..., Any]) -> None:
@@ -409,12 +524,48 @@ def test_images_may_be_written_where_the_graph_reads_them(graphed: Callable[...,
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     buffer = frozen.input_buffer(2, 64, 64)
     buffer.copy_(x)
+    written = buffer._version
     close(frozen(buffer), live(model, "logits", x))
+    assert buffer._version == written
     with pytest.raises(RuntimeError, match="single memory location"):
         frozen(buffer.transpose(2, 3))  # the same memory and shape, other images: not to be taken for the buffer
     pixels = frozen.input_buffer(1, 64, 32, uint8=True).permute(0, 2, 3, 1)
     pixels.random_(0, 256)
     close(frozen(pixels), live(model, "logits", normalised(pixels.permute(0, 3, 1, 2))))
+
+
+def test_graphs_may_change_while_they_are_looked_at(graphed: Callable[..., Any]) -> None:
+    """By other threads, which capture and clear."""
+    _, frozen = graphed(8)
+    frozen.capture((1, 32, 32), (2, 32, 32))
+    bytes_held = frozen.held_bytes
+
+    class Changing(dict[Any, Any]):
+        def __getitem__(self, key: Any) -> Any:
+            other = threading.Thread(target=self.clear_unlocked)
+            other.start()
+            other.join()
+            return super().__getitem__(key)
+
+        def clear_unlocked(self) -> None:
+            if frozen._lock.acquire(blocking=False):
+                self.clear()
+                frozen._lock.release()
+
+    class Graph:
+        def __init__(self, graph: Any, added: int) -> None:
+            self.results, self._images, self.added = graph.results, graph.images, added
+
+        @property
+        def images(self) -> Tensor:
+            frozen._graphs[self.added, 32, 32, False] = self
+            return self._images
+
+    frozen._graphs = Changing(frozen._graphs)
+    assert frozen.input_buffer(2, 32, 32).shape == (2, 3, 32, 32)
+    frozen._graphs = {key: Graph(graph, key[0] + 2) for key, graph in frozen._graphs.items()}
+    assert frozen.held_bytes == bytes_held
+    assert len(frozen.graphs) == 4
 
 
 def test_new_weights_reach_graphs(graphed: Callable[..., Any]) -> None:
@@ -430,6 +581,120 @@ def test_new_weights_reach_graphs(graphed: Callable[..., Any]) -> None:
     assert len(frozen.graphs) == 2
 
 
+def test_what_would_end_the_callers_capture_is_refused(
+    graphed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, frozen = graphed(2)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    before = frozen(x)
+    randomise(model, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(frozen, "_within_a_graph", lambda: True)
+        for name, call in (
+            ("capture", lambda: frozen.capture((2, 64, 64))),
+            ("capture", lambda: frozen.input_buffer(1, 64, 96)),
+            ("clear", frozen.clear),
+            ("refresh", frozen.refresh),
+        ):
+            with pytest.raises(RuntimeError, match=f"{name}: called within the capture of a graph"):
+                call()
+    assert frozen.graphs == ((1, 64, 64, False),)
+    assert torch.equal(frozen(x), before)
+
+
+class _Cuda:
+    """What `capture_graph` takes of torch.cuda: which stream is current, and what is captured when and where."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current: list[Any] = [Mock(name="the caller's stream")]
+        self.captures: list[tuple[Any, Any]] = []  # stream and pool
+        self.capturing, self.most = 0, 0
+        for name in ("Stream", "CUDAGraph", "graph_pool_handle"):
+            monkeypatch.setattr(torch.cuda, name, Mock(side_effect=lambda: Mock()))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current[-1])
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before = list(self.current)
+        self.current.append(stream)
+        try:
+            yield
+        finally:
+            self.current[:] = before
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        self.captures.append((stream, pool))
+        self.capturing += 1
+        self.most = max(self.most, self.capturing)
+        self.current.append(stream)  # not taken back after an error, as in `torch.cuda.graph` where the capture ends so
+        try:
+            yield
+        finally:
+            self.capturing -= 1
+        self.current.pop()
+
+
+def test_graphs_of_one_pool_are_captured_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or they would share no memory: the allocator gives it to the stream that it was allocated on alone."""
+    cuda = _Cuda(monkeypatch)
+    pool = None
+    for _ in range(3):
+        pool, _, result = inference.capture_graph(lambda: cuda.current[-1], pool)
+        assert result is cuda.captures[0][0]
+    assert len(set(cuda.captures)) == 1
+    inference.capture_graph(lambda: None, None)
+    assert cuda.captures[0][0] is not cuda.captures[-1][0]
+    assert cuda.captures[0][1] is not cuda.captures[-1][1]
+
+
+def test_a_capture_that_fails_leaves_the_callers_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = _Cuda(monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        inference.capture_graph(lambda: 1 // (1 - cuda.capturing), None)
+    assert len(cuda.current) == 1
+    assert cuda.capturing == 0
+
+
+def test_one_capture_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all frozen models: PyTorch allows no more."""
+    cuda = _Cuda(monkeypatch)
+    threads = [
+        threading.Thread(target=inference.capture_graph, args=(lambda: time.sleep(0.01), None)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(cuda.captures) == 4
+    assert cuda.most == 1
+
+
+def test_a_callers_graph_reads_nothing_that_may_be_given_up(
+    graphed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a kept bias, which other sizes and new weights drive out, nor one that only a replay computes is kept."""
+    model, frozen = graphed(0)
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    read: list[list[Tensor]] = []
+    run = frozen._packed.run
+    monkeypatch.setattr(
+        frozen._packed, "run", lambda x, biases, backend: read.append(biases) or run(x, biases, backend)
+    )
+    frozen(x)
+    frozen(x)
+    assert read[0] is read[1]
+    monkeypatch.setattr(frozen, "_within_a_graph", lambda: True)
+    close(frozen(x), live(model, "logits", x))
+    frozen(x[..., :64])
+    monkeypatch.undo()
+    assert read[2] is not read[0]
+    assert list(frozen._biases) == [(64, 96)]
+    assert frozen._biases[64, 96] is read[0]
+
+
 def test_capture_says_what_it_cannot(narrow: Callable[..., EfficientFormer], graphed: Callable[..., Any]) -> None:
     frozen = freeze(narrow(), torch.float64)
     with pytest.raises(ValueError, match="allowed are 0 graphs"):  # there is no GPU
@@ -439,6 +704,10 @@ def test_capture_says_what_it_cannot(narrow: Callable[..., EfficientFormer], gra
     _, frozen = graphed(2)
     with pytest.raises(ValueError, match="shapes: got 0"):
         frozen.capture((0, 64, 64))
+    for shapes in ((64, 64, 64), ((64, 64),), ((1, 64, 64, 3),)):
+        with pytest.raises(ValueError, match=r"shapes: got .*, allowed are \(batch, height, width\)"):
+            frozen.capture(*shapes)
+    assert frozen.graphs == ()
 
 
 def test_published_networks_are_frozen_whole() -> None:
