@@ -62,7 +62,7 @@ def freeze(
         mean, std: of the channels, of images in 0 to 1, such as (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225). With
             them the frozen form takes uint8 images as well, and normalises them within its first convolution.
         max_graphs: graphs that are captured by calls at most; the first shapes get them. Each keeps its images and
-            results in memory; what lies between them, all graphs share.
+            results in memory, those of one height and width their attention bias; what lies between, all graphs share.
         when_full: what becomes of other shapes. "run": no graph. "pad": the batch is padded up to the next larger one
             of a graph for the same height and width, if there is one.
         new_outputs: results are new tensors. False: those of a graph are the graph's own, which the next call that it
@@ -107,8 +107,13 @@ class _Graph:
 class Frozen:
     """What `freeze` returns: call it with images.
 
-    Calls from several threads, and on several streams, are safe: they wait for each other. Where a call finds its
-    stream being captured by the caller, it becomes part of the caller's graph, which reads the weights kept here.
+    Calls from several threads, and on several streams, are safe: they wait for each other. A graph is captured while
+    other threads use the GPU, unless they wait for all of it (`torch.cuda.synchronize`), which CUDA does not allow
+    meanwhile: capture before they start. As with any tensors, let the streams come to their end before you give up what
+    they read.
+
+    Where a call finds its stream being captured by the caller, it becomes part of the caller's graph. That reads the
+    weights kept here, and must not outlive them; call once without it before, so that all is compiled.
 
     Attributes:
         device, dtype, output: see `freeze`.
@@ -156,7 +161,9 @@ class Frozen:
         self._ready: torch.cuda.Event | None = None  # what the last call enqueued is done
         self._model = weakref.ref(network)
         with self._turn():
+            self._outside_a_graph("freeze")
             self._packed = self._pack(network)
+            self._wait()  # a caller's graph may be replayed on another stream, and waits for nothing
 
     def __repr__(self) -> str:
         graphs = ", ".join(f"{b}x{h}x{w}" for b, h, w, _ in self.graphs) or "none"
@@ -228,8 +235,9 @@ class Frozen:
     def input_buffer(self, batch: int, height: int, width: int, *, uint8: bool = False) -> Tensor:
         """The images [batch, in_chans, height, width] that the graph of this shape reads, captured if need be.
 
-        Fill it and call the frozen model with it: nothing is copied. It is channels_last; `permute(0, 2, 3, 1)` shows
-        it as [B, H, W, in_chans]. A call with other images of the shape writes them into it.
+        Fill it, on the stream of the calls, and call the frozen model with it: nothing is copied. It is channels_last;
+        `permute(0, 2, 3, 1)` shows it as [B, H, W, in_chans]. A call with other images of the shape writes them into
+        it.
 
         Raises:
             ValueError, RuntimeError: as `capture`.
@@ -274,6 +282,7 @@ class Frozen:
                     target.copy_(source)
             self._biases.clear()
             self._model = weakref.ref(network)
+            self._wait()  # for a caller's graph, as above
 
     # --- the parts of a call ------------------------------------------------------------------------------------------
 
@@ -381,7 +390,8 @@ class Frozen:
         # channels_last by its strides, also where a side is 1
         images = torch.zeros((batch, height, width, self.in_chans), dtype=dtype, device=self.device)
         images = images.permute(0, 3, 1, 2)
-        biases = self._packed.biases(height, width, self.backend)
+        of_these_sides = (graph.biases for known, graph in self._graphs.items() if known[1:3] == (height, width))
+        biases = next(of_these_sides, None) or self._packed.biases(height, width, self.backend)
 
         def forward() -> Tensor | list[Tensor]:
             return self._packed.run(images, biases, self.backend)

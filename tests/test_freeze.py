@@ -472,6 +472,9 @@ def test_one_graph_for_each_shape_up_to_the_limit(graphed: Callable[..., Any]) -
             close(frozen(x), live(model, "logits", x))
         close(frozen(pixels), live(model, "logits", normalised(pixels)))
     assert frozen.graphs == ((2, 64, 64, False), (1, 64, 64, False), (1, 96, 64, False))
+    biases = [{bias.data_ptr() for bias in graph.biases} for graph in frozen._graphs.values()]
+    assert biases[0] == biases[1]
+    assert not biases[0] & biases[2]
     assert [graph.graph.count for graph in frozen._graphs.values()] == [2, 2, 2]
     assert frozen.held_bytes == 8 * (3 * 64 * (2 * 64 + 64 + 96) + 4 * 10)
     pool = frozen._pool

@@ -236,3 +236,22 @@ def test_memory_stays_level_and_is_given_back() -> None:
     torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated() < before[0]
     assert DEVICE.type == "cuda"
+
+
+@pytest.mark.cuda
+def test_graphs_share_what_lies_between() -> None:
+    """Beside the first graph, the next ones need their images and results, and no activations of their own."""
+    _, frozen = snapshot(MODELS[0], torch.bfloat16, max_graphs=3)
+    sizes = []
+    for batch in (64, 63, 62):
+        frozen.capture((batch, *SIDES))
+        torch.cuda.empty_cache()
+        sizes.append(torch.cuda.memory_reserved())
+    own = 2 * 64 * 3 * SIDES[0] * SIDES[1]
+    first = sizes[0]
+    frozen.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    activations = first - torch.cuda.memory_reserved()
+    assert activations > 2 * own, "else nothing is shown"
+    assert sizes[2] - sizes[0] < 2 * own + activations // 2
