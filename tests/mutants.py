@@ -33,7 +33,13 @@ JUDGES = {
     "kernels/config.py": _TABLE,
     "kernels/device.py": _TABLE,
     "kernels/table.py": _TABLE,
+    "kernels/bias_attention.py": ("test_kernel_values.py", "test_kernels.py::test_bias_attention", *TESTS),
     "kernels/conv_norm.py": ("test_conv_norm.py",),
+    "kernels/head.py": (
+        "test_kernels.py::test_head",
+        "test_kernels.py::test_nothing_is_written_beyond_the_last_class",
+        *TESTS,
+    ),
     "kernels/split_mlp.py": ("test_split.py", *TESTS),
     "effformer/inference.py": _SERVING,
     "effformer/packing.py": _SERVING,

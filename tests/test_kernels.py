@@ -13,6 +13,7 @@ import torch
 from effformer.kernels import launch
 from effformer.kernels.attention_mixer import attention_mixer
 from effformer.kernels.bias_attention import prepare_bias
+from effformer.kernels.head import head_launches
 from machine import DTYPES, prepared
 
 from effformer.testing import (
@@ -257,6 +258,14 @@ def test_head(channels: int, dtype: torch.dtype) -> None:
         with launch.recorded() as launches:
             check(head_case(torch.randn(batch, 150 if batch < 3 else 49, channels).to(dtype), classes))
         assert [one.kernel.__name__ for one in launches] == kernels
+
+
+def test_nothing_is_written_beyond_the_last_class() -> None:
+    case = head_case(torch.randn(2, 9, 48).half(), 21)
+    room = torch.full((200,), 7.0, dtype=torch.float16)
+    launch.run(*head_launches(*case.arguments, case.options["eps"], out=room[:42].view(2, 21)))
+    machine.same(room[:42].view(2, 21), case.run("triton"))
+    assert (room[42:] == 7).all()
 
 
 def test_tokens_that_do_not_exist_are_not_pooled() -> None:
