@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..backend import why_not_triton
 from ..factory import create_model
-from ..inference import Frozen, capture_graph, freeze
+from ..graphs import capture_graph
+from ..inference import Frozen, freeze
 from ..testing import randomise
 from .competitor import fold_batch_norm, import_timm
 

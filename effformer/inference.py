@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,13 @@ from .arguments import autocast, shape_of
 from .backbone import Backbone
 from .backend import BACKENDS, refuse_triton, why_not_triton
 from .config import check_choice, check_count
+from .graphs import capture_graph, wait_for
 from .model import EfficientFormer
 from .packing import OUTPUTS, pack
 
 Output = Literal["logits", "pooled", "features"]
 WhenFull = Literal["run", "pad"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-_Result = TypeVar("_Result")
-
-# PyTorch captures one graph at a time in a process, and CUDA ends a capture when another thread waits for the device.
-_CAPTURE = threading.RLock()
 
 _SIZES = 8  # image sizes without a graph whose attention bias is kept
 
@@ -401,24 +397,7 @@ class Frozen:
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
-            with _CAPTURE:
-                torch.cuda.synchronize(self.device)
-
-
-def capture_graph(forward: Callable[[], _Result], pool: Any) -> tuple[Any, torch.cuda.CUDAGraph, _Result]:
-    """A graph's pool (a new one for None), a graph of `forward`, and the result that each replay writes again."""
-    # Memory belongs to the stream that it was allocated on: graphs share it if they are captured on the same.
-    handle, side = pool or (torch.cuda.graph_pool_handle(), torch.cuda.Stream())
-    current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):  # a capture that fails may leave its stream behind as the current one
-        for _ in range(2):  # what is compiled, loaded or chosen at first calls is not for a graph
-            forward()
-        # Other threads may use the GPU meanwhile.
-        with _CAPTURE, torch.cuda.graph(graph, pool=handle, stream=side, capture_error_mode="thread_local"):
-            results = forward()
-    current.wait_stream(side)
-    return (handle, side), graph, results
+            wait_for(self.device)
 
 
 def _network(model: nn.Module) -> EfficientFormer:
