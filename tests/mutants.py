@@ -149,7 +149,7 @@ MUTANTS = (
     Mutant("bias dropped", "kernels/bias_attention.py", "tl.where(tl.abs(b_s) < float(\"inf\"), b_finite, b_s)", "tl.where(tl.abs(b_s) < float(\"inf\"), 0.0, b_s)"),
     Mutant("bias not divided by the scale", "kernels/bias_attention.py", "b_finite, b_s) * (1.0 / SCALE)", "b_finite, b_s)"),
     Mutant("a finite mask overflows", "kernels/bias_attention.py", "tl.where(tl.abs(b_s) < float(\"inf\"), b_finite, b_s)", "b_s"),
-    Mutant("bias index order swapped", "kernels/bias_attention.py", "_times(r, stride_bm, DENSE)", "_times(r, stride_bn, DENSE)"),
+    Mutant("bias index order swapped", "kernels/bias_attention.py", "_times(r_bias, stride_bm, DENSE)", "_times(r_bias, stride_bn, DENSE)"),
     Mutant("bias of the first head for all", "kernels/bias_attention.py", "i_h.to(tl.int64) * stride_bh", "i_h.to(tl.int64) * 0"),
     Mutant("values of the wrong head", "kernels/bias_attention.py", "p_values = p_head +", "p_values = qkv_ptr + i_b * stride_qb +"),
     Mutant("keys read for queries", "kernels/bias_attention.py", "_times(KEY_DIM + c, stride_qc, DENSE)", "_times(c, stride_qc, DENSE)"),

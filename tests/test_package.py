@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import mutants
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -77,3 +79,9 @@ def test_the_folder_kernels_does_not_pass_for_the_pypi_package() -> None:
     import effformer.kernels
 
     assert not hasattr(effformer.kernels, "__version__")
+
+
+def test_planted_faults_stand_where_they_should() -> None:
+    """`make mutants` takes hours: that the code has moved on is better seen here."""
+    for mutant in mutants.MUTANTS:
+        assert (mutants.ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1, mutant.name
