@@ -130,7 +130,16 @@ class Comparison:
         """Remarks on ours and the baseline, which whoever reads the speed-up should know; else nothing."""
         concerned = (self.ours, self.baseline("img/s"), self.baseline("ms"))
         found = (f"{result.provider}: {remark}" for result in concerned if result for remark in result.remarks)
-        return "; ".join(dict.fromkeys(found))
+        missing = self.file == BACKBONES and [name for name in strongest(self._cell) if not self._ran(name)]
+        unknown = [f"not measured, so that a rival may be faster yet: {', '.join(missing)}"] if missing else []
+        return "; ".join([*dict.fromkeys(found), *unknown])
+
+    @property
+    def _cell(self) -> Cell:
+        return Cell(self.op, self.batch, self.dtype, *self.shape[2:])
+
+    def _ran(self, provider: str) -> bool:
+        return provider in self.results and self.results[provider].ran("ms")
 
     @property
     def has_every_rung(self) -> bool:
@@ -138,10 +147,9 @@ class Comparison:
 
         What cannot run at an image size need not have.
         """
-        cell = Cell(self.op, self.batch, self.dtype, *self.shape[2:])
-        listed = {rung.name for rung in rungs(cell)}
+        listed = {rung.name for rung in rungs(self._cell)}
         whole = listed <= set(self.results) and not any(CUT_OFF in result.evidence for result in self.results.values())
-        return whole and all(self.results[name].ran("ms") for name in strongest(cell))
+        return whole and all(self._ran(name) for name in strongest(self._cell))
 
     @property
     def rank(self) -> tuple[bool, int, str]:

@@ -250,7 +250,9 @@ def test_no_target_is_met_without_an_error_or_against_part_of_the_ladder(tmp_pat
     assert outcomes(results(tmp_path / "b", weak))[name] == "unmeasured"
     strongest = "timm torch.compile max-autotune"
     stopped = [record for record in ladder(9.0) if record.provider != strongest] + [not_run(strongest, "too long")]
-    assert outcomes(results(tmp_path / "c", stopped))[name] == "unmeasured"
+    found = results(tmp_path / "c", stopped)
+    assert outcomes(found)[name] == "unmeasured"
+    assert only(found).doubts == f"not measured, so that a rival may be faster yet: {strongest}"
     cut_off = [replace(record, evidence={**record.evidence, "cut off": True}) for record in ladder(9.0)]
     assert outcomes(results(tmp_path / "d", cut_off))[name] == "unmeasured"
 
