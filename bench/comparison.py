@@ -130,9 +130,10 @@ class Comparison:
         """Remarks on ours and the baseline, which whoever reads the speed-up should know; else nothing."""
         concerned = (self.ours, self.baseline("img/s"), self.baseline("ms"))
         found = (f"{result.provider}: {remark}" for result in concerned if result for remark in result.remarks)
-        missing = self.file == BACKBONES and [name for name in strongest(self._cell) if not self._ran(name)]
-        unknown = [f"not measured, so that a rival may be faster yet: {', '.join(missing)}"] if missing else []
-        return "; ".join([*dict.fromkeys(found), *unknown])
+        doubts = list(dict.fromkeys(found))
+        if self.file == BACKBONES and (missing := [name for name in strongest(self._cell) if not self._ran(name)]):
+            doubts.append(f"not measured, so that a rival may be faster yet: {', '.join(missing)}")
+        return "; ".join(doubts)
 
     @property
     def _cell(self) -> Cell:

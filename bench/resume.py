@@ -49,9 +49,10 @@ class Attempts:
 
     def remove(self, *what: Any) -> None:
         """Take one back: it had an outcome."""
-        lines = self._lines()
-        lines.remove(self._line(what))
-        self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        lines, line = self._lines(), self._line(what)
+        if line in lines:  # else another process has rewritten the file meanwhile
+            lines.remove(line)
+            self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
     def _lines(self) -> list[str]:
         return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []

@@ -85,6 +85,7 @@ def test_who_computes_what() -> None:
     assert [provider.name for provider in PROVIDERS[:3]] == [OURS, "eager", "torch.compile"], "ours first"
     assert "interpreted kernels are not timed" in (PROVIDERS[0].why_not(CPU, torch.float32) or "")
     assert list(PROVIDERS[3].forms(torch.device("cuda"))) == ["efficient", "cuDNN"]
+    assert list(PROVIDERS[4].forms(torch.device("cuda"))) == ["default", "long"]
 
 
 def test_the_mask_is_as_efficient_kernels_want_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -342,6 +342,29 @@ def test_a_rung_is_stopped_twice_at_most(cache: Path) -> None:
     assert run_one(other, run, cache, seconds=100, alone=True).whole
 
 
+def test_attempts_outlive_the_process_and_count_for_their_machine_and_code(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path / "folder" / "attempts", HERE, "code")
+    attempts.remove("rung", CELL)  # another process has done so
+    for _ in range(3):
+        attempts.add("rung", CELL)
+    attempts.add("rung", CELL._replace(batch=3))
+    attempts.remove("rung", CELL)
+    later = replace(HERE, date="later", commit="of results alone")
+    assert Attempts(attempts.path, later, "code").count("rung", CELL) == 2
+    assert Attempts(attempts.path, replace(HERE, torch="3"), "code").count("rung", CELL) == 0
+    assert Attempts(attempts.path, HERE, "other").count("rung", CELL) == 0
+
+
+def test_files_that_inductor_keeps_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert rung.cached_files() == 0
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "ab").mkdir()
+    for name in ("kernel.py", "ab/kernel.py"):
+        (tmp_path / name).touch()
+    assert rung.cached_files() == 2
+
+
 def test_what_there_is_when_the_time_is_over_is_kept(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "backbone.jsonl"
 
