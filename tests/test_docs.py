@@ -1,0 +1,175 @@
+"""Every code block of README and of docs/ runs.
+
+Of a page's blocks one script is made, which runs in an empty folder, offline, in a process of its own, on a CPU:
+
+- ```python runs as it stands, in one namespace; but after a line that ends with "`name`:" a block is that file;
+- ```sh is read by lines: `effformer ...` and `[NAME=value] python ...` run, but for the commands in `PARSED`, which take
+  minutes or a GPU and are only parsed; of `make` the target is looked up, of `pip install` the extra;
+- ```text is for reading; other blocks have to be files, or they would be blocks that nobody runs.
+
+The folder holds what pages take for granted: see `workplace`. Trained weights come from a cache of the hub with random
+ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import fake_hub
+import pytest
+import torch
+
+from effformer import create_model
+from effformer.cli import _parser
+from effformer.dialects import convert_state_dict
+from effformer.testing import randomise
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+
+# Minutes on a CPU, or nothing to do there.
+PARSED = ("effformer verify", "effformer bench")
+
+_PROLOGUE = """\
+import pathlib, subprocess, sys
+import effformer.cli
+
+def _effformer(*arguments):
+    print("$ effformer", *arguments)
+    status = effformer.cli.main(arguments)
+    assert status == 0, f"exit status {status}"
+
+def _python(environment, *arguments):
+    import os
+    print("$ python", *arguments)
+    subprocess.run([sys.executable, *arguments], check=True, env=os.environ | environment)
+"""
+
+
+class Block(NamedTuple):
+    language: str
+    file: str | None  # that the line before names
+    code: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    """A page's fenced blocks, in order."""
+    found: list[Block] = []
+    before, fence, start = "", None, 0
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        if fence is None and line.startswith("```"):
+            fence, start = line[3:], number + 1
+        elif fence is not None and line == "```":
+            name = re.search(r"`([\w./-]+)`:$", before)
+            found.append(Block(fence, name and name[1], "\n".join(lines[start:number]) + "\n", start + 1))
+            fence, before = None, ""
+        elif fence is None and line.strip():
+            assert not line.startswith("    ") or before[:1] in ("-", " "), f"{page}:{number + 1}: use a fenced block"
+            before = line
+    assert fence is None, f"{page}: a block does not end"
+    return found
+
+
+def script(page: Path) -> str:
+    """What runs the page's blocks."""
+    parts = [_PROLOGUE]
+    for block in blocks(page):
+        where = f"{page.name}:{block.line}"
+        if block.file is not None:
+            parts.append(f"pathlib.Path({block.file!r}).write_text({block.code!r})")
+        elif block.language == "python":
+            parts.append(f"# {where}\n{block.code}")
+        elif block.language == "sh":
+            parts += [call for line in block.code.splitlines() if (call := command(line, where))]
+        else:
+            assert block.language == "text", f"{where}: a block of {block.language or 'nothing'} that is no file"
+    return "\n".join(parts)
+
+
+def command(line: str, where: str) -> str | None:
+    """The call that a shell line stands for; None where it was looked at here."""
+    words = shlex.split(line, comments=True)
+    if not words:
+        return None
+    environment = {}
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    program, *arguments = words
+    if program == "effformer" and not environment:
+        if not line.startswith(PARSED):
+            return f"_effformer(*{arguments!r})"
+        _parser().parse_args(arguments if arguments[0] != "bench" or len(arguments) > 1 else ["bench", "run"])
+    elif line.startswith("python -m pytest"):
+        assert (ROOT / arguments[2]).exists(), f"{where}: {line}"
+    elif program == "python":
+        if Path(arguments[0]).parent == Path("docs/examples"):  # they have tests of their own
+            assert (ROOT / arguments[0]).is_file(), f"{where}: {line}"
+        else:
+            return f"_python({environment!r}, *{arguments!r})"
+    elif program == "make":
+        names = [argument for argument in arguments if "=" not in argument]
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(names) <= set(targets), f"{where}: {line}"
+    elif words[:2] == ["pip", "install"]:
+        extras = re.search(r"\[(.*)\]", arguments[-1])
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        assert set(extras[1].split(",") if extras else ()) <= set(known), f"{where}: {line}"
+    else:
+        assert program in ("torchrun", "git"), f"{where}: nobody runs {line!r}"
+    return None
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the hub that holds random weights under the names of the trained ones."""
+    cache = tmp_path_factory.mktemp("hub")
+    fake_hub.write(cache)
+    return cache
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """photo.jpg, folder/ and val/CLASS/ with a photograph, the 1000 classes' names in synsets.txt; checkpoint.pth and
+    original.pth with L1's weights.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    photo = Image.fromarray(load_sample_image("china.jpg"))
+    synsets = [f"n{number:08}" for number in range(1000)]
+    (tmp_path / "synsets.txt").write_text("\n".join(synsets))
+    for name in ("photo.jpg", "folder/photo.jpg", f"val/{synsets[7]}/photo.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        photo.save(tmp_path / name)
+    state = randomise(create_model("efficientformer_l1")).state_dict()
+    torch.save(state, tmp_path / "checkpoint.pth")
+    torch.save(convert_state_dict(state, "original"), tmp_path / "original.pth")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page(page: str, hub: Path, workplace: Path) -> None:
+    (workplace / "page.py").write_text(script(ROOT / page), encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "page.py"], cwd=workplace, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{page}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
