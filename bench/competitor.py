@@ -11,10 +11,22 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def import_timm() -> Any:
-    """timm, on a CPU build of torch too: torchvision's operators do not load there, and it asks for two of them.
+    """timm, on a CPU build of torch too.
 
     Raises:
         ImportError: where timm or torchvision is not installed.
+    """
+    import_torchvision()
+    import timm
+
+    return timm
+
+
+def import_torchvision() -> None:
+    """On a CPU build of torch torchvision's operators do not load, and it asks for two of them: make it importable.
+
+    Raises:
+        ImportError: where torchvision is not installed.
     """
     try:
         import torchvision  # type: ignore[import-untyped]  # noqa: F401
@@ -27,9 +39,6 @@ def import_timm() -> Any:
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _KEPT.append(library)
-    import timm
-
-    return timm
 
 
 _KEPT: list[torch.library.Library] = []  # a library that is collected takes its operators with it

@@ -39,12 +39,14 @@ PARSED = ("effformer verify", "effformer bench")
 
 _PROLOGUE = """\
 import pathlib, subprocess, sys
-import effformer.cli
+import effformer.cli, effformer.bench.competitor
+
+{shim}
 
 def _effformer(*arguments):
     print("$ effformer", *arguments)
     status = effformer.cli.main(arguments)
-    assert status == 0, f"exit status {status}"
+    assert status == 0, f"exit status {{status}}"
 
 def _python(environment, *arguments):
     import os
@@ -81,7 +83,10 @@ def blocks(page: Path) -> list[Block]:
 
 def script(page: Path) -> str:
     """What runs the page's blocks."""
-    parts = [_PROLOGUE]
+    libraries = ("timm", "torchvision", "transformers")
+    needed = any(re.search(rf"import.*{name}|from.*{name}", block.code) for name in libraries for block in blocks(page))
+    shim = "effformer.bench.competitor.import_torchvision()" if needed else ""
+    parts = [_PROLOGUE.format(shim=shim)]
     for block in blocks(page):
         where = f"{page.name}:{block.line}"
         if block.file is not None:
@@ -170,6 +175,6 @@ def test_page(page: str, hub: Path, workplace: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"

@@ -1,0 +1,66 @@
+"""As Detectron2 wants a backbone: maps by name, `output_shape()`, `size_divisibility`.
+
+Where Detectron2 is installed the class is one of its `Backbone`s, which its FPN asks for, and shapes are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor, nn
+
+from .features import Features
+
+
+class ShapeSpec(NamedTuple):
+    """What Detectron2's class of this name says of a map."""
+
+    channels: int | None = None
+    height: int | None = None
+    width: int | None = None
+    stride: int | None = None
+
+
+if TYPE_CHECKING:
+    Base = nn.Module
+else:
+    try:  # absolute: Detectron2 itself
+        from detectron2.layers import ShapeSpec
+        from detectron2.modeling import Backbone as Base
+    except ImportError:
+        Base = nn.Module
+
+NAMES = ("res2", "res3", "res4", "res5")  # Detectron2's, for strides 4 to 32
+
+
+class EfficientFormerBackbone(Base):
+    """Images [B, in_chans, H, W] -> maps [B, C, H / stride, W / stride] by name.
+
+    Args:
+        model: an `EfficientFormer`, of which this takes possession: see `effformer.features.Features`.
+        out_features: of `NAMES`, in their order.
+
+    Raises:
+        TypeError, ValueError: for another model, for other `out_features`.
+    """
+
+    def __init__(self, model: nn.Module, out_features: Sequence[str] = NAMES) -> None:
+        super().__init__()
+        if not out_features or list(out_features) != [name for name in NAMES if name in out_features]:
+            raise ValueError(f"out_features: got {out_features!r}, allowed are, in this order, {', '.join(NAMES)}")
+        self.out_features = tuple(out_features)
+        self.features = Features(model, [NAMES.index(name) for name in out_features])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.out_features, self.features(x), strict=True))
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each map."""
+        maps = zip(self.out_features, self.features.channels, self.features.strides, strict=True)
+        return {name: ShapeSpec(channels=channels, stride=stride) for name, channels, stride in maps}
+
+    @property
+    def size_divisibility(self) -> int:
+        """What sides have to be multiples of for a pyramid on top, whose maps double. The network takes any."""
+        return self.features.strides[-1]

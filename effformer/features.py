@@ -1,0 +1,46 @@
+"""What the adapters to detection frameworks have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .model import EfficientFormer
+
+
+class Features(nn.Module):
+    """The maps of some stages, and nothing of the network that they do not need.
+
+    Args:
+        model: an `EfficientFormer`, or what `build_backbone` returns. It is taken over: the stages after the last one
+            wanted, the final norm and the heads are removed from it, so that each parameter that is left has a gradient
+            (DDP asks for that).
+        out_indices: stages, rising, from 0 to 3.
+
+    Attributes:
+        channels, strides: of each map.
+
+    Raises:
+        TypeError: for a model that is none of ours.
+        ValueError: for other `out_indices`.
+    """
+
+    def __init__(self, model: nn.Module, out_indices: Sequence[int] = (0, 1, 2, 3)) -> None:
+        super().__init__()
+        network = model.network if isinstance(model, Backbone) else model
+        if not isinstance(network, EfficientFormer):
+            raise TypeError(f"model: got {type(model).__name__}, allowed is an EfficientFormer or a Backbone")
+        stages = range(len(network.stages))
+        if not out_indices or list(out_indices) != [index for index in stages if index in out_indices]:
+            raise ValueError(f"out_indices: got {out_indices!r}, allowed are rising numbers of {list(stages)}")
+        self.network = network
+        self.out_indices = tuple(out_indices)
+        self.channels = [network.feature_info[index]["num_chs"] for index in out_indices]
+        self.strides = [network.feature_info[index]["reduction"] for index in out_indices]
+        network.prune_intermediate_layers(self.out_indices, prune_norm=True)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images [B, in_chans, H, W] -> maps [B, C, ceil(H / stride), ceil(W / stride)]."""
+        return self.network.forward_intermediates(x, indices=self.out_indices, intermediates_only=True)

@@ -1,0 +1,82 @@
+"""As MMDetection and MMSegmentation want a backbone: built from a dict, `out_indices`, a tuple of maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import hub
+from .config import check_choice
+from .dialects import CheckpointError
+from .factory import create_model
+from .features import Features
+from .weights import load_checkpoint
+
+
+class EffFormer(nn.Module):
+    """Images [B, 3, H, W] -> maps [B, C, ceil(H / stride), ceil(W / stride)], a tuple.
+
+    Register it with `MODELS.register_module(module=EffFormer)`; in the original repository's configurations
+    `type="EffFormer", name="efficientformer_l1"` then stands for its `type="efficientformer_l1_feat"`.
+
+    Args:
+        name: one of `effformer.list_models()`.
+        out_indices: stages, rising.
+        norm_eval: keep BatchNorm's statistics as they are in training, too.
+        init_cfg: None, or dict(type="Pretrained", checkpoint=...): a file, a folder or a hub id, of any dialect, that
+            `init_weights` loads, as the frameworks call it. Heads in it have no place; norms of the maps may be absent.
+        style: "pytorch", which is where the stride is.
+        feature_norm: of the maps, the original dense variant's by default; see `effformer.EfficientFormerConfig`.
+        **kwargs: keywords of `effformer.create_model`.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+
+    def __init__(
+        self,
+        name: str = "efficientformer_l1",
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        norm_eval: bool = False,
+        init_cfg: Mapping[str, Any] | None = None,
+        style: str = "pytorch",
+        feature_norm: str | None = "tap",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        check_choice("style", style, ("pytorch",))
+        if init_cfg is not None and (set(init_cfg) != {"type", "checkpoint"} or init_cfg["type"] != "Pretrained"):
+            raise ValueError(f"init_cfg: got {init_cfg!r}, allowed are None and type='Pretrained' with a checkpoint")
+        self.norm_eval, self.init_cfg = norm_eval, init_cfg
+        network = create_model(name, num_classes=0, feature_norm=feature_norm, **kwargs)
+        self.features = Features(network, out_indices)
+
+    def init_weights(self) -> None:
+        """Load what `init_cfg` names.
+
+        Raises:
+            CheckpointError: (a RuntimeError) where the file does not fit.
+        """
+        if self.init_cfg is None:
+            return
+        network, source = self.features.network, self.init_cfg["checkpoint"]
+        report = load_checkpoint(network, hub.locate(source), strict=False)
+        pruned = tuple(f"stages.{index}." for index in range(len(network.stages), network.num_stages))
+        wrong = [key for key in report.missing if not key.startswith("feature_norms.")]
+        wrong += [key for key in report.unexpected if not key.startswith(("norm.", "feature_norms.", *pruned))]
+        if wrong:
+            raise CheckpointError(f"init_cfg: {source} does not fit the network: {', '.join(wrong)}")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.features(x))
+
+    def train(self, mode: bool = True) -> EffFormer:
+        super().train(mode)
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self

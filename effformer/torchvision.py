@@ -1,0 +1,57 @@
+"""As torchvision's detectors want a backbone: an ordered dict of maps, and `out_channels`. Needs torchvision."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from .features import Features
+
+try:  # absolute: torchvision itself
+    from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
+except ImportError as error:
+    raise ImportError("effformer.torchvision: no torchvision: install effformer[timm], which brings it") from error
+
+
+class Body(Features):
+    """Images -> an ordered dict of maps, "0" for the first one wanted, as torchvision's backbones name them.
+
+    Arguments, attributes and errors are those of `effformer.features.Features`.
+    """
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:  # type: ignore[override]
+        return OrderedDict((str(index), feature) for index, feature in enumerate(super().forward(x)))
+
+
+class BackboneWithFPN(nn.Module):
+    """A network under torchvision's feature pyramid, to be given to its detectors as `backbone`.
+
+    As `torchvision.models.detection.backbone_utils.BackboneWithFPN`, whose `body` looks for direct children.
+
+    Args:
+        model, out_indices: see `effformer.features.Features`.
+        out_channels: of every map of the pyramid.
+        extra_blocks: makes coarser maps; torchvision's `LastLevelMaxPool` by default.
+        norm_layer: of the pyramid's convolutions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_channels: int = 256,
+        extra_blocks: ExtraFPNBlock | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self.body = Body(model, out_indices)
+        extra_blocks = extra_blocks or LastLevelMaxPool()
+        self.fpn = FeaturePyramidNetwork(self.body.channels, out_channels, extra_blocks, norm_layer)
+        self.out_channels = out_channels
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        """Images [B, in_chans, H, W] -> maps [B, out_channels, h, w] by name, the finest first."""
+        maps: OrderedDict[str, Tensor] = self.fpn(self.body(x))
+        return maps
