@@ -15,7 +15,7 @@ class Features(nn.Module):
 
     Args:
         model: an `EfficientFormer`, or what `build_backbone` returns. It is taken over: the stages after the last one
-            wanted, the final norm and the heads are removed from it, so that each parameter that is left has a gradient
+            wanted, the final norm, the heads and norms of other maps are removed from it, so that each parameter that is left has a gradient
             (DDP asks for that).
         out_indices: stages, rising, from 0 to 3.
 
@@ -40,6 +40,9 @@ class Features(nn.Module):
         self.channels = [network.feature_info[index]["num_chs"] for index in out_indices]
         self.strides = [network.feature_info[index]["reduction"] for index in out_indices]
         network.prune_intermediate_layers(self.out_indices, prune_norm=True)
+        if network.config.feature_norm == "tap":
+            for index in set(range(len(network.stages))) - set(out_indices):
+                network.feature_norms[index] = nn.Identity()
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images [B, in_chans, H, W] -> maps [B, C, ceil(H / stride), ceil(W / stride)]."""

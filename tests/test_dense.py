@@ -59,11 +59,7 @@ def test_features_of_the_stages_wanted_and_nothing_that_they_do_not_need(
     assert features.channels == [feature.shape[1] for feature in wanted] == [WIDTHS[index] for index in indices]
     assert features.strides == [4 << index for index in indices]
     assert [feature.shape[2] for feature in wanted] == [-(-75 // stride) for stride in features.strides]
-    unused = {f"feature_norms.{index}" for index in range(indices[-1]) if index not in indices}
-    loss = sum((feature**2).sum() for feature in features(IMAGES))
-    loss.backward()
-    without = {name.rpartition(".")[0] for name, p in network.named_parameters() if p.grad is None or not p.grad.any()}
-    assert without == unused  # norms of maps that nobody asked for
+    assert_all_trained(features, sum((feature**2).sum() for feature in features(IMAGES)))
 
 
 def test_features_of_netspressos_backbone(narrow: Narrow) -> None:
