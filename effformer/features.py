@@ -15,8 +15,8 @@ class Features(nn.Module):
 
     Args:
         model: an `EfficientFormer`, or what `build_backbone` returns. It is taken over: the stages after the last one
-            wanted, the final norm, the heads and norms of other maps are removed from it, so that each parameter that is left has a gradient
-            (DDP asks for that).
+            wanted, the final norm, the heads, and norms of other maps are removed from it, so that each parameter that
+            is left has a gradient (DDP asks for that).
         out_indices: stages, rising, from 0 to 3.
 
     Attributes:
