@@ -1,6 +1,7 @@
 """EfficientFormer (arXiv 2206.01191): a vision backbone that is to be fast on NVIDIA GPUs."""
 
 from . import ops
+from .acceleration import AccelerationError, accelerate
 from .backbone import build_backbone
 from .config import EfficientFormerConfig
 from .factory import create_model, list_models
@@ -11,9 +12,11 @@ from .weights import load_checkpoint
 
 __all__ = [
     "__version__",
+    "AccelerationError",
     "EfficientFormer",
     "EfficientFormerConfig",
     "Frozen",
+    "accelerate",
     "build_backbone",
     "create_model",
     "freeze",

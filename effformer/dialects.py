@@ -196,6 +196,12 @@ def _netspresso_to_ours(key: str) -> str:
     return key
 
 
+def our_path(path: str, format: Format) -> str:
+    """Our path of a module that has this one in a network of that format; what has no place in ours stays as it is."""
+    rename = {"original": _original_to_ours, "original-dense": _original_to_ours, "netspresso": _netspresso_to_ours}
+    return path if format == "timm" else rename[format](f"{path}.weight").removesuffix(".weight")
+
+
 def _layer_scale_to_ours(name: str) -> str:
     return re.sub(r"^layer_scale_([12])$", r"ls\1.gamma", name)
 
