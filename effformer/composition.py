@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+import torch.fx
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
@@ -59,6 +60,11 @@ def why_changed(
     if activation not in ops.ACTIVATIONS:
         return f"activation {activation!r} has parameters"
     return None
+
+
+def why_unrolled(x: Tensor, backend: str) -> str | None:
+    """Why FX is to record modules, with backend "eager", and not a fused operation, which TorchScript cannot compile."""
+    return "FX traces the eager backend" if backend == "eager" and isinstance(x, torch.fx.Proxy) else None
 
 
 def is_active(*dropouts: nn.Module) -> bool:
