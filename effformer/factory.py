@@ -13,7 +13,7 @@ from .model import EfficientFormer
 from .weights import load_checkpoint
 
 _ARGUMENTS = ("num_classes", "in_chans", "pretrained", "checkpoint", "reset_head", "backend")
-_CONSTRUCTOR_FIELDS = tuple(name for name in inspect.signature(EfficientFormer).parameters if name != "config")
+CONSTRUCTOR_FIELDS = tuple(name for name in inspect.signature(EfficientFormer).parameters if name != "config")
 _log = logging.getLogger("effformer")
 
 
@@ -55,7 +55,7 @@ def create_model(
         OSError, ImportError: where it cannot be had.
     """
     config = preset(name)
-    allowed = dict.fromkeys((*_ARGUMENTS, *CONFIG_FIELDS, *_CONSTRUCTOR_FIELDS))
+    allowed = dict.fromkeys((*_ARGUMENTS, *CONFIG_FIELDS, *CONSTRUCTOR_FIELDS))
     for key in overrides:
         if key not in allowed:
             raise TypeError(f"create_model: {unknown_key(key, allowed)}")

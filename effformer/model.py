@@ -80,6 +80,8 @@ class EfficientFormer(nn.Module):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
+        self.drop_rate = drop_rate
+        self.drop_path_rate = drop_path_rate
         self.distilled_training = False
         self.num_features = self.head_hidden_size = config.widths[-1]
         self.feature_info = [

@@ -482,5 +482,7 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
             raise ValueError(f"x: got shape {shape_of(x)}, allowed is [B, {in_chans}, H, W]")
         check_floating("x", x)
         if x.dtype != weight.dtype and not autocast(x.device.type):
-            raise TypeError(f"x: got {x.dtype}, allowed is the network's {weight.dtype} (any floating dtype in autocast)")
+            raise TypeError(
+                f"x: got {x.dtype}, allowed is the network's {weight.dtype} (any floating dtype in autocast)"
+            )
     return x
