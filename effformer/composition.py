@@ -63,7 +63,7 @@ def why_changed(
 
 
 def why_unrolled(x: Tensor, backend: str) -> str | None:
-    """Why FX is to record modules here, which TorchScript compiles, and no fused operation; None without FX or eager."""
+    """Why FX is to record modules, which TorchScript compiles, and no fused operation; None without FX or eager."""
     return "FX traces the eager backend" if backend == "eager" and isinstance(x, torch.fx.Proxy) else None
 
 
