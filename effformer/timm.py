@@ -26,6 +26,7 @@ except ImportError as error:
 
 def _cfg(hub_id: str) -> dict[str, Any]:
     return {
+        "url": "",
         "hf_hub_id": hub_id,
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -58,7 +59,7 @@ def _create(size: str, pretrained: bool, **kwargs: Any) -> EfficientFormer:
         kwargs.setdefault("backend", "eager")
     # The getter is `forward_intermediates`. What else timm has reads the stages: tokens from the last one.
     feature_cfg = {"out_indices": 4, "feature_cls": "getter", "flatten_sequential": True}
-    return build_model_with_cfg(
+    model: EfficientFormer = build_model_with_cfg(
         partial(create_model, f"efficientformer_{size}"),
         f"effformer_{size}",
         pretrained,
@@ -66,6 +67,10 @@ def _create(size: str, pretrained: bool, **kwargs: Any) -> EfficientFormer:
         feature_cfg=feature_cfg,
         **kwargs,
     )
+    if pretrained:  # transformers' TimmBackbone draws every BatchNorm anew that does not say this (5.23)
+        for module in model.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]
+    return model
 
 
 @register_model
