@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.fx
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
@@ -62,7 +62,7 @@ def why_changed(
     return None
 
 
-def why_unrolled(x: Tensor, backend: str) -> str | None:
+def why_unrolled(x: object, backend: str) -> str | None:
     """Why FX is to record modules, which TorchScript compiles, and no fused operation; None without FX or eager."""
     return "FX traces the eager backend" if backend == "eager" and isinstance(x, torch.fx.Proxy) else None
 

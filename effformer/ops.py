@@ -455,7 +455,7 @@ def expand_bias(table: Tensor, height: int, width: int, resolution: int, resize:
     Raises:
         TypeError, ValueError: for a wrong dtype, shape or `resize`, naming the argument.
     """
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         check_floating("table", table)
         check_choice("resize", resize, BIAS_RESIZES)
         if table.ndim != 2 or table.shape[1] != resolution**2:
@@ -477,7 +477,7 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
         TypeError: for a dtype that the network does not compute in (outside autocast).
         ValueError: for another shape.
     """
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         if x.ndim != 4 or x.shape[1] != in_chans:
             raise ValueError(f"x: got shape {shape_of(x)}, allowed is [B, {in_chans}, H, W]")
         check_floating("x", x)

@@ -31,7 +31,7 @@ def settings_of(network: EfficientFormer) -> dict[str, Any]:
     settings = {"architecture": ARCHITECTURE, **asdict(network.config)}
     settings |= {name: getattr(network, name) for name in _ARGUMENTS}
     settings["dtype"] = str(network.stem.conv1.weight.dtype).removeprefix("torch.")
-    found, expected = _describe(network), _describe(rebuild(settings, "the network", device="meta"))
+    found, expected = _describe(network), _describe(rebuild(settings, "the network", EfficientFormer, device="meta"))
     if different := sorted(found.items() ^ expected.items()):
         raise ValueError(f"network: {different[0][0]} is not what the config describes: pruned, replaced, other dtype?")
     return settings
@@ -42,9 +42,7 @@ def is_saved(settings: Mapping[str, Any]) -> bool:
     return settings.get("architecture") == ARCHITECTURE
 
 
-def rebuild(
-    settings: Mapping[str, Any], where: str, kind: type[Network] = EfficientFormer, **overrides: Any
-) -> Network:
+def rebuild(settings: Mapping[str, Any], where: str, kind: type[Network], **overrides: Any) -> Network:
     """A network with random weights from what `settings_of` returned.
 
     Args:

@@ -18,7 +18,7 @@ from .model import EfficientFormer
 
 try:  # absolute: timm itself
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    from timm.layers import is_scriptable
+    from timm.layers.config import is_scriptable
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 except ImportError as error:
     raise ImportError("effformer.timm: no timm, or too old a one: install effformer[timm]") from error

@@ -47,7 +47,7 @@ def network_of(name: str | None, checkpoint: str, backend: str) -> tuple[Efficie
         hub_config = {}
     _, state = read_state_dict(path)
     if saved.is_saved(hub_config):  # it says all, and the weights' keys and shapes only some
-        network = saved.rebuild(hub_config, str(source), backend=backend)
+        network = saved.rebuild(hub_config, str(source), EfficientFormer, backend=backend)
         found = saved.name_of(network.config)
     else:
         found, settings = settings_for(state)
