@@ -354,6 +354,7 @@ def test_transformers_backbone_saved_and_loaded(
 
 def test_transformers_backbone_in_a_process_started_in_the_repository() -> None:
     """Where the folder `kernels` hides the package of that name, which transformers asks for."""
+    pytest.importorskip("transformers")
     code = (
         "from effformer.bench.competitor import import_timm; import_timm()\n"
         "import effformer.timm, kernels, torch\n"
