@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import CONFIG_FIELDS, PRESETS, ConfigError, EfficientFormerConfig, key_problems, unknown_key
-from .factory import CONSTRUCTOR_FIELDS
-from .model import EfficientFormer
+from .model import CONSTRUCTOR_FIELDS, EfficientFormer
 
 ARCHITECTURE = "effformer.EfficientFormer"
 _ARGUMENTS = ("in_chans", "num_classes", "global_pool", "drop_rate", "drop_path_rate")
@@ -71,6 +70,18 @@ def rebuild(settings: Mapping[str, Any], where: str, kind: type[Network], **over
     arguments |= {key: value for key, value in overrides.items() if key in CONSTRUCTOR_FIELDS}
     config = EfficientFormerConfig(**{name: settings[name] for name in CONFIG_FIELDS})
     return kind(replace(config, **{k: v for k, v in overrides.items() if k in CONFIG_FIELDS}), **arguments)
+
+
+def check_unseen(settings: Mapping[str, Any], config: EfficientFormerConfig, given: Container[str]) -> None:
+    """Hold a config against what `settings_of` said of weights, in fields that these do not show and nobody gave.
+
+    Raises:
+        ValueError: naming such a field, and both values.
+    """
+    for name in ("act", "bias_resize", "feature_norm") if is_saved(settings) else ():
+        if name not in given and (said := settings.get(name)) != getattr(config, name):
+            default = getattr(config, name)
+            raise ValueError(f"{name}: got {default!r} by default, and the checkpoint has {said!r}: say which")
 
 
 def name_of(config: EfficientFormerConfig) -> str:

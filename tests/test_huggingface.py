@@ -256,6 +256,8 @@ def test_the_rest_of_effformer_takes_such_a_folder(tmp_path: Path, capsys: pytes
     assert json.loads((tmp_path / "l1" / "config.json").read_text())["architecture"] == "effformer.EfficientFormer"
     created = create_model("efficientformer_l1", checkpoint=str(tmp_path / "l1"), num_classes=5, act="relu")
     assert torch.equal(created.head.weight, network.head.weight.float())
+    with pytest.raises(ValueError, match="act: got 'gelu' by default, and the checkpoint has 'relu': say which"):
+        create_model("efficientformer_l1", checkpoint=str(tmp_path / "l1"), num_classes=5)
     for checkpoint in (tmp_path / "l1", tmp_path / "l1" / "model.safetensors"):
         found, name, config, _ = network_of(None, str(checkpoint), "eager")
         assert name == "efficientformer_l1"
