@@ -137,6 +137,8 @@ def test_a_network_by_name_and_from_one_that_is_there(narrow: Narrow) -> None:
 
     network = narrow()
     view = EfficientFormer.from_network(network)
+    x = draw(1, 3, 64, 64)
+    assert torch.equal(effformer.freeze(view, torch.float64)(x), effformer.freeze(network, torch.float64)(x))
     assert type(network) is effformer.EfficientFormer
     assert all(one is other for one, other in zip(view.parameters(), network.parameters(), strict=True))
     network.reset_classifier(3)
@@ -146,6 +148,15 @@ def test_a_network_by_name_and_from_one_that_is_there(narrow: Narrow) -> None:
     assert view.head is network.head
     with pytest.raises(TypeError, match="network: got Linear, allowed is an effformer.EfficientFormer"):
         EfficientFormer.from_network(nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_a_class_that_computes_something_else_is_not_frozen(narrow: Narrow) -> None:
+    class Twice(EfficientFormer):
+        def logits(self, pooled: Tensor) -> Tensor:
+            return 2 * super().logits(pooled)
+
+    with pytest.raises(ValueError, match="model: the model: it was replaced, changed or has hooks"):
+        effformer.freeze(Twice.from_network(narrow()), torch.float64)
 
 
 def test_overrides(folder: Path) -> None:
