@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
-from .composition import is_active, is_plain, why_changed
+from .composition import is_active, is_plain, why_changed, why_unrolled
 from .config import EfficientFormerConfig
 
 ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
@@ -145,7 +145,7 @@ class Meta4D(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
-        if reason := self.why_composed():
+        if reason := self.why_composed() or why_unrolled(x, self.backend):
             ops.refuse_triton(self.backend, reason)
             x = x + self.drop_path1(self.ls1(self.token_mixer(x)))
             return x + self.drop_path2(self.ls2(self.mlp(x)))
@@ -228,7 +228,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         qkv, bias = self.qkv(x), self.bias(height, width)
-        if reason := self.why_composed():
+        if reason := self.why_composed() or why_unrolled(x, self.backend):
             ops.refuse_triton(self.backend, reason)
             x = reference.bias_attention(
                 qkv, bias, num_heads=self.num_heads, key_dim=self.key_dim, dropout=self.attn_drop
@@ -263,7 +263,7 @@ class Attention(nn.Module):
     ) -> None:
         # The index is derived: a file may leave it out, but one that says something else means another network.
         key = prefix + "attention_bias_idxs"
-        standard = reference.bias_index(self.resolution, self.resolution, device="cpu")
+        standard = reference.bias_index(self.resolution, self.resolution, device=torch.device("cpu"))
         if key not in state_dict:
             state_dict = {**state_dict, key: standard}
         elif not _same(state_dict[key], standard):
@@ -318,7 +318,7 @@ class Meta3D(nn.Module):
         self.backend = backend
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        if reason := self.why_composed():
+        if reason := self.why_composed() or why_unrolled(x, self.backend):
             ops.refuse_triton(self.backend, reason)
             x = x + self.drop_path1(self.ls1(self.token_mixer(self.norm1(x), height, width)))
             return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch.fx
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -59,6 +60,11 @@ def why_changed(
     if activation not in ops.ACTIVATIONS:
         return f"activation {activation!r} has parameters"
     return None
+
+
+def why_unrolled(x: object, backend: str) -> str | None:
+    """Why FX is to record modules, which TorchScript compiles, and no fused operation; None without FX or eager."""
+    return "FX traces the eager backend" if backend == "eager" and isinstance(x, torch.fx.Proxy) else None
 
 
 def is_active(*dropouts: nn.Module) -> bool:

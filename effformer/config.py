@@ -301,7 +301,7 @@ def _backbone_problems(backbone: Any, path: str) -> Iterable[str]:
     if not isinstance(backbone, Mapping):
         yield _wrong(path, backbone, "a mapping with name, params, stage_params")
         return
-    yield from _key_problems(backbone, ("name", "params", "stage_params"), prefix)
+    yield from key_problems(backbone, ("name", "params", "stage_params"), prefix)
     if backbone.get("name", "efficientformer") != "efficientformer":
         yield _wrong(f"{prefix}name", backbone["name"], "'efficientformer'")
 
@@ -326,14 +326,15 @@ def _backbone_problems(backbone: Any, path: str) -> Iterable[str]:
     yield from _cross_field_problems(params, stages, prefix)
 
 
-def _key_problems(mapping: Mapping[Any, Any], allowed: Iterable[str], prefix: str) -> Iterable[str]:
+def key_problems(mapping: Mapping[Any, Any], allowed: Iterable[str], prefix: str = "") -> Iterable[str]:
+    """A line for each key of `mapping` that is not in `allowed`, and for each of `allowed` that it does not have."""
     allowed = tuple(allowed)
     yield from (prefix + unknown_key(key, allowed) for key in mapping if key not in allowed)
     yield from (f"{prefix}{key}: missing" for key in allowed if key not in mapping)
 
 
 def _field_problems(mapping: Mapping[Any, Any], rules: Mapping[str, _Rule], prefix: str) -> Iterable[str]:
-    yield from _key_problems(mapping, rules, prefix)
+    yield from key_problems(mapping, rules, prefix)
     for key, rule in rules.items():
         if key in mapping and not rule.holds(_lower(mapping[key])):
             yield _wrong(prefix + key, mapping[key], rule.allowed)

@@ -221,7 +221,7 @@ def _check_indices(state: dict[str, Tensor]) -> None:
         resolution = math.isqrt(table.shape[-1]) if table.ndim == 2 else 0
         if table.ndim != 2 or resolution**2 != table.shape[1]:
             raise CheckpointError(f"{prefix}attention_biases: got {list(table.shape)}, allowed is [heads, T * T]")
-        standard = bias_index(resolution, resolution, device="cpu")
+        standard = bias_index(resolution, resolution, device=torch.device("cpu"))
         index = state.setdefault(key, standard)
         if index.shape != standard.shape or not torch.equal(index.cpu().long(), standard):
             raise CheckpointError(f"{key}: not the standard index |dy| * {resolution} + |dx|, the only one supported")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from dataclasses import replace
 from typing import Any
 
-from . import hub
+from . import hub, saved
 from .config import CONFIG_FIELDS, PRESETS, preset, unknown_key
-from .model import EfficientFormer
+from .model import CONSTRUCTOR_FIELDS, EfficientFormer
 from .weights import load_checkpoint
 
 _ARGUMENTS = ("num_classes", "in_chans", "pretrained", "checkpoint", "reset_head", "backend")
-_CONSTRUCTOR_FIELDS = tuple(name for name in inspect.signature(EfficientFormer).parameters if name != "config")
 _log = logging.getLogger("effformer")
 
 
@@ -50,12 +48,13 @@ def create_model(
 
     Raises:
         TypeError: for an unknown keyword.
-        ValueError: for a wrong value, naming it.
+        ValueError: for a wrong value, naming it; where the checkpoint's `config.json`, as save_pretrained writes it,
+            says another thing than the default of a field that weights do not show, and no override says which.
         CheckpointError: (a RuntimeError) where the checkpoint does not fit.
         OSError, ImportError: where it cannot be had.
     """
     config = preset(name)
-    allowed = dict.fromkeys((*_ARGUMENTS, *CONFIG_FIELDS, *_CONSTRUCTOR_FIELDS))
+    allowed = dict.fromkeys((*_ARGUMENTS, *CONFIG_FIELDS, *CONSTRUCTOR_FIELDS))
     for key in overrides:
         if key not in allowed:
             raise TypeError(f"create_model: {unknown_key(key, allowed)}")
@@ -73,6 +72,8 @@ def create_model(
         backend=backend,
         **{key: value for key, value in overrides.items() if key not in CONFIG_FIELDS},
     )
+    if checkpoint is not None:
+        saved.check_unseen(_said_of(checkpoint), config, overrides)
     if pretrained:
         checkpoint = hub.PRETRAINED[name]
     if checkpoint is not None:
@@ -81,3 +82,10 @@ def create_model(
     elif reset_head:
         raise ValueError("reset_head: got True without a checkpoint, allowed is False")
     return network
+
+
+def _said_of(checkpoint: str) -> dict[str, Any]:
+    try:
+        return hub.read_config(checkpoint)
+    except OSError:  # offline, with the weights alone in the cache
+        return {}

@@ -15,12 +15,13 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt")
 _HUB_ID = re.compile(r"(?:hf[-_]hub:)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
-def locate(checkpoint: str | Path) -> Path:
+def locate(checkpoint: str | Path, **download: Any) -> Path:
     """The weight file of a checkpoint, downloaded if need be.
 
     Args:
         checkpoint: a weight file; a folder with one of `WEIGHT_FILES`; or a hub id "owner/name" or
             "owner/name@revision", with or without timm's "hf-hub:" before it. What exists as a path is a path.
+        **download: keywords of `hf_hub_download`, as revision, token or cache_dir.
 
     Raises:
         FileNotFoundError: for a path that does not exist, a folder or repository without weights.
@@ -31,15 +32,15 @@ def locate(checkpoint: str | Path) -> Path:
     if Path(checkpoint).is_file():
         return Path(checkpoint)
     for name in WEIGHT_FILES:
-        if (path := _fetch(checkpoint, name)) is not None:
+        if (path := _fetch(checkpoint, name, download)) is not None:
             return path
     raise FileNotFoundError(f"checkpoint: {checkpoint} has none of {', '.join(WEIGHT_FILES)}")
 
 
-def read_config(checkpoint: str | Path) -> dict[str, Any]:
-    """What timm's `config.json` in a checkpoint's folder or repository says; {} where there is none.
+def read_config(checkpoint: str | Path, **download: Any) -> dict[str, Any]:
+    """What `config.json` in a checkpoint's folder or repository says, timm's or `effformer.saved`'s; {} without one.
 
-    A file that is named as in `WEIGHT_FILES` is taken for one of such a folder.
+    A file that is named as in `WEIGHT_FILES` is taken for one of such a folder. `download` is `locate`'s.
 
     Raises:
         ValueError: where it is no JSON object.
@@ -50,7 +51,7 @@ def read_config(checkpoint: str | Path) -> dict[str, Any]:
         if checkpoint.name not in WEIGHT_FILES:
             return {}
         checkpoint = checkpoint.absolute().parent
-    if (path := _fetch(checkpoint, "config.json")) is None:
+    if (path := _fetch(checkpoint, "config.json", download)) is None:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -61,7 +62,7 @@ def read_config(checkpoint: str | Path) -> dict[str, Any]:
     return content
 
 
-def _fetch(checkpoint: str | Path, name: str) -> Path | None:
+def _fetch(checkpoint: str | Path, name: str, download: dict[str, Any]) -> Path | None:
     """File `name` of a folder or hub repository, None where that has no such file."""
     folder = Path(checkpoint)
     if folder.is_dir():
@@ -75,7 +76,7 @@ def _fetch(checkpoint: str | Path, name: str) -> Path | None:
     except ImportError as error:
         raise ImportError(f"checkpoint: {checkpoint} is a hub id: install effformer[hub] to download it") from error
     try:
-        return Path(huggingface_hub.hf_hub_download(match["repo"], name, revision=match["revision"]))
+        return Path(huggingface_hub.hf_hub_download(match["repo"], name, **{"revision": match["revision"], **download}))
     except LocalEntryNotFoundError:  # neither in the cache nor within reach
         raise
     except EntryNotFoundError:

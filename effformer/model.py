@@ -5,6 +5,7 @@ Public methods and state-dict keys are timm's, so that its checkpoints load with
 
 # No `from __future__ import annotations`: an FX GraphModule with string annotations cannot be saved.
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast, overload
@@ -80,6 +81,8 @@ class EfficientFormer(nn.Module):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
+        self.drop_rate = drop_rate
+        self.drop_path_rate = drop_path_rate
         self.distilled_training = False
         self.num_features = self.head_hidden_size = config.widths[-1]
         self.feature_info = [
@@ -284,6 +287,9 @@ class EfficientFormer(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group parameters by depth, for layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^(?:feature_norms|norm)\b", (99999,))]}
+
+
+CONSTRUCTOR_FIELDS = tuple(name for name in inspect.signature(EfficientFormer).parameters if name != "config")
 
 
 def init_linear(linear: nn.Linear) -> None:

@@ -438,7 +438,7 @@ def head(
 
 
 @torch.fx.wrap
-def expand_bias(table: Tensor, height: int, width: int, *, resolution: int, resize: str = "table") -> Tensor:
+def expand_bias(table: Tensor, height: int, width: int, resolution: int, resize: str = "table") -> Tensor:
     """The attention bias of a [height, width] map of tokens from its learned table. Nothing is cached.
 
     Args:
@@ -455,10 +455,11 @@ def expand_bias(table: Tensor, height: int, width: int, *, resolution: int, resi
     Raises:
         TypeError, ValueError: for a wrong dtype, shape or `resize`, naming the argument.
     """
-    check_floating("table", table)
-    check_choice("resize", resize, BIAS_RESIZES)
-    if table.ndim != 2 or table.shape[1] != resolution**2:
-        raise ValueError(f"table: got shape {shape_of(table)}, allowed is [num_heads, {resolution**2}]")
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        check_floating("table", table)
+        check_choice("resize", resize, BIAS_RESIZES)
+        if table.ndim != 2 or table.shape[1] != resolution**2:
+            raise ValueError(f"table: got shape {shape_of(table)}, allowed is [num_heads, {resolution**2}]")
     return reference.expand_bias(reference.upcast(table), height, width, resolution=resolution, resize=resize)
 
 
@@ -476,9 +477,12 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
         TypeError: for a dtype that the network does not compute in (outside autocast).
         ValueError: for another shape.
     """
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"x: got shape {shape_of(x)}, allowed is [B, {in_chans}, H, W]")
-    check_floating("x", x)
-    if x.dtype != weight.dtype and not autocast(x.device.type):
-        raise TypeError(f"x: got {x.dtype}, allowed is the network's {weight.dtype} (any floating dtype in autocast)")
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if x.ndim != 4 or x.shape[1] != in_chans:
+            raise ValueError(f"x: got shape {shape_of(x)}, allowed is [B, {in_chans}, H, W]")
+        check_floating("x", x)
+        if x.dtype != weight.dtype and not autocast(x.device.type):
+            raise TypeError(
+                f"x: got {x.dtype}, allowed is the network's {weight.dtype} (any floating dtype in autocast)"
+            )
     return x

@@ -259,6 +259,12 @@ def _exact(module: _Module) -> _Module:
 # --- what can be packed -----------------------------------------------------------------------------------------------
 
 
+# A subclass may add to these methods' class, but not change what they do.
+_COMPUTING = (
+    "__call__", "forward", "forward_features", "forward_head", "forward_intermediates", "logits", "_run_stages"
+)  # fmt: skip
+
+
 def _check(model: EfficientFormer, output: str) -> None:
     if model.training:
         raise ValueError("model: got one in training mode, allowed is one in eval mode: call model.eval()")
@@ -283,7 +289,9 @@ def _check(model: EfficientFormer, output: str) -> None:
 
 def _parts(model: EfficientFormer) -> Iterator[tuple[str, nn.Module, tuple[type[nn.Module], ...]]]:
     """Name, module, and the classes that it may be of; what lies within one is only looked at after it."""
-    yield "the model", model, (EfficientFormer,)
+    kind = type(model)
+    same = all(getattr(kind, method) is getattr(EfficientFormer, method) for method in _COMPUTING)
+    yield "the model", model, (kind if same else EfficientFormer,)
     yield "stem", model.stem, (Stem,)
     for index, stage in enumerate(cast("Iterable[Stage]", model.stages)):
         yield f"stages.{index}", stage, (Stage,)

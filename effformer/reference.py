@@ -199,7 +199,7 @@ def split_heads(qkv: Tensor, *, num_heads: int, key_dim: int) -> tuple[Tensor, T
     return q, k, v
 
 
-def bias_index(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+def bias_index(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """Entry of the bias table for each pair of tokens of a [height, width] map: |dy| * width + |dx|, int64 [N, N]."""
     y = torch.arange(height, device=device)
     x = torch.arange(width, device=device)
@@ -217,11 +217,12 @@ def expand_bias(table: Tensor, height: int, width: int, *, resolution: int, resi
     """
     if resize == "table":
         grid = table.reshape(table.shape[0], resolution, resolution)[None]
-        grid = F.interpolate(grid, (height, width), mode="bilinear", align_corners=True)
+        grid = F.interpolate(grid, [height, width], mode="bilinear", align_corners=True)
         return grid[0].flatten(1)[:, bias_index(height, width, table.device)]
     matrix = table[:, bias_index(resolution, resolution, table.device)][None]
     tokens = height * width
-    return F.interpolate(matrix, (tokens, tokens), mode=resize.removeprefix("matrix-"), align_corners=False)[0]
+    mode = "bicubic" if resize == "matrix-bicubic" else "bilinear"
+    return F.interpolate(matrix, [tokens, tokens], mode=mode, align_corners=False)[0]
 
 
 def fold_batch_norm(

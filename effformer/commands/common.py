@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import hub
+from .. import hub, saved
 from ..factory import create_model
 from ..model import EfficientFormer
 from ..summary import devices
@@ -46,10 +46,14 @@ def network_of(name: str | None, checkpoint: str, backend: str) -> tuple[Efficie
         print("its config.json cannot be had: images are prepared as for the published weights")
         hub_config = {}
     _, state = read_state_dict(path)
-    found, settings = settings_for(state)
+    if saved.is_saved(hub_config):  # it says all, and the weights' keys and shapes only some
+        network = saved.rebuild(hub_config, str(source), EfficientFormer, backend=backend)
+        found = saved.name_of(network.config)
+    else:
+        found, settings = settings_for(state)
+        network = create_model(found, backend=backend, **settings)
     if name not in (None, found):
         raise ValueError(f"--model: got {name}, allowed is {found} with this checkpoint")
-    network = create_model(found, backend=backend, **settings)
     report = load_checkpoint(network, state)
     print(f"loaded:   {path} ({report.format})")
     for what in ("ignored", "reinitialised", "cast"):

@@ -1,0 +1,103 @@
+"""An EfficientFormer with Hugging Face's `save_pretrained`, `from_pretrained` and `push_to_hub` (extra `hub`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from . import hub, model, saved
+from .factory import create_model
+from .weights import load_checkpoint
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin
+except ImportError as error:
+    raise ImportError("effformer.huggingface: no huggingface_hub, or too old a one: install effformer[hub]") from error
+
+
+class EfficientFormer(
+    model.EfficientFormer,
+    PyTorchModelHubMixin,
+    library_name="effformer",
+    license="apache-2.0",
+    pipeline_tag="image-classification",
+    tags=["efficientformer", "vision", "backbone"],
+):
+    """An `effformer.EfficientFormer` that Hugging Face's tools save, load and push.
+
+    By name it is `EfficientFormer.create("efficientformer_l1", ...)`; of a network that is there already, weights and
+    all, it is another view: `EfficientFormer.from_network(network)`. `save_pretrained(folder)` and `push_to_hub(name)`
+    write `model.safetensors` with timm's keys and a `config.json` that says what the network is when it is saved, so
+    that `from_pretrained` rebuilds it exactly: architecture, heads, drop rates, dtype. Backend and device are chosen
+    anew. `effformer.create_model(..., checkpoint=folder)` takes the folder, too, as any other with weights.
+    """
+
+    @classmethod
+    def create(cls, name: str, **kwargs: Any) -> EfficientFormer:
+        """`effformer.create_model`, with its arguments and errors."""
+        return cls.from_network(create_model(name, **kwargs))
+
+    @classmethod
+    def from_network(cls, network: model.EfficientFormer) -> EfficientFormer:
+        """The same network as one of this class. Nothing is copied: what happens to one happens to the other.
+
+        Raises:
+            TypeError: for something else than an EfficientFormer of ours.
+        """
+        if not isinstance(network, model.EfficientFormer):
+            raise TypeError(f"network: got {type(network).__name__}, allowed is an effformer.EfficientFormer")
+        view = cls.__new__(cls)
+        object.__setattr__(view, "__dict__", network.__dict__)
+        return view
+
+    def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **kwargs: Any) -> str | None:
+        """As the mixin's; `config` is not for choosing: the network says what it is.
+
+        Raises:
+            ValueError: for another `config`, and for a network that no config describes: pruned, or with replaced
+                modules.
+        """
+        settings = saved.settings_of(self)
+        if config not in (None, settings):
+            raise ValueError("config: got one, allowed is None: it is written from the network")
+        result: str | None = super().save_pretrained(save_directory, config=settings, **kwargs)
+        return result
+
+    @classmethod
+    def from_pretrained(  # not the mixin's, which loads what happens to fit and ignores the rest
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        reset_head: bool = False,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **overrides: Any,
+    ) -> EfficientFormer:
+        """The network that `save_pretrained` or `push_to_hub` wrote, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a hub id "owner/name".
+            reset_head: draw both heads anew where the overrides ask for another number of classes.
+            force_download, token, cache_dir, local_files_only, revision: as for `huggingface_hub.hf_hub_download`.
+            **overrides: fields of `EfficientFormerConfig` and keywords of `effformer.EfficientFormer`, as backend,
+                device, dtype or drop_path_rate, instead of what was saved.
+
+        Raises:
+            CheckpointError: (a RuntimeError) where the weights are not exactly those of the network.
+            OSError: where there is no such folder or repository, or it has no weights.
+            TypeError: for an unknown override.
+            ValueError: for a `config.json` of something else, or with unknown or missing keys.
+        """
+        source = str(pretrained_model_name_or_path)
+        download: dict[str, Any] = {
+            "force_download": force_download, "token": token, "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }  # fmt: skip
+        if revision is not None:  # else that of "owner/name@revision", if any
+            download["revision"] = revision
+        network = saved.rebuild(hub.read_config(source, **download), source, cls, **overrides)
+        load_checkpoint(network, hub.locate(source, **download), reset_head=reset_head)
+        return network.eval()
