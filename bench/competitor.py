@@ -29,7 +29,7 @@ def import_torchvision() -> None:
         ImportError: where torchvision is not installed.
     """
     try:
-        import torchvision  # type: ignore[import-untyped]  # noqa: F401
+        import torchvision  # noqa: F401
     except RuntimeError as error:
         if "torchvision::nms" not in str(error) or torch.version.cuda is not None:
             raise

@@ -187,7 +187,7 @@ def _carry_choices(model: nn.Module, network: EfficientFormer) -> None:
             setattr(network, name, copy.deepcopy(getattr(model, name)))
     kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[2] > 1]
     if all(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels):
-        network.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _check_results(model: nn.Module, result: nn.Module, probe: Tensor) -> None:
