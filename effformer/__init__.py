@@ -3,6 +3,7 @@
 from . import ops
 from .backbone import build_backbone
 from .config import EfficientFormerConfig
+from .exporting import ExportError, export
 from .factory import create_model, list_models
 from .inference import Frozen, freeze
 from .model import EfficientFormer, set_backend
@@ -13,9 +14,11 @@ __all__ = [
     "__version__",
     "EfficientFormer",
     "EfficientFormerConfig",
+    "ExportError",
     "Frozen",
     "build_backbone",
     "create_model",
+    "export",
     "freeze",
     "list_models",
     "load_checkpoint",
