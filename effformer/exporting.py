@@ -321,6 +321,7 @@ def _told(format: str) -> Iterator[None]:
     with warnings.catch_warnings():  # PyTorch's, about itself
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
         warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
         try:
             yield
         except OSError:
