@@ -147,7 +147,8 @@ def export(
             checks = {}
             for batch, *sides in shapes:
                 shape = batch, network.in_chans, *sides
-                checks[shape] = _worst(run, exact, eager, shape)
+                with _told(format):
+                    checks[shape] = _worst(run, exact, eager, shape)
                 if not checks[shape].passes():
                     found = f"{output} of images {_listed(shape)}: {checks[shape]}"
                     raise ExportError(f"format={format!r}: the file does not compute what the model does: {found}")
