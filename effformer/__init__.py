@@ -4,6 +4,7 @@ from . import ops
 from .acceleration import AccelerationError, accelerate
 from .backbone import build_backbone
 from .config import EfficientFormerConfig
+from .exporting import ExportError, export
 from .factory import create_model, list_models
 from .inference import Frozen, freeze
 from .model import EfficientFormer, set_backend
@@ -15,10 +16,12 @@ __all__ = [
     "AccelerationError",
     "EfficientFormer",
     "EfficientFormerConfig",
+    "ExportError",
     "Frozen",
     "accelerate",
     "build_backbone",
     "create_model",
+    "export",
     "freeze",
     "list_models",
     "load_checkpoint",

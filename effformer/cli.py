@@ -11,7 +11,10 @@ from pathlib import Path
 from .commands.common import DTYPES
 from .config import PRESETS
 from .dialects import TARGETS, CheckpointError
+from .exporting import BACKENDS as EXPORT_BACKENDS
+from .exporting import FORMATS, ExportError
 from .ops import BACKENDS, UnsupportedError
+from .packing import OUTPUTS
 from .verification import OPERATIONS
 from .version import __version__
 
@@ -24,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         status: int = importlib.import_module(f".commands.{arguments.command}", __package__).main(arguments)
-    except (OSError, ImportError, ValueError, CheckpointError, UnsupportedError) as error:
+    except (OSError, ImportError, ValueError, CheckpointError, UnsupportedError, ExportError) as error:
         print(f"effformer: error: {error}", file=sys.stderr)
         return 1
     return status
@@ -181,7 +184,41 @@ def _parser() -> argparse.ArgumentParser:
                          "for the dense variants' feature norms; default: %(default)s")  # fmt: skip
     convert.add_argument("--force", action="store_true", help="replace TARGET if it exists")
     convert.set_defaults(command="convert")
+    _add_export(commands)
     return parser
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser(
+        "export",
+        help="a file for torch.export, AOTInductor or ONNX",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Write the network, folded, to a file that runs without its Python code, for batches of any size:\n"
+            "  pt2    a graph for torch.export.load\n"
+            "  aoti   compiled code for torch._inductor.aoti_load_package and C++; half a minute or more to compile,\n"
+            "         with --dynamic-size minutes\n"
+            "  onnx   for onnxruntime and others\n"
+            "The file is loaded again and must be as accurate as eager PyTorch, beside float64; else none is written."
+        ),
+        epilog="examples:\n  effformer export l1.onnx --format onnx --checkpoint pretrained\n"
+        "  effformer export l1.pt2 --format aoti --checkpoint weights.pth --size 512x640 --output features",
+    )
+    export.add_argument("target", type=Path, metavar="TARGET", help="*.pt2, or *.onnx")
+    export.add_argument("--format", choices=FORMATS, default="pt2", help="default: %(default)s")
+    export.add_argument("--model", choices=PRESETS, help="default: the checkpoint's, or efficientformer_l1")
+    export.add_argument("--checkpoint", required=True, metavar="WEIGHTS", help="file, folder, hub id owner/name, "
+                        "'pretrained', or 'none' (random weights, seed 0)")  # fmt: skip
+    export.add_argument("--output", choices=OUTPUTS, default="logits", help="default: %(default)s")
+    export.add_argument("--size", type=_size, default=(224, 224), metavar="HxW", help="of the images, default: 224x224")
+    export.add_argument("--dynamic-size", action="store_true", help="leave their sides free, from 33 on")
+    export.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    export.add_argument("--backend", choices=EXPORT_BACKENDS, default="eager", help="'triton': the file loads only "
+                        "where effformer.kernels.operators was imported; default: %(default)s")  # fmt: skip
+    export.add_argument("--device", default="cpu", help="that the file is for: cpu, cuda, cuda:1, ...; default: "
+                        "%(default)s")  # fmt: skip
+    export.add_argument("--force", action="store_true", help="replace TARGET if it exists")
+    export.set_defaults(command="export")
 
 
 def _add_bench_run(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -132,7 +132,7 @@ class Frozen:
         deterministic: bool,
         backend: str,
     ) -> None:
-        network = _network(model)
+        network = network_within(model)
         if dtype not in DTYPES:
             raise TypeError(f"dtype: got {dtype}, allowed are {', '.join(map(str, DTYPES))}")
         check_choice("output", output, OUTPUTS)
@@ -265,7 +265,7 @@ class Frozen:
             ValueError: for another architecture, or without `model` where the frozen one no longer exists.
             RuntimeError: where the current stream is being captured.
         """
-        network = self._model() if model is None else _network(model)
+        network = self._model() if model is None else network_within(model)
         if network is None:
             raise ValueError("model: got None, and the frozen model no longer exists; allowed is a model")
         with self._turn():
@@ -316,7 +316,7 @@ class Frozen:
     def _turn(self) -> Iterator[None]:
         """One call at a time, in order on the GPU, too, whatever their streams; without gradients or autocast."""
         # Tensors made in inference mode could not be written again outside of it.
-        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
+        with self._lock, torch.inference_mode(False), torch.no_grad(), no_autocast(self.device):
             if self.device.type != "cuda":
                 yield
                 return
@@ -400,7 +400,8 @@ class Frozen:
             wait_for(self.device)
 
 
-def _network(model: nn.Module) -> EfficientFormer:
+def network_within(model: nn.Module) -> EfficientFormer:
+    """`model`, or the network of a `Backbone`; a TypeError for anything else."""
     network = model.network if isinstance(model, Backbone) else model
     if not isinstance(network, EfficientFormer):
         raise TypeError(f"model: got {type(model).__name__}, allowed is an EfficientFormer or a Backbone")
@@ -425,6 +426,6 @@ def _normalisation(
     return found[0], found[1]
 
 
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Frozen weights have one dtype: autocast is not for them."""
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """A context: frozen weights have one dtype: autocast is not for them."""
     return torch.autocast(device.type, enabled=False) if autocast(device.type) else contextlib.nullcontext()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -68,6 +68,17 @@ class Packed:
         for step in self.steps if self.pixels is None else [*self.steps, self.pixels]:
             yield from step.all_tensors()
 
+    def holding(self, tensors: Iterable[Tensor]) -> Packed:
+        """The same steps on other tensors, which come in the order of `tensors`."""
+        remaining = iter(tensors)
+
+        def held(step: Step) -> Step:
+            own = tuple(next(remaining) for _ in step.tensors)
+            return replace(step, tensors=own, table=None if step.table is None else next(remaining))
+
+        steps = [held(step) for step in self.steps]
+        return Packed(self.dtype, steps, None if self.pixels is None else held(self.pixels))
+
     def take(self, other: Packed) -> None:
         """Copy the tensors of the same network with other weights, on any device, into this one's, in place.
 
@@ -96,11 +107,17 @@ class Packed:
                 found.append(bias.contiguous())
         return found
 
-    def run(self, x: Tensor, biases: Sequence[Tensor], backend: str) -> Tensor | list[Tensor]:
-        """The result for images x [B, in_chans, H, W], normalised or uint8; `biases` are theirs, for this backend."""
+    def run(
+        self, x: Tensor, biases: Sequence[Tensor], backend: str, *, prepared: bool | None = None
+    ) -> Tensor | list[Tensor]:
+        """The result for images x [B, in_chans, H, W], normalised or uint8; `biases` are theirs, for this backend.
+
+        `prepared`: whether the biases are as `ops.prepare_bias` returns them, by default for "triton" alone.
+        """
         features: list[Tensor] = []
         sides = x.shape[2], x.shape[3]
         remaining = iter(biases)
+        prepared = backend == "triton" if prepared is None else prepared
         for step in self.steps:
             if step is self.steps[0] and x.dtype == torch.uint8:
                 assert self.pixels is not None
@@ -116,7 +133,6 @@ class Packed:
                     x = x.flatten(2).transpose(1, 2)
                 case "attention_mixer":
                     arguments = *step.tensors[:_BIAS], next(remaining), *step.tensors[_BIAS:]
-                    prepared = backend == "triton"
                     x = ops.attention_mixer(x, *arguments, **step.options, prepared=prepared, backend=backend)
                 case "linear_mlp":
                     x = ops.linear_mlp(x, *step.tensors, **step.options, backend=backend)

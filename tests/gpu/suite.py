@@ -72,6 +72,7 @@ PIECES = (
     Piece("offsets", ("gpu/test_gpu_offsets.py",), 1, 240),
     Piece("runtime", ("gpu/test_gpu_runtime.py",), 1, 240),
     Piece("compile", ("gpu/test_gpu_compile.py",), 1, 360, 240),
+    Piece("export", ("gpu/test_gpu_export.py",), 1, 360, 240),
     Piece("bench", ("gpu/test_gpu_bench.py",), 1, 300, 200),
     Piece("tune", ("gpu/test_gpu_tune.py",), 1, 300, 280),
     Piece("sanitizer", ("gpu/test_gpu_sanitizer.py",), min(6, MANY), 400, 300),
