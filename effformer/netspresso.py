@@ -27,7 +27,7 @@ def efficientformer(task: str, conf_model_backbone: Mapping[str, Any]) -> Backbo
     Source: models/builder.py of NetsPresso Trainer 1.4.1, `load_backbone_and_head_model`.
     """
     backbone = build_backbone({**conf_model_backbone, "name": "efficientformer"}, task)  # whatever it is registered as
-    backbone.register_load_state_dict_pre_hook(_take_the_trainers_keys)
+    backbone.register_load_state_dict_pre_hook(_take_the_trainers_keys)  # type: ignore[no-untyped-call]
     return backbone
 
 
