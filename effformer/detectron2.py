@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
-from .features import Features
+from .features import Features, check_rising
 
 
 class ShapeSpec(NamedTuple):
@@ -28,7 +28,9 @@ else:
     try:  # absolute: Detectron2 itself
         from detectron2.layers import ShapeSpec
         from detectron2.modeling import Backbone as Base
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":  # it is there, and broken
+            raise
         Base = nn.Module
 
 NAMES = ("res2", "res3", "res4", "res5")  # Detectron2's, for strides 4 to 32
@@ -47,8 +49,7 @@ class EfficientFormerBackbone(Base):
 
     def __init__(self, model: nn.Module, out_features: Sequence[str] = NAMES) -> None:
         super().__init__()
-        if not out_features or list(out_features) != [name for name in NAMES if name in out_features]:
-            raise ValueError(f"out_features: got {out_features!r}, allowed are, in this order, {', '.join(NAMES)}")
+        check_rising("out_features", out_features, NAMES)
         self.out_features = tuple(out_features)
         self.features = Features(model, [NAMES.index(name) for name in out_features])
 

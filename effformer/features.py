@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,9 +33,7 @@ class Features(nn.Module):
         network = model.network if isinstance(model, Backbone) else model
         if not isinstance(network, EfficientFormer):
             raise TypeError(f"model: got {type(model).__name__}, allowed is an EfficientFormer or a Backbone")
-        stages = range(len(network.stages))
-        if not out_indices or list(out_indices) != [index for index in stages if index in out_indices]:
-            raise ValueError(f"out_indices: got {out_indices!r}, allowed are rising numbers of {list(stages)}")
+        check_rising("out_indices", out_indices, range(len(network.stages)))
         self.network = network
         self.out_indices = tuple(out_indices)
         self.channels = [network.feature_info[index]["num_chs"] for index in out_indices]
@@ -47,3 +46,11 @@ class Features(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images [B, in_chans, H, W] -> maps [B, C, ceil(H / stride), ceil(W / stride)]."""
         return self.network.forward_intermediates(x, indices=self.out_indices, intermediates_only=True)
+
+
+def check_rising(argument: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise a ValueError that names the argument unless `value` is some of `allowed`, in their order, each once."""
+    got = list(value) if isinstance(value, Sequence) else []
+    same_type = all(type(one) is type(allowed[0]) for one in got)  # 1.0 and True equal 1
+    if not got or not same_type or got != [one for one in allowed if one in got]:
+        raise ValueError(f"{argument}: got {value!r}, allowed are, in this order, {', '.join(map(str, allowed))}")

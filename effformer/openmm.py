@@ -20,7 +20,8 @@ class EffFormer(nn.Module):
     """Images [B, 3, H, W] -> maps [B, C, ceil(H / stride), ceil(W / stride)], a tuple.
 
     Register it with `MODELS.register_module(module=EffFormer)`; in the original repository's configurations
-    `type="EffFormer", name="efficientformer_l1"` then stands for its `type="efficientformer_l1_feat"`.
+    `_delete_=True, type="EffFormer", name="efficientformer_l1"` then stands for `type="efficientformer_l1_feat"`: these
+    inherit a ResNet's keywords (depth, frozen_stages, ...), which the original ignores and this refuses.
 
     Args:
         name: one of `effformer.list_models()`.

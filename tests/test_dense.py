@@ -44,7 +44,11 @@ def all_equal(found: Any, wanted: list[Tensor]) -> bool:
 
 def assert_all_trained(module: nn.Module, loss: Tensor) -> None:
     loss.backward()
-    without = [name for name, p in module.named_parameters() if p.grad is None or not p.grad.any()]
+    without = [
+        name
+        for name, p in module.named_parameters()
+        if p.grad is None or not p.grad.any() or not p.grad.isfinite().all()
+    ]
     assert not without
 
 
@@ -74,9 +78,11 @@ def test_features_of_netspressos_backbone(narrow: Narrow) -> None:
 
 
 def test_wrong_arguments_of_features(narrow: Narrow) -> None:
-    for indices in ((), (1, 0), (0, 0), (4,), (-1,)):
-        with pytest.raises(ValueError, match=r"out_indices: got .*, allowed are rising numbers of \[0, 1, 2, 3\]"):
-            Features(narrow(), indices)
+    network = narrow()
+    for indices in ((), (1, 0), (0, 0), (4,), (-1,), 2, None, "12", (1.0, 2.0), (True,)):
+        with pytest.raises(ValueError, match=r"out_indices: got .*, allowed are, in this order, 0, 1, 2, 3"):
+            Features(network, indices)  # type: ignore[arg-type]
+    assert len(network.stages) == 4  # what is refused is left as it was
     with pytest.raises(TypeError, match="model: got Linear"):
         Features(nn.Linear(1, 1))
 
@@ -162,7 +168,7 @@ def check_detectron2(narrow: Narrow) -> Any:
     }
     assert backbone.size_divisibility == 16
     assert EfficientFormerBackbone(narrow()).size_divisibility == 32
-    for names in (["res1"], ["res4", "res2"], []):
+    for names in (["res1"], ["res4", "res2"], [], "res2", 2):
         with pytest.raises(ValueError, match="out_features: got .* res2, res3, res4, res5"):
             EfficientFormerBackbone(network, names)
     return backbone, shapes["res2"]
@@ -177,6 +183,14 @@ def test_detectron2s_classes_where_it_is_installed(narrow: Narrow, installed: ty
     backbone, shape = check_detectron2(narrow)
     assert isinstance(backbone, installed.Backbone)
     assert isinstance(shape, installed.ShapeSpec)
+
+
+def test_detectron2_that_is_broken_is_not_taken_for_absent(
+    installed: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "detectron2.modeling")  # now `detectron2` is there, and a part of it is not
+    with pytest.raises(ModuleNotFoundError, match=r"detectron2\.modeling"):
+        importlib.import_module("effformer.detectron2")
 
 
 # --- OpenMMLab -------------------------------------------------------------------------------------------------------
@@ -222,8 +236,11 @@ def test_openmms_errors(tmp_path: Path) -> None:
         build("EffFormer", style="caffe")
     with pytest.raises(ValueError, match="init_cfg: got"):
         build("EffFormer", init_cfg={"type": "Kaiming"})
-    with pytest.raises(TypeError, match="unknown key"):
-        build("EffFormer", frozen_stages=1)
+    for inherited in ({"depth": 50}, {"num_stages": 4}, {"frozen_stages": 1}, {"norm_cfg": {"type": "BN"}}):  # ResNet's
+        with pytest.raises(TypeError, match=f"{next(iter(inherited))}: unknown key"):
+            build("EffFormer", **inherited)
+    with pytest.raises(TypeError, match="pretrained: got 'torchvision://resnet50'"):
+        build("EffFormer", pretrained="torchvision://resnet50")
     state = create_model("efficientformer_l1", **SMALL).state_dict()
     for name, change in (("less", state.pop), ("more", lambda key: state.update({key + "2": torch.zeros(1)}))):
         change("stages.1.blocks.0.ls1.gamma")
