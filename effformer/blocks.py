@@ -206,11 +206,10 @@ class Flat(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with a learned bias for each offset between two tokens; [B, N, C] -> the same.
 
-    `attention_bias_idxs` stands in the state dict because timm's and the original's do. The bias is computed from
-    the map's size at each forward, never from this buffer, and never cached.
+    `attention_bias_idxs` stands in the state dict because timm's and the original's do. It is no buffer: an average of
+    weights would average it, too, and round it down. The bias is computed from the map's size at each forward, never
+    from this index, and never cached.
     """
-
-    attention_bias_idxs: Tensor
 
     def __init__(self, width: int, config: EfficientFormerConfig, backend: str, **dd: Any) -> None:
         super().__init__()
@@ -223,8 +222,11 @@ class Attention(nn.Module):
         self.attn_drop = nn.Dropout(config.attn_drop)
         self.proj_drop = nn.Dropout(config.attn_drop)
         self.attention_biases = nn.Parameter(torch.zeros(self.num_heads, self.resolution**2, **dd))
-        index = reference.bias_index(self.resolution, self.resolution, device=dd.get("device"))
-        self.register_buffer("attention_bias_idxs", index)
+
+    @property
+    def attention_bias_idxs(self) -> Tensor:
+        """Entry of the table for each pair of tokens of a [resolution, resolution] map, int64."""
+        return reference.bias_index(self.resolution, self.resolution, self.attention_biases.device)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         qkv, bias = self.qkv(x), self.bias(height, width)
@@ -251,6 +253,10 @@ class Attention(nn.Module):
             return "attention dropout is active here (training mode)"
         return None
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "attention_bias_idxs"] = self.attention_bias_idxs
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -264,11 +270,10 @@ class Attention(nn.Module):
         # The index is derived: a file may leave it out, but one that says something else means another network.
         key = prefix + "attention_bias_idxs"
         standard = reference.bias_index(self.resolution, self.resolution, device=torch.device("cpu"))
-        if key not in state_dict:
-            state_dict = {**state_dict, key: standard}
-        elif not _same(state_dict[key], standard):
+        if key in state_dict and not _same(state_dict[key], standard):
             error_msgs.append(f"{key} is not the standard index |dy| * {self.resolution} + |dx|")
             return
+        state_dict = {name: value for name, value in state_dict.items() if name != key}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -146,7 +146,7 @@ def test_mixed_precision(narrow: Narrow, dtype: torch.dtype) -> None:
                 (p.grad - q.grad).abs().max() for p, q in zip(network.parameters(), exact.parameters(), strict=True)
             ]
             # A handful of units in the last place of either dtype, 2^-8 and 2^-11.
-            assert 0 < max(errors) <= 16 * torch.finfo(dtype).eps * scale
+            assert 0 < max(errors) <= 32 * torch.finfo(dtype).eps * scale
         scaler.step(steps)
         scaler.update()
         losses.append(loss.item())
