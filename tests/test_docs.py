@@ -7,7 +7,7 @@ Of a page's blocks one script is made, which runs in an empty folder, offline, i
   minutes or a GPU and are only parsed; of `make` the target is looked up, of `pip install` the extra;
 - ```text is for reading; other blocks have to be files, or they would be blocks that nobody runs.
 
-The folder holds what pages take for granted: see `workplace`. Trained weights come from a cache of the hub with random
+The folder holds what pages take for granted: see `materials`. Trained weights come from a cache of the hub with random
 ones.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -142,28 +143,30 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
-@pytest.fixture
-def workplace(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """photo.jpg, folder/ and val/CLASS/ with a photograph, the 1000 classes' names in synsets.txt; checkpoint.pth and
     original.pth with L1's weights.
     """
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
+    folder = tmp_path_factory.mktemp("materials")
     photo = Image.fromarray(load_sample_image("china.jpg"))
     synsets = [f"n{number:08}" for number in range(1000)]
-    (tmp_path / "synsets.txt").write_text("\n".join(synsets))
+    (folder / "synsets.txt").write_text("\n".join(synsets))
     for name in ("photo.jpg", "folder/photo.jpg", f"val/{synsets[7]}/photo.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        photo.save(tmp_path / name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        photo.save(folder / name)
     state = randomise(create_model("efficientformer_l1")).state_dict()
-    torch.save(state, tmp_path / "checkpoint.pth")
-    torch.save(convert_state_dict(state, "original"), tmp_path / "original.pth")
-    return tmp_path
+    torch.save(state, folder / "checkpoint.pth")
+    torch.save(convert_state_dict(state, "original"), folder / "original.pth")
+    return folder
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page(page: str, hub: Path, workplace: Path) -> None:
+def test_page(page: str, hub: Path, materials: Path, tmp_path: Path) -> None:
+    workplace = shutil.copytree(materials, tmp_path / "workplace")
     (workplace / "page.py").write_text(script(ROOT / page), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
