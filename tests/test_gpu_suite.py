@@ -105,7 +105,7 @@ def test_a_suite_whose_time_is_up(
     )
     monkeypatch.setattr(suite, "PIECES", (suite.Piece("it", ("test_it.py",), 1, 100, 90),))
     monkeypatch.setattr(suite, "LEAST", 0.1)
-    monkeypatch.setattr(sys, "argv", ["suite.py", "--limit", "12"])
+    monkeypatch.setattr(sys, "argv", ["suite.py", "--limit", "10"])
     assert suite.main() == 75
     assert capsys.readouterr().out.endswith("The time is up, and pieces are left: run it again.\n")
     assert outcomes(suite)["test_one"] == "passed"

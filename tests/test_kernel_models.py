@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from machine import DEVICE, DTYPES, INTERPRETED, measured
+from machine import DEVICE, DTYPES, INTERPRETED, ON_GPU, id_of, measured
 
 from effformer import EfficientFormer, EfficientFormerConfig, create_model, list_models, set_backend
 from effformer.blocks import Meta3D, Meta4D
@@ -39,8 +39,16 @@ def check(found: Accuracy, mean: float = 1.5) -> None:
     assert found.mean_error <= mean * found.eager_mean_error or not INTERPRETED, found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, id=f"{name}-{id_of(dtype)}")
+        for name in list_models()
+        for dtype in DTYPES
+        # Interpreted, the large ones run once each: operations at their widths are in test_kernels.py, in both dtypes.
+        if ON_GPU or (name, dtype) not in (("efficientformer_l3", torch.float32), ("efficientformer_l7", torch.float16))
+    ],
+)
 def test_whole_network(name: str, dtype: torch.dtype) -> None:
     """96x64 pixels: maps of 24x16 to 3x2, and 6 tokens."""
     # Interpreted, L7 is a block of each kind a stage: its kernels are the same in all of a stage's.

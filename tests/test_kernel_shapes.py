@@ -37,7 +37,7 @@ DTYPES = st.sampled_from(machine.DTYPES)
 ACTIVATIONS = st.sampled_from(TRITON_ACTIVATIONS)
 SEEDS = st.integers(0, 2**31 - 1)
 SPLITS = st.sampled_from([False, False, True])  # of every three one: these are many programs
-drawn = settings(max_examples=120, deadline=None, database=None)
+drawn = settings(max_examples=60, deadline=None, database=None)
 if machine.ON_GPU:  # where nearly every example is compiled, for some seconds: fewer, and none to shrink a failure
     drawn = settings(
         drawn,

@@ -59,7 +59,7 @@ def test_same_outputs_and_keys(timm: Any, name: str) -> None:
 def test_same_gradients_and_statistics(timm: Any, name: str, training: bool) -> None:
     ours, theirs = pair(timm, name)
     ours.train(training), theirs.train(training)
-    batch = 2 if training else 1
+    batch = 1 if name == "efficientformer_l7" else 2
     x = torch.randn(batch, 3, 224, 224, dtype=torch.float64)
     x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     probe = torch.randn(batch, 1000, dtype=torch.float64)

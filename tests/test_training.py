@@ -193,6 +193,16 @@ def test_an_average_of_weights(narrow: Narrow, timm: Any) -> None:
         assert torch.allclose(frozen(x), want, rtol=1e-10, atol=1e-12)
 
 
+def test_a_batch_of_one_in_channels_last(narrow: Narrow) -> None:
+    """In other layouts PyTorch's BatchNorm has wrong gradients then, on a CPU: timm's network shows it, too."""
+    network = narrow().to(memory_format=torch.channels_last)
+    image = torch.randn(1, 3, 96, 64, dtype=torch.float64).to(memory_format=torch.channels_last)
+    found = torch.autograd.grad(network(image).square().sum(), [*network.parameters()])
+    twice = torch.autograd.grad(network(image.expand(2, -1, -1, -1)).square().sum() / 2, [*network.parameters()])
+    for got, want in zip(found, twice, strict=True):
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-9)
+
+
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean() -> None:
     drop, x = DropPath(0.25).train(), torch.randn(4000, 3, 2, 2)
     out = drop(x)
