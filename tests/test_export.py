@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -93,6 +91,7 @@ def test_aoti_is_self_contained(package: tuple[Path, exporting.Exported], narrow
 
 
 def test_onnx_with_free_batch_and_size(narrow: Narrow, tmp_path: Path) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     network = narrow(dtype=torch.float32, **FEW)
     written = effformer.export(
         network, tmp_path / "n.onnx", "onnx", output="features", size=(64, 64), dynamic_size=True
