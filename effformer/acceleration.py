@@ -198,7 +198,7 @@ def _check_results(model: nn.Module, result: nn.Module, probe: Tensor) -> None:
     """
     with torch.no_grad(), torch.autocast(probe.device.type, enabled=False), float32_as_such():
         for drawn in (False, True):
-            theirs, ours = copy.deepcopy(model), copy.deepcopy(result)
+            theirs, ours = _copy(model), _copy(result)
             if drawn:
                 _draw(theirs)
                 _load(ours, theirs)
@@ -213,6 +213,17 @@ def _check_results(model: nn.Module, result: nn.Module, probe: Tensor) -> None:
                 if not (exactly if probe.dtype == torch.float64 else errors.passes()):
                     how = " with drawn layer scales and bias tables" if drawn else ""
                     raise AccelerationError(f"output {index}{how} is not that of model: {errors}")
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of timm's attention after a forward with gradients, which it keeps an expanded bias of."""
+    memo: dict[int, Tensor] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            for tensor in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach()
+    return copy.deepcopy(model, memo)
 
 
 def _draw(model: nn.Module) -> None:

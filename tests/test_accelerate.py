@@ -179,6 +179,21 @@ def test_a_published_network_of_timms(timm: Any) -> None:
     assert len(rates) == 28
 
 
+def test_a_network_that_has_been_used(narrow_timm: Build) -> None:
+    """In eval mode timm's attention keeps its expanded bias, with a gradient if there was one: it cannot be copied."""
+    theirs, x = narrow_timm().eval(), images()
+    theirs(x)
+    kept = theirs.stages[3].blocks[2].token_mixer.attention_bias_cache["cpu"]
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(theirs)
+    with torch.no_grad():
+        theirs.stages[3].blocks[2].token_mixer.attention_biases.normal_()  # and what it keeps is stale now
+    ours = accelerate(theirs)
+    assert theirs.stages[3].blocks[2].token_mixer.attention_bias_cache["cpu"] is kept
+    theirs.train().eval()
+    assert_equal(ours(x), theirs(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtypes_and_memory_format(narrow_timm: Build, dtype: torch.dtype) -> None:
     theirs = narrow_timm().to(dtype).to(memory_format=torch.channels_last).eval()
