@@ -69,8 +69,7 @@ def known() -> dict[str, str]:
         timm = metadata.version("timm")
     except metadata.PackageNotFoundError:
         timm = "none"
-    modules = ("ceilings", "competitor", "evidence", "isolation", "ladder", "roofline", "rung", "timing")
-    return {"sources": sources(*modules), "timm": timm}
+    return {"sources": sources(), "timm": timm}
 
 
 def complete(path: Path, machine: Machine, providers: Sequence[str] | None = None) -> set[Cell]:

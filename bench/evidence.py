@@ -71,9 +71,8 @@ def _within_operator(event: Any) -> bool:
 @functools.cache
 def own_kernels() -> frozenset[str]:
     """The names of this package's kernels, as a profile has them."""
-    modules = [
-        importlib.import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)
-    ]
+    found = pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
+    modules = [importlib.import_module(module.name) for module in found]
     return frozenset(name for module in modules for name in vars(module) if name.endswith("_kernel"))
 
 

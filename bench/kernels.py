@@ -70,7 +70,7 @@ def key_of(check: Check) -> Key:
 
 def code() -> str:
     """See `sources`."""
-    return sources("ceilings", "kernels", "providers", "roofline", "timing")
+    return sources()
 
 
 def recorded_cells(records: Iterable[Record], machine: Machine) -> set[Key]:

@@ -9,22 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..kernels.config import user_file
+from ..kernels.config import KERNELS, digest_of, user_file
 from .records import Machine
 
 
+_PACKAGE = Path(sys.modules[__package__.partition(".")[0]].__path__[0])
+CODE = (_PACKAGE, KERNELS, Path(__file__).parent)
+
+
 @functools.cache
-def sources(*modules: str) -> str:
-    """A digest of the code that figures are of: the networks', the kernels', and these modules' of the benchmarks.
+def sources(*folders: Path) -> str:
+    """A digest of the code that figures are of: the package, the kernels with their table, and the benchmarks.
 
     The commit is in the records as well, but committing results changes that.
     """
-    root, digest = Path(__file__).parent, hashlib.sha256()
-    package = Path(sys.modules[__package__.partition(".")[0]].__path__[0])
-    own = [*(root / f"{name}.py" for name in modules), user_file()]  # tiles tuned here count as code
-    for path in [*sorted(package.glob("*.py")), *sorted((root / "../kernels").resolve().glob("*.*")), *own]:
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()[:16]
+    tuned = user_file().read_bytes() if user_file().is_file() else b""  # tiles tuned here count as code
+    parts = (digest_of(folder, "*.py", "*.json").encode() for folder in folders or CODE)
+    return hashlib.sha256(b"".join(parts) + tuned).hexdigest()[:16]
 
 
 class Attempts:

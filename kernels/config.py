@@ -157,14 +157,22 @@ def user_file() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "effformer" / "configurations.json"
 
 
-def fingerprint() -> dict[str, str]:
+KERNELS = Path(__file__).parent
+
+
+def fingerprint(kernels: Path = KERNELS) -> dict[str, str]:
     """What a tuned configuration holds for: the kernels' source and Triton's version."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
     import triton
 
-    return {"kernels": digest.hexdigest()[:16], "triton": triton.__version__}
+    return {"kernels": digest_of(kernels, "*.py"), "triton": triton.__version__}
+
+
+def digest_of(folder: Path, *patterns: str) -> str:
+    """A digest of the names and contents of all files in `folder`, at any depth, that match one of `patterns`."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.rglob(pattern)}):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def read_user_entries(path: Path) -> list[Entry]:

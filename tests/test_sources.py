@@ -1,0 +1,55 @@
+"""Results of old code must not pass as current: digests and lists of kernels reach files at any depth."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from pathlib import Path
+
+from effformer.bench import evidence, resume
+from effformer.kernels import config
+
+
+def changed(folder: Path) -> None:
+    """Add a line to the file that lies deepest."""
+    deepest = max(folder.rglob("*.py"), key=lambda path: (len(path.parts), path))
+    assert deepest.parent != folder
+    deepest.write_text(deepest.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("__pycache__"))
+    (target / "deep").mkdir()
+    (target / "deep" / "one.py").write_text("one = 1\n", encoding="utf-8")
+    return target
+
+
+def test_a_change_at_any_depth_ends_tuned_tiles(tmp_path: Path) -> None:
+    kernels = copy_of(config.KERNELS, tmp_path / "kernels")
+    before = config.fingerprint(kernels)
+    assert before == config.fingerprint(kernels)
+    changed(kernels)
+    assert before["kernels"] != config.fingerprint(kernels)["kernels"]
+
+
+def test_a_change_at_any_depth_ends_figures(tmp_path: Path) -> None:
+    assert {folder.name for folder in resume.CODE} == {"effformer", "kernels", "bench"}
+    for number, folder in enumerate(resume.CODE):
+        copy = copy_of(folder, tmp_path / str(number))
+        before = resume.sources(copy)
+        resume.sources.cache_clear()
+        assert before == resume.sources(copy)
+        changed(copy)
+        resume.sources.cache_clear()
+        assert before != resume.sources(copy)
+
+
+def test_every_kernel_counts_as_ours() -> None:
+    defined = {
+        node.name
+        for path in config.KERNELS.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert defined
+    assert evidence.own_kernels() == defined
