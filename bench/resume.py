@@ -12,7 +12,6 @@ from typing import Any
 from ..kernels.config import KERNELS, digest_of, user_file
 from .records import Machine
 
-
 _PACKAGE = Path(sys.modules[__package__.partition(".")[0]].__path__[0])
 CODE = (_PACKAGE, KERNELS, Path(__file__).parent)
 
