@@ -58,7 +58,7 @@ mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/mutants.py
 
 audit: $(VENV)/dev.stamp
-	$(BIN)/python -m effformer.bench.audit --output bench/results/audit.jsonl
+	$(BIN)/python -m effformer.bench.offline.audit --output bench/results/audit.jsonl
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

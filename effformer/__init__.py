@@ -1,15 +1,15 @@
 """EfficientFormer (arXiv 2206.01191): a vision backbone that is to be fast on NVIDIA GPUs."""
 
 from . import ops
-from .acceleration import AccelerationError, accelerate
-from .backbone import build_backbone
+from .checkpoints.accelerate import AccelerationError, accelerate
+from .checkpoints.load import load_checkpoint
 from .config import EfficientFormerConfig
-from .exporting import ExportError, export
 from .factory import create_model, list_models
-from .inference import Frozen, freeze
-from .model import EfficientFormer, set_backend
+from .model.netspresso import build_backbone
+from .model.network import EfficientFormer, set_backend
+from .serving.export import ExportError, export
+from .serving.frozen import Frozen, freeze
 from .version import __version__
-from .weights import load_checkpoint
 
 __all__ = [
     "__version__",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .arguments import products_dtype
+from .checks import products_dtype
 from .config import check_choice
 
 Backend = Literal["auto", "eager", "triton"]

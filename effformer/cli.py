@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .apps.verify import OPERATIONS
+from .checkpoints.formats import TARGETS, CheckpointError
 from .commands.common import DTYPES
 from .config import PRESETS
-from .dialects import TARGETS, CheckpointError
-from .exporting import BACKENDS as EXPORT_BACKENDS
-from .exporting import FORMATS, ExportError
 from .ops import BACKENDS, UnsupportedError
-from .packing import OUTPUTS
-from .verification import OPERATIONS
+from .serving.export import BACKENDS as EXPORT_BACKENDS
+from .serving.export import FORMATS, ExportError
+from .serving.packing import OUTPUTS
 from .version import __version__
 
 

@@ -6,10 +6,11 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from . import hub, saved
+from .checkpoints import config_file as saved
+from .checkpoints import hub
+from .checkpoints.load import load_checkpoint
 from .config import CONFIG_FIELDS, PRESETS, preset, unknown_key
-from .model import CONSTRUCTOR_FIELDS, EfficientFormer
-from .weights import load_checkpoint
+from .model.network import CONSTRUCTOR_FIELDS, EfficientFormer
 
 _ARGUMENTS = ("num_classes", "in_chans", "pretrained", "checkpoint", "reset_head", "backend")
 _log = logging.getLogger("effformer")

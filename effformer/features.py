@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .backbone import Backbone
-from .model import EfficientFormer
+from .model.netspresso import Backbone
+from .model.network import EfficientFormer
 
 
 class Features(nn.Module):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import hub, model, saved
+from .checkpoints import config_file as saved
+from .checkpoints import hub
+from .checkpoints.load import load_checkpoint
 from .factory import create_model
-from .weights import load_checkpoint
+from .model import network as model
 
 try:
     from huggingface_hub import PyTorchModelHubMixin

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .backbone import Backbone, build_backbone
-from .dialects import normalise
+from .checkpoints.formats import normalise
+from .model.netspresso import Backbone, build_backbone
 
 
 def efficientformer(task: str, conf_model_backbone: Mapping[str, Any]) -> Backbone:

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import hub
+from .checkpoints import hub
+from .checkpoints.formats import CheckpointError
+from .checkpoints.load import load_checkpoint
 from .config import check_choice
-from .dialects import CheckpointError
 from .factory import create_model
 from .features import Features
-from .weights import load_checkpoint
 
 
 class EffFormer(nn.Module):

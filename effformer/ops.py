@@ -14,7 +14,13 @@ import torch.fx
 from torch import Tensor
 
 from . import reference
-from .arguments import (
+from .backend import BACKENDS as BACKENDS
+from .backend import Backend as Backend
+from .backend import UnsupportedError as UnsupportedError
+from .backend import refuse_triton as refuse_triton
+from .backend import select_backend
+from .backend import why_not_triton as why_not_triton
+from .checks import (
     autocast,
     check_accumulation_dtype,
     check_bias,
@@ -29,12 +35,6 @@ from .arguments import (
     products_dtype,
     shape_of,
 )
-from .backend import BACKENDS as BACKENDS
-from .backend import Backend as Backend
-from .backend import UnsupportedError as UnsupportedError
-from .backend import refuse_triton as refuse_triton
-from .backend import select_backend
-from .backend import why_not_triton as why_not_triton
 from .config import BIAS_RESIZES, check_choice, check_count
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
-from .blocks import Attention, LayerScale
+from .model.blocks import Attention, LayerScale
 
 LAYOUTS = ("channels_last", "cropped", "contiguous", "sliced", "expanded")
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from . import hub
-from .dialects import normalise
+from .checkpoints import hub
+from .checkpoints.formats import normalise
 from .factory import create_model
-from .model import EfficientFormer
+from .model.network import EfficientFormer
 
 try:  # absolute: timm itself
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

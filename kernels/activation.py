@@ -1,8 +1,8 @@
 """Activations inside the kernels, and the forms that GELU takes.
 
 erf costs 32 instructions an element and would take longer than the matrix products around it. The other form writes
-gelu(x) = relu(x) - b * 2**p(b), b = min(|x|, cap), with p of degree 3; `python -m effformer.bench.fit_gelu` derives it.
-Its error is 1.2e-4 at most, and 1.2e-4 of |x| where |x| < 1: an eighth of an ulp of float16.
+gelu(x) = relu(x) - b * 2**p(b), b = min(|x|, cap), with p of degree 3, as `python -m effformer.bench.offline.fit_gelu`
+derives it. Its error is 1.2e-4 at most, and 1.2e-4 of |x| where |x| < 1: an eighth of an ulp of float16.
 
     gelu_erf      float32   exact                                   32 instructions an element on an NVIDIA GPU
     gelu_exp3     float16   1.2e-4                                   8

@@ -13,8 +13,8 @@ from .bias_attention import bias_attention_launch, new_values
 from .launch import Launch, run
 from .layer_norm import layer_norm_launch
 from .layout import dense_tokens, new_tokens, packed, token_rows
-from .library import register
 from .linear import linear_launch
+from .register import register
 
 
 def attention_mixer_launches(

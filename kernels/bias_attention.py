@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import attention_config
-from .device import device_of
 from .launch import Launch, dot_precision, run
 from .layout import new_tokens
-from .library import register
-from .table import AttentionConfig
-from .tiles import channel_mask, channels_of, split, width
+from .register import register
+from .rows import channel_mask, channels_of, split, width
+from .tiling.choose import attention_config
+from .tiling.device import device_of
+from .tiling.table import AttentionConfig
 
 # Values of a head that one program computes; more of them are split over programs.
 MOST_VALUES = 256

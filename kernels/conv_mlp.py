@@ -14,16 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import form, gain
-from .config import mlp_config
-from .device import device_of
-from .hidden import add_hidden
 from .launch import Launch, dot_precision
 from .layout import filled_map, map_rows, new_map, packed
-from .library import register
 from .linear import mlp_products
+from .mlp_loop import add_hidden
+from .register import register
+from .rows import channel_mask, channels_of, load_vector, locate, pool_tile, row_offsets, split, width
 from .split_mlp import check_deterministic, split_mlp_launches
-from .table import MlpConfig, SplitConfig
-from .tiles import channel_mask, channels_of, load_vector, locate, pool_tile, row_offsets, split, width
+from .tiling.choose import mlp_config
+from .tiling.device import device_of
+from .tiling.table import MlpConfig, SplitConfig
 
 
 @triton.jit

@@ -16,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import FUNCTIONS, activate, form, gain
-from .config import conv_config
-from .device import device_of
 from .launch import Launch, dot_precision, run
 from .layout import dense_map, map_rows
-from .library import register
-from .table import LinearConfig
-from .tiles import channels_of, cut, locate, split, start, width
+from .register import register
+from .rows import channels_of, cut, locate, split, start, width
+from .tiling.choose import conv_config
+from .tiling.device import device_of
+from .tiling.table import LinearConfig
 
 GATHERED = 15  # channels up to which a map is read as it lies
 PIXEL_OFFSET = 120  # taken from uint8, see `effformer.ops.conv_norm`

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import HeadTiles, head_config, norm_config
-from .device import device_of
 from .launch import Launch, run
 from .layout import dense_tokens, packed, token_rows
-from .library import register
 from .linear import linear_launch
+from .register import register
+from .tiling.choose import HeadTiles, head_config, norm_config
+from .tiling.device import device_of
 
 
 @triton.jit

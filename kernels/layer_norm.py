@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import norm_config
-from .device import device_of
 from .launch import Launch
 from .layout import Rows
-from .tiles import locate, row_offsets
+from .rows import locate, row_offsets
+from .tiling.choose import norm_config
+from .tiling.device import device_of
 
 
 @triton.jit

@@ -10,11 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, form, gain
-from .config import linear_config
-from .device import device_of
 from .launch import Launch, dot_precision
 from .layout import Rows, new_rows
-from .tiles import locate, row_offsets, start, width
+from .rows import locate, row_offsets, start, width
+from .tiling.choose import linear_config
+from .tiling.device import device_of
 
 
 @triton.jit

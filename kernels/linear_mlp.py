@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from .config import mlp_config
-from .device import device_of
 from .launch import Launch, run
 from .layer_norm import layer_norm_launch
 from .layout import dense_tokens, new_tokens, packed, token_rows
-from .library import register
 from .linear import mlp_products
+from .register import register
 from .split_mlp import check_deterministic, split_mlp_launches
-from .table import SplitConfig
+from .tiling.choose import mlp_config
+from .tiling.device import device_of
+from .tiling.table import SplitConfig
 
 
 def linear_mlp_launches(

@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from .config import mlp_config
 from .conv_mlp import mlp_launch
-from .device import device_of
 from .launch import Launch
 from .layout import filled_map, map_rows, new_map, packed
-from .library import register
 from .linear import mlp_products
 from .pool_mixer import pool_mixer_launch
+from .register import register
 from .split_mlp import check_deterministic, split_mlp_launches
-from .table import SplitConfig
+from .tiling.choose import mlp_config
+from .tiling.device import device_of
+from .tiling.table import SplitConfig
 
 
 def meta4d_launches(

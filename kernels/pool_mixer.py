@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import pool_config
-from .device import device_of
 from .launch import Launch, run
 from .layout import map_rows, new_map
-from .library import register
-from .tiles import locate, pool_tile, row_offsets
+from .register import register
+from .rows import locate, pool_tile, row_offsets
+from .tiling.choose import pool_config
+from .tiling.device import device_of
 
 
 @triton.jit

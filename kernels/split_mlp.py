@@ -18,13 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import form, gain
-from .config import sum_config
-from .device import device_of
-from .hidden import add_hidden
 from .launch import Launch, dot_precision
 from .layout import Rows
-from .table import SplitConfig
-from .tiles import channel_mask, channels_of, load_vector, locate, pool_tile, row_offsets, split, width
+from .mlp_loop import add_hidden
+from .rows import channel_mask, channels_of, load_vector, locate, pool_tile, row_offsets, split, width
+from .tiling.choose import sum_config
+from .tiling.device import device_of
+from .tiling.table import SplitConfig
 
 
 @triton.jit

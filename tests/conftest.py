@@ -106,7 +106,7 @@ def many_rows() -> Iterator[None]:
 
     The network's end, whose rows are images, keeps its entries: tests have few of these and many.
     """
-    from effformer.kernels import config
+    from effformer.kernels.tiling import choose as config
 
     entries = config.shipped_table().entries
     many = (e for e in entries if "head" in e.operations or "rows" not in {dimension for dimension, *_ in e.where})
@@ -131,6 +131,6 @@ def narrow() -> Callable[..., EfficientFormer]:
 
 @pytest.fixture(scope="session")
 def timm() -> Any:
-    from effformer.bench.competitor import import_timm
+    from effformer.bench.measure.timm_model import import_timm
 
     return import_timm()

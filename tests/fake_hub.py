@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 
 from effformer import create_model
-from effformer.hub import PRETRAINED
+from effformer.checkpoints.hub import PRETRAINED
 from effformer.testing import randomise
 
 REVISION = "0" * 40

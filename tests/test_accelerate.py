@@ -17,8 +17,9 @@ from test_timm import assert_equal
 from torch import Tensor, nn
 
 import effformer
-from effformer import accelerate, acceleration
-from effformer.backbone import Backbone
+from effformer import accelerate
+from effformer.checkpoints import accelerate as acceleration
+from effformer.model.netspresso import Backbone
 from effformer.testing import randomise
 
 NARROW: dict[str, Any] = {"depths": (1, 1, 2, 3), "widths": (8, 12, 16, 24), "num_vit": 2, "key_dim": 4}
@@ -147,14 +148,14 @@ def test_same_outputs_gradients_and_statistics(
         for name, p in theirs.named_parameters()
         if "_idxs" not in name
     }
-    normalised = effformer.dialects.normalise(gradients)
+    normalised = effformer.checkpoints.formats.normalise(gradients)
     assert normalised.format == format
     scale = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, parameter in network.named_parameters():
         cached = not training and format.startswith("original") and "biases" in name  # theirs has no gradient
         if parameter.grad is not None and not cached:
             assert (parameter.grad - normalised.state[name]).abs().max() <= 1e-10 * scale, name
-    statistics = effformer.dialects.normalise(theirs.state_dict()).state
+    statistics = effformer.checkpoints.formats.normalise(theirs.state_dict()).state
     for name, buffer in network.named_buffers():
         if "running" in name:
             assert_equal(buffer, statistics[name])
@@ -173,7 +174,7 @@ def test_a_published_network_of_timms(timm: Any) -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert ours.default_cfg == theirs.default_cfg
     assert ours.head_drop.p == 0.1
-    rates = [module.rate for module in ours.modules() if isinstance(module, effformer.blocks.DropPath)]
+    rates = [module.rate for module in ours.modules() if isinstance(module, effformer.model.blocks.DropPath)]
     wanted = [module.drop_prob for module in theirs.modules() if hasattr(module, "drop_prob")]
     assert rates == wanted
     assert len(rates) == 28
@@ -361,6 +362,6 @@ def test_refusals(narrow_timm: Build, narrow: Callable[..., effformer.EfficientF
     more = copy.deepcopy(model)
     more.stages[0].blocks[0].extra = nn.Linear(2, 2).double()
     with pytest.raises(
-        effformer.dialects.CheckpointError, match=r"unexpected \(2\):\n  stages.0.blocks.0.extra.weight"
+        effformer.checkpoints.formats.CheckpointError, match=r"unexpected \(2\):\n  stages.0.blocks.0.extra.weight"
     ):
         accelerate(more)

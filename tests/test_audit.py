@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from effformer.bench import audit, offline
-from effformer.bench.offline import Compiled
-from effformer.kernels.device import HOPPER
+from effformer.bench.offline import audit
+from effformer.bench.offline import compile as offline
+from effformer.bench.offline.compile import Compiled
+from effformer.kernels.tiling.device import HOPPER
 
 COMPILED = Compiled(
     registers=128,
@@ -33,7 +34,7 @@ COMPILED = Compiled(
 
 def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, *(["-c", code] if code else ["-m", "effformer.bench.audit"]), *arguments]
+    command = [sys.executable, *(["-c", code] if code else ["-m", "effformer.bench.offline.audit"]), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -78,7 +79,7 @@ def test_l1_on_hopper(tmp_path: Path) -> None:
 BAD = """
 import json, sys
 from effformer.bench import audit
-from effformer.kernels.table import read_entry
+from effformer.kernels.tiling.table import read_entry
 config = {"operation": "meta4d", "dtype": "float16", "where": {}}
 found = []
 for target, tiles in (
@@ -171,10 +172,10 @@ def test_what_is_missing_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 ODD = """
 import torch
-from effformer.bench.offline import compile_launch
+from effformer.bench.offline.compile import compile_launch
 from effformer.kernels.bias_attention import bias_attention_launch
 from effformer.kernels.conv_mlp import conv_mlp_launches
-from effformer.kernels.device import CONSUMER, stand_in
+from effformer.kernels.tiling.device import CONSUMER, stand_in
 from effformer.kernels.meta4d import meta4d_launches
 from effformer.kernels.pool_mixer import pool_mixer_launch
 

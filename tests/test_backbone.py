@@ -8,8 +8,8 @@ from conftest import NETSPRESSO_L1
 from torch import nn
 
 from effformer import build_backbone
-from effformer.blocks import ACTIVATION_MODULES, Attention, ConvMlp, LayerScale
 from effformer.config import ACTIVATIONS, DENSE_TASKS, TASKS
+from effformer.model.blocks import ACTIVATION_MODULES, Attention, ConvMlp, LayerScale
 from effformer.testing import randomise
 
 

@@ -13,20 +13,31 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from effformer.bench import ceilings, kernels, providers
-from effformer.bench.ceilings import Measured, measure_ceilings
-from effformer.bench.kernels import DeviceLostError, begun, bench, cells, copied, exact_of, key_of, recorded_cells
-from effformer.bench.providers import OURS, PROVIDERS, Provider
-from effformer.bench.records import Machine, Record, read_records
-from effformer.bench.roofline import cost
-from effformer.bench.timing import Timing
+from effformer.bench.measure import ceilings
+from effformer.bench.measure import operation_providers as providers
+from effformer.bench.measure import operations as kernels
+from effformer.bench.measure.ceilings import Measured, measure_ceilings
+from effformer.bench.measure.operation_providers import OURS, PROVIDERS, Provider
+from effformer.bench.measure.operations import (
+    DeviceLostError,
+    begun,
+    bench,
+    cells,
+    copied,
+    exact_of,
+    key_of,
+    recorded_cells,
+)
+from effformer.bench.measure.records import Machine, Record, read_records
+from effformer.bench.measure.roofline import cost
+from effformer.bench.measure.timing import Timing
 from torch import Tensor
 
 from effformer import list_models
+from effformer.apps.verify import OPERATIONS, draw
+from effformer.apps.verify_report import Check
 from effformer.cli import main
-from effformer.outcome import Check
 from effformer.testing import Case
-from effformer.verification import OPERATIONS, draw
 
 CPU = torch.device("cpu")
 MACHINE = Machine("cpu: test", "none", "2.13", "3.7", "abc", "2026-01-01T00:00:00+00:00")
@@ -395,7 +406,7 @@ def test_ceilings() -> None:
 def test_ceilings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "CPU_SIDE", 64)
     monkeypatch.setattr(ceilings, "CPU_BYTES", 2**16)
-    monkeypatch.setattr("effformer.bench.timing.CPU_CACHE", 2**16)
+    monkeypatch.setattr("effformer.bench.measure.timing.CPU_CACHE", 2**16)
     found = measure_ceilings(CPU, torch.float32)
     assert (found.side, found.copied) == (64, 2**16)
     assert found.ceilings.flops > 1e6

@@ -16,11 +16,12 @@ from test_golden import checkpoint
 from torch import Tensor, nn
 
 import effformer
-from effformer import build_backbone, create_model, hub, load_checkpoint
-from effformer.dialects import CheckpointError, convert_state_dict, normalise
+from effformer import build_backbone, create_model, load_checkpoint
+from effformer.checkpoints import hub
+from effformer.checkpoints.formats import CheckpointError, convert_state_dict, normalise
+from effformer.checkpoints.load import settings_for
 from effformer.reference import bias_index
 from effformer.testing import randomise
-from effformer.weights import settings_for
 
 INDEX = "encoder.blocks.6.4.token_mixer.attention_bias_idxs"
 
@@ -92,7 +93,7 @@ def test_safetensors(tmp_path: Path, l1: dict[str, Tensor]) -> None:
     network = fresh()
     report = load_checkpoint(network, path)
     assert_loaded(network, l1)
-    assert report == effformer.weights.CheckpointReport(format="timm")
+    assert report == effformer.checkpoints.load.CheckpointReport(format="timm")
 
 
 class _Malicious:

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from test_golden import checkpoint
 
 from effformer import create_model
+from effformer.apps.images import Preprocessing, draw_features, find_images, open_image
 from effformer.cli import main
-from effformer.images import Preprocessing, draw_features, find_images, open_image
 from effformer.testing import randomise
 
 
@@ -312,7 +312,7 @@ def test_triton_without_gpu_and_interpreter(
 
 
 def test_macs_are_those_of_the_layers() -> None:
-    from effformer.summary import summarise
+    from effformer.apps.info import summarise
 
     network, counted = create_model("efficientformer_l3").eval(), 0
 

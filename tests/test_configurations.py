@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.bench.audit import TARGETS, jobs
-from effformer.kernels import config
-from effformer.kernels.config import (
+from effformer.bench.offline.audit import TARGETS, jobs
+from effformer.kernels.tiling import choose as config
+from effformer.kernels.tiling.choose import (
     SHIPPED,
     answer,
     linear_config,
@@ -23,8 +23,8 @@ from effformer.kernels.config import (
     user_file,
     write_user_entries,
 )
-from effformer.kernels.device import AMPERE, CLASSES, HOPPER, Device, device_class
-from effformer.kernels.table import DTYPES, Entry, LinearConfig, MlpConfig, as_text, read_entry, read_table
+from effformer.kernels.tiling.device import AMPERE, CLASSES, HOPPER, Device, device_class
+from effformer.kernels.tiling.table import DTYPES, Entry, LinearConfig, MlpConfig, as_text, read_entry, read_table
 
 from effformer import list_models
 

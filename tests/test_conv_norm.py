@@ -9,11 +9,12 @@ from typing import Any
 import machine
 import pytest
 import torch
-from effformer.kernels import config, conv_norm
-from effformer.kernels.device import CLASSES
+from effformer.kernels import conv_norm
 from effformer.kernels.launch import recorded
-from effformer.kernels.table import DTYPES as TABLE_DTYPES
-from effformer.kernels.table import Entry
+from effformer.kernels.tiling import choose as config
+from effformer.kernels.tiling.device import CLASSES
+from effformer.kernels.tiling.table import DTYPES as TABLE_DTYPES
+from effformer.kernels.tiling.table import Entry
 from hypothesis import given
 from hypothesis import strategies as st
 from test_kernel_shapes import ACTIVATIONS, drawn, maps

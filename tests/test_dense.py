@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.bench.competitor import import_torchvision
+from effformer.bench.measure.timm_model import import_torchvision
 from torch import Tensor, nn
 
 from effformer import EfficientFormer, build_backbone, create_model

@@ -28,8 +28,8 @@ import pytest
 import torch
 
 from effformer import create_model
+from effformer.checkpoints.formats import convert_state_dict
 from effformer.cli import _parser
-from effformer.dialects import convert_state_dict
 from effformer.testing import randomise
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ PARSED = ("effformer verify", "effformer bench")
 
 _PROLOGUE = """\
 import pathlib, subprocess, sys
-import effformer.cli, effformer.bench.competitor
+import effformer.cli, effformer.bench.measure.timm_model
 
 {shim}
 
@@ -86,7 +86,7 @@ def script(page: Path) -> str:
     """What runs the page's blocks."""
     libraries = ("timm", "torchvision", "transformers")
     needed = any(re.search(rf"import.*{name}|from.*{name}", block.code) for name in libraries for block in blocks(page))
-    shim = "effformer.bench.competitor.import_torchvision()" if needed else ""
+    shim = "effformer.bench.measure.timm_model.import_torchvision()" if needed else ""
     parts = [_PROLOGUE.format(shim=shim)]
     for block in blocks(page):
         where = f"{page.name}:{block.line}"

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from effformer.bench.timing import Timing
+from effformer.bench.measure.timing import Timing
 from PIL import Image, ImageFilter
 
 from effformer import EfficientFormer, create_model, set_backend
+from effformer.apps.evaluate import Evaluation, Score, evaluate, find_labelled
+from effformer.apps.images import Preprocessing, open_image, read_batches
 from effformer.cli import main
-from effformer.evaluation import Evaluation, Score, evaluate, find_labelled
-from effformer.images import Preprocessing, open_image, read_batches
 from effformer.testing import randomise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py lets Triton interpret on the latter

@@ -15,8 +15,9 @@ from torch._inductor import config as inductor
 from torch.export.passes import move_to_device_pass
 
 import effformer
-from effformer import EfficientFormer, ExportError, create_model, exporting
+from effformer import EfficientFormer, ExportError, create_model
 from effformer.cli import main
+from effformer.serving import export as exporting
 from effformer.testing import accuracy, randomise
 
 Narrow = Callable[..., EfficientFormer]

@@ -17,8 +17,9 @@ from machine import DEVICE, DTYPES, id_of
 from torch import Tensor, nn
 
 import effformer
-from effformer import EfficientFormer, EfficientFormerConfig, freeze, inference
+from effformer import EfficientFormer, EfficientFormerConfig, freeze
 from effformer.ops import UnsupportedError
+from effformer.serving import frozen as inference
 from effformer.testing import Accuracy, accuracy, randomise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -99,7 +100,7 @@ def test_other_architectures(narrow: Callable[..., EfficientFormer], overrides: 
 
 def test_a_backbone_and_a_pruned_network(narrow: Callable[..., EfficientFormer]) -> None:
     model, x = narrow(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    backbone = effformer.backbone.Backbone(model, "segmentation").eval()
+    backbone = effformer.model.netspresso.Backbone(model, "segmentation").eval()
     close(freeze(backbone, torch.float64, output="features")(x), list(backbone(x)["intermediate_features"]))
     model.prune_intermediate_layers([1])
     frozen = freeze(model, torch.float64, output="features")

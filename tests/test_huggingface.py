@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import effformer
 from effformer import create_model
+from effformer.checkpoints.formats import CheckpointError
 from effformer.config import ConfigError
-from effformer.dialects import CheckpointError
 from effformer.testing import randomise
 
 pytest.importorskip("huggingface_hub")
@@ -364,7 +364,7 @@ def test_transformers_backbone_in_a_process_started_in_the_repository() -> None:
     """Where the folder `kernels` hides the package of that name, which transformers asks for."""
     pytest.importorskip("transformers")
     code = (
-        "from effformer.bench.competitor import import_timm; import_timm()\n"
+        "from effformer.bench.measure.timm_model import import_timm; import_timm()\n"
         "import effformer.timm, kernels, torch\n"
         "from transformers import AutoBackbone, TimmBackboneConfig\n"
         "config = TimmBackboneConfig(backbone='effformer_l1', out_indices=[0, 3])\n"

@@ -11,10 +11,10 @@ from typing import Any
 import machine
 import pytest
 import torch
-from effformer.kernels.config import preferring
-from effformer.kernels.device import CLASSES
-from effformer.kernels.table import DTYPES as DTYPES_OF
-from effformer.kernels.table import Entry, SplitConfig
+from effformer.kernels.tiling.choose import preferring
+from effformer.kernels.tiling.device import CLASSES
+from effformer.kernels.tiling.table import DTYPES as DTYPES_OF
+from effformer.kernels.tiling.table import Entry, SplitConfig
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from machine import prepared

@@ -8,16 +8,16 @@ import torch
 import triton
 import triton.language as tl
 from effformer.kernels import activation
-from effformer.kernels import device as devices
 from effformer.kernels.activation import activate
-from effformer.kernels.config import attention_config, mlp_config, norm_config
 from effformer.kernels.conv_mlp import mlp_launch
-from effformer.kernels.device import AMPERE, BLACKWELL, CONSUMER, HOPPER, Device, device_of, stand_in
 from effformer.kernels.launch import run
 from effformer.kernels.layout import map_rows
 from effformer.kernels.linear import linear_launch
 from effformer.kernels.pool_mixer import pool_mixer_launch
-from effformer.kernels.tiles import split
+from effformer.kernels.rows import split
+from effformer.kernels.tiling import device as devices
+from effformer.kernels.tiling.choose import attention_config, mlp_config, norm_config
+from effformer.kernels.tiling.device import AMPERE, BLACKWELL, CONSUMER, HOPPER, Device, device_of, stand_in
 from machine import DEVICE, DTYPES, ON_GPU, Prepared, check, prepared, room, same
 
 from effformer import reference
@@ -90,7 +90,7 @@ def test_activations_of_what_is_not_finite(form: str) -> None:
 
 def test_the_coefficients_are_derived() -> None:
     pytest.importorskip("scipy")
-    from effformer.bench import fit_gelu
+    from effformer.bench.offline import fit_gelu
 
     found = fit_gelu.fit(3, activation.EXP3_CAP.value)
     assert np.allclose(found.coefficients, activation.EXP3.value, rtol=0, atol=1e-6)

@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.bench import backbone, evidence, ladder, rung
-from effformer.bench.backbone import complete, in_order, run_cell, run_ladder
-from effformer.bench.competitor import fold_batch_norm
-from effformer.bench.isolation import FailedError, in_process
-from effformer.bench.ladder import BY_NAME, Cell, build, draw_images, draw_weights, rungs
-from effformer.bench.records import Machine, Record, read_records
-from effformer.bench.resume import Attempts
-from effformer.bench.rung import Figures
+from effformer.bench.measure import network_providers as ladder
+from effformer.bench.measure import network_run as rung
+from effformer.bench.measure import networks as backbone
+from effformer.bench.measure import profile as evidence
+from effformer.bench.measure.network_providers import BY_NAME, Cell, build, draw_images, draw_weights, rungs
+from effformer.bench.measure.network_run import Figures
+from effformer.bench.measure.networks import complete, in_order, run_cell, run_ladder
+from effformer.bench.measure.process import FailedError, in_process
+from effformer.bench.measure.records import Machine, Record, read_records
+from effformer.bench.measure.resume import Attempts
+from effformer.bench.measure.timm_model import fold_batch_norm
 from torch import nn
 
 from effformer import create_model

@@ -11,7 +11,7 @@ import torch
 from test_reference import draw
 
 from effformer import EfficientFormer, EfficientFormerConfig, create_model
-from effformer.blocks import DropPath, Flat, Meta3D, Meta4D
+from effformer.model.blocks import DropPath, Flat, Meta3D, Meta4D
 from effformer.testing import randomise
 
 Narrow = Callable[..., EfficientFormer]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from effformer import EfficientFormer, create_model, ops, set_backend
-from effformer.blocks import Meta3D, Meta4D
+from effformer.model.blocks import Meta3D, Meta4D
 
 W1, S1, B1, W2, S2, B2 = range(6)
 

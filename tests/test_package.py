@@ -46,8 +46,8 @@ def test_wheel_holds_effformer_and_nothing_else(tmp_path: Path) -> None:
     for name in (
         "effformer/py.typed",
         "effformer/kernels/__init__.py",
-        "effformer/bench/timing.py",
-        "effformer/kernels/configurations.json",
+        "effformer/bench/measure/timing.py",
+        "effformer/kernels/tiling/configurations.json",
     ):
         assert name in names
 

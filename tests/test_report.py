@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from effformer.bench.comparison import BACKBONES, KERNELS, Measured, measured
-from effformer.bench.ladder import PROVIDERS
-from effformer.bench.page import page
-from effformer.bench.readme import BEGIN, END, NOTHING, with_results
-from effformer.bench.records import Machine, Record, append_records
-from effformer.bench.report import error, evidence_of, kernel_tables, ladder_table, number, summary_tables, times
-from effformer.bench.targets import target_table
+from effformer.bench.measure.network_providers import PROVIDERS
+from effformer.bench.measure.records import Machine, Record, append_records
+from effformer.bench.report.comparison import BACKBONES, KERNELS, Measured, measured
+from effformer.bench.report.page import page
+from effformer.bench.report.readme import BEGIN, END, NOTHING, with_results
+from effformer.bench.report.tables import error, evidence_of, kernel_tables, ladder_table, number, summary_tables, times
+from effformer.bench.report.targets import target_table
 
 from effformer.cli import main
 
@@ -311,7 +311,7 @@ def test_page_of_a_cpu_run_says_so(tmp_path: Path) -> None:
 
 
 def test_pictures(tmp_path: Path) -> None:
-    plots = pytest.importorskip("effformer.bench.plots")
+    plots = pytest.importorskip("effformer.bench.report.plots")
     ceilings = [
         Record("matmul", "torch", "forward", "bfloat16", (9, 9, 9), "TFLOP/s", 788.0, GPU),
         Record("copy", "torch", "forward", "bfloat16", (9,), "GB/s", 4300.0, GPU),

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.bench.roofline import OPERATIONS, Ceilings, Part, cost, network_floor, network_parts
+from effformer.bench.measure.roofline import OPERATIONS, Ceilings, Part, cost, network_floor, network_parts
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from effformer import create_model, list_models, verification
-from effformer.blocks import Attention, Downsample, Meta4D
+from effformer import create_model, list_models
+from effformer.apps import verify as verification
+from effformer.apps.verify import checks, draw
 from effformer.config import PRESETS
+from effformer.model.blocks import Attention, Downsample, Meta4D
 from effformer.testing import Case
-from effformer.verification import checks, draw
 
 H200 = Ceilings(788e12, 4.3e12)
 

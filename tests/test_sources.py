@@ -6,8 +6,9 @@ import ast
 import shutil
 from pathlib import Path
 
-from effformer.bench import evidence, resume
-from effformer.kernels import config
+from effformer.bench.measure import profile as evidence
+from effformer.bench.measure import resume
+from effformer.kernels.tiling import choose as config
 
 
 def changed(folder: Path) -> None:

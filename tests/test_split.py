@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 from effformer.kernels import conv_mlp, linear_mlp, meta4d
-from effformer.kernels.config import preferring
-from effformer.kernels.device import CLASSES
 from effformer.kernels.launch import Launch, recorded
-from effformer.kernels.table import DTYPES as TABLE_DTYPES
-from effformer.kernels.table import Entry, SplitConfig
+from effformer.kernels.tiling.choose import preferring
+from effformer.kernels.tiling.device import CLASSES
+from effformer.kernels.tiling.table import DTYPES as TABLE_DTYPES
+from effformer.kernels.tiling.table import Entry, SplitConfig
 from machine import DTYPES, INTERPRETED, check, room, same
 
 from effformer import ops

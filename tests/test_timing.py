@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.bench import timing
-from effformer.bench.timing import DeviceClock, Rotation, Timing, device_time, kernel_time, measure
+from effformer.bench.measure import timing
+from effformer.bench.measure.timing import DeviceClock, Rotation, Timing, device_time, kernel_time, measure
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

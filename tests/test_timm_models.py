@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from effformer import EfficientFormer, ops
-from effformer.blocks import DropPath
+from effformer.model.blocks import DropPath
 from effformer.testing import randomise
 
 pytestmark = pytest.mark.filterwarnings(
@@ -140,7 +140,7 @@ def test_pretrained_weights_are_adapted_as_timm_adapts_its_own(
 
 
 def test_weights_of_a_file(timm: Any, hub: Path, tmp_path: Path) -> None:
-    from effformer.dialects import convert_state_dict
+    from effformer.checkpoints.formats import convert_state_dict
 
     state = safetensors.torch.load_file(weights_in(hub))
     original = tmp_path / "original.pth"

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from effformer.bench import tune
-from effformer.bench.shapes import network_launches, unusual_launches
-from effformer.bench.tune import State, Tuned, candidates, entry_of, merged, question_of
-from effformer.kernels import config, launch
-from effformer.kernels.config import Question, read_user_entries, shipped_table, user_file, write_user_entries
-from effformer.kernels.device import CONSUMER, HOPPER, Device
+from effformer.bench.offline import tune
+from effformer.bench.offline.launches import network_launches, unusual_launches
+from effformer.bench.offline.tune import State, Tuned, candidates, entry_of, merged, question_of
+from effformer.kernels import launch
 from effformer.kernels.launch import INTERPRETED, Launch, recorded
-from effformer.kernels.table import (
+from effformer.kernels.tiling import choose as config
+from effformer.kernels.tiling.choose import Question, read_user_entries, shipped_table, user_file, write_user_entries
+from effformer.kernels.tiling.device import CONSUMER, HOPPER, Device
+from effformer.kernels.tiling.table import (
     AttentionConfig,
     Config,
     LinearConfig,
@@ -31,8 +32,8 @@ from effformer.kernels.table import (
 )
 
 from effformer import list_models
+from effformer.apps.verify import Check
 from effformer.cli import main
-from effformer.verification import Check
 
 CPU = torch.device("cpu")
 H200 = Device(90, 232_448, "NVIDIA H200")

@@ -16,12 +16,13 @@ import torch
 from effformer.kernels import launch
 from torch import Tensor
 
-from effformer import backend, create_model, list_models, ops, reference, verification
+from effformer import backend, create_model, list_models, ops, reference
+from effformer.apps import verify as verification
+from effformer.apps.verify import DTYPES, NETWORK, OPERATIONS, checks, verify, why_not_verified
+from effformer.apps.verify_report import Check
 from effformer.cli import main
 from effformer.config import PRESETS, EfficientFormerConfig
-from effformer.outcome import Check
 from effformer.testing import Case, draw_map, pool_mixer_case
-from effformer.verification import DTYPES, NETWORK, OPERATIONS, checks, verify, why_not_verified
 
 CPU = torch.device("cpu")
 SMALL = ("--device", "cpu", "--size", "32x64", "--batch-size", "1", "--dtype", "float16")

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.bench.ceilings import Measured, measure_ceilings
-from effformer.bench.kernels import cells, copied, exact_of
-from effformer.bench.providers import PROVIDERS, Provider
-from effformer.bench.roofline import cost
-from effformer.bench.timing import DeviceClock, Rotation
+from effformer.bench.measure.ceilings import Measured, measure_ceilings
+from effformer.bench.measure.operation_providers import PROVIDERS, Provider
+from effformer.bench.measure.operations import cells, copied, exact_of
+from effformer.bench.measure.roofline import cost
+from effformer.bench.measure.timing import DeviceClock, Rotation
 
+from effformer.apps.verify import DTYPES, OPERATIONS, draw
+from effformer.apps.verify_report import Check, describe_dtype, describe_shape
 from effformer.config import PRESETS
-from effformer.outcome import Check, describe_dtype, describe_shape
 from effformer.testing import Case, accuracy, float32_as_such
-from effformer.verification import DTYPES, OPERATIONS, draw
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 BATCHES = (256, 1, 8, 64)

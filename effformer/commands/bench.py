@@ -9,11 +9,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from ..summary import versions
+from ..apps.info import versions
 from .common import torch_device
 
 if TYPE_CHECKING:
-    from ..bench.records import Record
+    from ..bench.measure.records import Record
 
 T = TypeVar("T")
 COLUMNS = {"img/s": 10, "ms p50": 10, "(p99)": 12, "peak MiB": 10, "error": 9, "top-1": 8, "x img/s": 9, "x ms": 7}
@@ -21,8 +21,8 @@ MARGIN = 20.0  # seconds: for starting and stopping
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from ..bench.backbone import FILE, MODELS, chosen, complete, in_order, run_ladder
-    from ..bench.records import folder, machine_of
+    from ..bench.measure.networks import FILE, MODELS, chosen, complete, in_order, run_ladder
+    from ..bench.measure.records import folder, machine_of
 
     device = torch_device(arguments.device)
     on_gpu = device.type == "cuda"
@@ -77,7 +77,7 @@ HEAD = (
 
 def table(records: Sequence[Record]) -> list[str]:
     """A cell's rungs, a line each; x is the speed-up over the fastest rival of the cell, which is named below."""
-    from ..bench.ladder import Cell, rungs, strongest
+    from ..bench.measure.network_providers import Cell, rungs, strongest
 
     by_provider: dict[str, list[Record]] = defaultdict(list)
     for record in records:

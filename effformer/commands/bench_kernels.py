@@ -6,10 +6,10 @@ import argparse
 import os
 import sys
 
-from ..bench import kernels
-from ..bench.records import append_records, folder, machine_of, read_records
+from ..apps.info import versions
+from ..bench.measure import operations as kernels
+from ..bench.measure.records import append_records, folder, machine_of, read_records
 from ..config import PRESETS
-from ..summary import versions
 from .common import DTYPES, torch_device
 
 MARGIN = 90.0  # seconds: for starting, and for the cell that is under way when the time is up

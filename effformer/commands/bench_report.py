@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from ..bench.comparison import BACKBONES, KERNELS, Measured, measured
+from ..bench.report.comparison import BACKBONES, KERNELS, Measured, measured
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -43,8 +43,8 @@ def _folders(results: Path, gpu: str | None) -> list[Path]:
 def _write_reports(found: list[Measured], output: Path | None) -> None:
     if found and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("effformer bench report draws with matplotlib: pip install effformer[bench]")
-    from ..bench.page import write_page
-    from ..bench.plots import draw
+    from ..bench.report.page import write_page
+    from ..bench.report.plots import draw
 
     for results in found:
         folder = output or results.folder / "report"
@@ -53,7 +53,7 @@ def _write_reports(found: list[Measured], output: Path | None) -> None:
 
 
 def _readme(path: Path, found: list[Measured], *, check: bool) -> int:
-    from ..bench.readme import with_results
+    from ..bench.report.readme import with_results
 
     text = path.read_text(encoding="utf-8")
     wanted = with_results(text, found, path.resolve().parent)

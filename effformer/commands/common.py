@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from .. import hub, saved
+from ..apps.info import devices
+from ..checkpoints import config_file as saved
+from ..checkpoints import hub
+from ..checkpoints.load import load_checkpoint, read_state_dict, settings_for
 from ..factory import create_model
-from ..model import EfficientFormer
-from ..summary import devices
-from ..weights import load_checkpoint, read_state_dict, settings_for
+from ..model.network import EfficientFormer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

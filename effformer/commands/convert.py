@@ -8,9 +8,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from .. import hub
-from ..dialects import convert_state_dict, normalise
-from ..weights import read_state_dict
+from ..checkpoints import hub
+from ..checkpoints.formats import convert_state_dict, normalise
+from ..checkpoints.load import read_state_dict
 
 
 def main(arguments: argparse.Namespace) -> int:

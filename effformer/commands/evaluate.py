@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from ..summary import devices, versions
+from ..apps.info import devices, versions
 from .common import DTYPES, network_of, read_lines, torch_device
 
 
@@ -18,8 +18,8 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         from tqdm import tqdm
 
-        from ..evaluation import TIMED, evaluate, find_labelled
-        from ..images import Preprocessing
+        from ..apps.evaluate import TIMED, evaluate, find_labelled
+        from ..apps.images import Preprocessing
     except ImportError as error:
         raise ImportError(f"{error}: install effformer[image] to evaluate on images") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..exporting import export
+from ..serving.export import export
 from .common import DTYPES, network_of, torch_device
 
 

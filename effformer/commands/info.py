@@ -8,9 +8,9 @@ from dataclasses import asdict
 
 import torch
 
+from ..apps.info import describe_backend, devices, summarise, versions
 from ..config import PRESETS
-from ..kernels.config import user_file
-from ..summary import describe_backend, devices, summarise, versions
+from ..kernels.tiling.choose import user_file
 
 
 def main(arguments: argparse.Namespace) -> int:

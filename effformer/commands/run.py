@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..summary import describe_backend, devices
+from ..apps.info import describe_backend, devices
 from ..version import __version__
 from .common import DTYPES, network_of, read_lines, torch_device
 
 if TYPE_CHECKING:
-    from ..extract import ImageFeatures
+    from ..apps.extract import ImageFeatures
 
 
 def main(arguments: argparse.Namespace) -> int:
     try:
         from tqdm import tqdm
 
-        from ..extract import Extraction
-        from ..images import Preprocessing, default_workers, find_images
+        from ..apps.extract import Extraction
+        from ..apps.images import Preprocessing, default_workers, find_images
     except ImportError as error:
         raise ImportError(f"{error}: install effformer[image] to run on images") from error
-    from ..bench.timing import measure
+    from ..bench.measure.timing import measure
 
     paths = find_images(arguments.paths)
     if not paths:

@@ -7,12 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-from ..kernels.config import SHIPPED, read_user_entries, user_file, write_user_entries, write_whole
-from ..kernels.device import device_class, device_of
-from ..kernels.table import as_text, read_table
-from ..outcome import NETWORK
-from ..summary import versions
-from ..verification import OPERATIONS, checks, why_not_verified
+from ..apps.info import versions
+from ..apps.verify import OPERATIONS, checks, why_not_verified
+from ..apps.verify_report import NETWORK
+from ..kernels.tiling.choose import SHIPPED, read_user_entries, user_file, write_user_entries, write_whole
+from ..kernels.tiling.device import device_class, device_of
+from ..kernels.tiling.table import as_text, read_table
 from .common import DTYPES, torch_device
 
 MARGIN = 40.0  # seconds: for starting, and for what is under way when the time is up
@@ -23,8 +23,8 @@ def main(arguments: argparse.Namespace) -> int:
     reason = why_not_verified(device) if device.type == "cuda" else "it is no GPU"
     if reason:
         raise ValueError(f"--device: got {device}, allowed is a GPU that the kernels run on ({reason})")
-    from ..bench.audit import cores
-    from ..bench.tune import DeviceLostError, State, merged, tune
+    from ..bench.offline.audit import cores
+    from ..bench.offline.tune import DeviceLostError, State, merged, tune
 
     card, target = device_of(device), user_file()
     if arguments.in_place is not None:

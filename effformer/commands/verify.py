@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ..apps.info import describe_backend, devices, versions
+from ..apps.verify import OPERATIONS, checks, verify, why_not_verified
+from ..apps.verify_report import VERDICTS, Outcome, Table, conclusion
 from ..config import PRESETS
-from ..outcome import VERDICTS, Outcome, Table, conclusion
-from ..summary import describe_backend, devices, versions
-from ..verification import OPERATIONS, checks, verify, why_not_verified
 from .common import DTYPES, torch_device
 
 

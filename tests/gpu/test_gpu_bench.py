@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from effformer.bench.ceilings import measure_ceilings
-from effformer.bench.kernels import begun, bench, cells, failures
-from effformer.bench.providers import OURS
-from effformer.bench.records import machine_of
-from effformer.bench.timing import cache_size, device_time
+from effformer.bench.measure.ceilings import measure_ceilings
+from effformer.bench.measure.operation_providers import OURS
+from effformer.bench.measure.operations import begun, bench, cells, failures
+from effformer.bench.measure.records import machine_of
+from effformer.bench.measure.timing import cache_size, device_time
 from machine import DEVICE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.cuda]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from effformer.kernels.device import device_class, device_of
 from effformer.kernels.launch import INTERPRETED, recorded
+from effformer.kernels.tiling.device import device_class, device_of
 from machine import DEVICE, DTYPES, ON_GPU, check, id_of, prepared
 
 import effformer

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from effformer.bench.timing import kernel_time
-from effformer.bench.tune import State, candidates, tune
-from effformer.kernels import config
-from effformer.kernels.device import device_of
+from effformer.bench.measure.timing import kernel_time
+from effformer.bench.offline.tune import State, candidates, tune
+from effformer.kernels.tiling import choose as config
+from effformer.kernels.tiling.device import device_of
 from machine import DEVICE, ON_GPU
 
-from effformer.verification import checks
+from effformer.apps.verify import checks
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,251 @@
+"""The rungs of the ladder: who is measured on a whole network, from timm as it is to ours frozen.
+
+All get the same weights and the same images, those of `Cell.dtype` once and for all: what differs between rungs is the
+computing. Each is built as whoever wants it fast would build it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...backend import why_not_triton
+from ...factory import create_model
+from ...serving.frozen import Frozen, freeze
+from ...serving.graphs import capture_graph
+from ...testing import randomise
+from .timm_model import fold_batch_norm, import_timm
+
+TIMM_SIZE = (224, 224)  # its attention bias is for 7x7 tokens alone
+
+
+class Cell(NamedTuple):
+    """What is measured and resumed as one: a network at one batch size, dtype and image size."""
+
+    model: str
+    batch: int
+    dtype: str
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.batch}x3x{self.height}x{self.width}, {self.dtype}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch, 3, self.height, self.width
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One rung.
+
+    Attributes:
+        name: as in the records.
+        whose: "timm", "ours", "frozen".
+        channels_last: of weights and images.
+        folded: BatchNorm is folded into the convolutions.
+        options: of torch.compile; None for no compiling.
+        captured: its calls are in a CUDA graph as ours frozen are, and pass by all that torch.compile asks of a call.
+        backend: of our live network.
+    """
+
+    name: str
+    whose: str
+    channels_last: bool = True
+    folded: bool = False
+    options: dict[str, Any] | None = None
+    captured: bool = False
+    backend: str = "eager"
+
+    @property
+    def wants_graph(self) -> bool:
+        return self.whose == "frozen" or self.captured or bool(self.options and self.options.get("triton.cudagraphs"))
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Within it the first calls are made: Dynamo asks the global configuration, not the options of a compilation,
+        whether weights are to be frozen, and otherwise hands them to Inductor as inputs.
+        """
+        if self.options is None:
+            yield
+            return
+        from torch._inductor import config
+
+        with config.patch(dict(self.options)):
+            yield
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether it may be the baseline: the fastest of a cell's is."""
+        return self.whose == "timm" or self.options is not None
+
+    def unavailable(self, cell: Cell, device: torch.device) -> str | None:
+        """Why it is not run; None if it is."""
+        if self.whose == "timm":
+            if importlib.util.find_spec("timm") is None:
+                return "timm is not installed (pip install effformer[timm])"
+            if (cell.height, cell.width) != TIMM_SIZE:
+                return "timm's network takes images of 224x224 alone"
+        if self.captured and device.type == "cpu":
+            return "no GPU; there are no graphs"
+        if self.backend == "triton" and device.type == "cpu":
+            return "no GPU; what Triton's interpreter takes says nothing"
+        if self.backend == "triton":
+            return why_not_triton(device, cell.torch_dtype)
+        return None
+
+
+# What mode="max-autotune" stands for, which torch.compile does not take beside other options; and freezing. Where
+# products are tuned, Inductor makes products of channels_last 1x1 convolutions whatever conv_1x1_as_mm says: that acts
+# where they are left to the libraries, and all else is tuned.
+_GRAPHS = {"triton.cudagraphs": True, "coordinate_descent_tuning": True, "freezing": True}
+_MOST = {"max_autotune": True, **_GRAPHS}
+_UNGRAPHED = {**_MOST, "triton.cudagraphs": False}
+_CONVOLVED = {"max_autotune_pointwise": True, **_GRAPHS, "conv_1x1_as_mm": False}
+_MULTIPLIED = {**_CONVOLVED, "conv_1x1_as_mm": True}
+
+
+def _compiled(name: str, whose: str, folded: bool) -> Iterator[Provider]:
+    of = functools.partial(Provider, whose=whose, folded=folded)
+    yield of(f"{name} torch.compile", options={})
+    yield of(f"{name} torch.compile max-autotune", options=_MOST)
+    yield of(f"{name} torch.compile max-autotune-pointwise", options=_CONVOLVED)
+    yield of(f"{name} torch.compile max-autotune-pointwise + conv_1x1_as_mm", options=_MULTIPLIED)
+    yield of(f"{name} torch.compile max-autotune, captured", options=_UNGRAPHED, captured=True)
+
+
+PROVIDERS = (
+    Provider("timm eager", "timm", channels_last=False),
+    Provider("timm eager, channels_last", "timm"),
+    Provider("timm eager + BN folded", "timm", channels_last=False, folded=True),
+    Provider("timm eager, channels_last + BN folded", "timm", folded=True),
+    *_compiled("timm", "timm", folded=True),
+    Provider("ours eager", "ours"),
+    Provider("ours triton", "ours", backend="triton"),
+    Provider("ours frozen", "frozen"),
+)
+# Where timm cannot run: our own eager network in its place.
+STAND_INS = tuple(_compiled("ours eager,", "ours", folded=False))
+BY_NAME = {provider.name: provider for provider in (*PROVIDERS, *STAND_INS)}
+
+
+def rungs(cell: Cell) -> tuple[Provider, ...]:
+    """The providers of a cell."""
+    return PROVIDERS if (cell.height, cell.width) == TIMM_SIZE else PROVIDERS + STAND_INS
+
+
+def strongest(cell: Cell) -> list[str]:
+    """The rungs without which nobody knows the baseline: whatever is compiled, where it can run."""
+    compiled = PROVIDERS if rungs(cell) == PROVIDERS else STAND_INS
+    return [provider.name for provider in compiled if provider.options is not None]
+
+
+def draw_weights(name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A network's weights in float32, by `effformer.testing.randomise`; rounded to `dtype`, if one is given.
+
+    With weights that `dtype` holds exactly, a rung that keeps some of them in float32 has no better ones.
+    """
+    state = randomise(_ours(name, "eager")).state_dict()
+    if dtype is None:
+        return state
+    return {key: value.to(dtype).float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def draw_images(cell: Cell, count: int) -> Tensor:
+    """Normally distributed images [count, 3, H, W] in the cell's dtype, on the CPU; the same in every process."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(count, 3, cell.height, cell.width, generator=generator, device="cpu")
+    return images.to(cell.torch_dtype)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A rung, ready to be called.
+
+    Attributes:
+        call: images [B, 3, H, W] -> logits.
+        model: the modules that it runs, None for the frozen form.
+        frozen: the frozen form.
+    """
+
+    call: Callable[[Tensor], Tensor]
+    model: nn.Module | None = None
+    frozen: Frozen | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of images and results that a graph of ours keeps."""
+        holder = self.frozen or self.call
+        return holder.held_bytes if isinstance(holder, Frozen | Captured) else 0
+
+
+class Captured:
+    """Calls of a function by one CUDA graph: images are copied in and results out, as in the frozen form."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.graph is None:
+            self.images = images.clone()
+            _, self.graph, self.result = capture_graph(lambda: self.function(self.images), None)
+        self.images.copy_(images)
+        self.graph.replay()
+        return self.result.clone()
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.images, self.result))
+
+
+@torch.no_grad()
+def build(provider: Provider, cell: Cell, device: torch.device) -> Built:
+    """A rung with the weights of `draw_weights`, on `device`; what it compiles, it compiles within `compiling`."""
+    state, dtype = draw_weights(cell.model, cell.torch_dtype), cell.torch_dtype
+    model = _timm(cell.model) if provider.whose == "timm" else _ours(cell.model, provider.backend)
+    model.load_state_dict(state, strict=True)
+    model.eval()
+    if provider.folded:
+        fold_batch_norm(model.double())
+    if provider.whose == "frozen":
+        frozen = freeze(model.to(device), dtype, cuda_graphs=True, output="logits")  # type: ignore[arg-type]
+        return Built(frozen, frozen=frozen)  # type: ignore[arg-type]
+    layout = torch.channels_last if provider.channels_last else torch.contiguous_format
+    model.to(device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
+    call = model
+    for module in model.modules():
+        if fill := getattr(module, "get_attention_biases", None):
+            fill(device)  # timm's cache: filled later, it would have all compiled twice
+    if provider.options is not None:
+        call = torch.compile(model, fullgraph=True, dynamic=False, options=dict(provider.options))  # type: ignore[assignment]
+    return Built(Captured(call) if provider.captured else call, model)
+
+
+def exact_network(cell: Cell, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Our eager network in float64 with the rungs' weights, or in float32 with those that they were rounded from."""
+    model = _ours(cell.model, "eager")
+    model.load_state_dict(draw_weights(cell.model, cell.torch_dtype if dtype == torch.float64 else None))
+    return model.eval().to(device, dtype)
+
+
+def _ours(name: str, backend: str) -> nn.Module:
+    return create_model(name, backend=backend)
+
+
+def _timm(name: str) -> nn.Module:
+    model: nn.Module = import_timm().create_model(name)
+    return model

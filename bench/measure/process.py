@@ -1,0 +1,64 @@
+"""A rung in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ...kernels.tiling.choose import user_file
+from .network_providers import Cell, Provider
+from .network_run import Figures
+
+
+class FailedError(RuntimeError):
+    """A rung raised, crashed or took too long; the message is the reason."""
+
+
+def cache_folder() -> Path:
+    """Where what was compiled is kept between runs."""
+    return user_file().with_name("inductor")
+
+
+def in_process(provider: Provider, cell: Cell, speed_alone: bool, seconds: float, *, device: torch.device) -> Figures:
+    """Measure a rung in a process of its own, that is ended, with all that it started, when its time is over.
+
+    Raises:
+        TimeoutError: after `seconds`.
+        FailedError: with the last line that the process wrote, if it ends otherwise than well.
+    """
+    facts = {"provider": provider.name, "cell": cell, "device": str(device), "speed_alone": speed_alone}
+    job = {**facts, "parent": os.getpid()}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+    with tempfile.TemporaryDirectory() as scratch:
+        target, log = Path(scratch, "figures.json"), Path(scratch, "log")
+        command = [sys.executable, "-P", "-m", f"{__package__}.network_run", json.dumps(job), str(target)]
+        with log.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+            try:
+                status = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                raise TimeoutError from None
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # Inductor's workers, too
+                process.wait()
+        if status != 0 or not target.exists():
+            raise FailedError(_reason(log.read_text(encoding="utf-8", errors="replace"), status))
+        found = json.loads(target.read_text(encoding="utf-8"))
+    return Figures({name: tuple(values) for name, values in found.pop("metrics").items()}, **found)
+
+
+def _reason(log: str, status: int) -> str:
+    """The exception's own line of a traceback, else the last one."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    raised = [line for line in lines if line[:1].isalpha() and "Error" in line.partition(":")[0]]
+    return (raised or lines or [f"its process ended with status {status}"])[-1].strip()[:300]

@@ -1,0 +1,182 @@
+"""What shows that a rung's options acted: what ran, and what the compiler was given."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import DeviceType
+
+from ... import kernels
+from .network_providers import Built, Provider
+
+BATCH_NORM = re.compile(r"batch_?norm|\bbn_fw", re.IGNORECASE)
+LAYOUT = re.compile(r"nchw_?to_?nhwc|nhwc_?to_?nchw", re.IGNORECASE)  # cuDNN's, where a map is in the other layout
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One call: names of the kernels (on a CPU of the outermost operators), and how many graphs were launched."""
+
+    kernels: tuple[str, ...]
+    graphs: int
+
+    def count(self, pattern: re.Pattern[str]) -> int:
+        return sum(bool(pattern.search(name)) for name in self.kernels)
+
+
+def profile(call: Callable[[], object], device: torch.device) -> Profile:
+    """Profile one call."""
+    on_gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
+    for _ in range(2 if on_gpu else 1):  # the first one starts CUPTI, and may lack the first kernels
+        with torch.profiler.profile(activities=activities) as recorded:
+            call()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+    return read_profile(recorded.events() or [], on_gpu)
+
+
+def read_profile(events: Any, on_gpu: bool) -> Profile:
+    """A `Profile` from the profiler's events. Copies, fills and annotations are no kernels."""
+    if on_gpu:
+        on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+        ran = [
+            event
+            for event in on_device
+            if not getattr(event, "is_user_annotation", False) and not event.name.startswith(("Memcpy", "Memset"))
+        ]
+    else:
+        ran = [event for event in events if "::" in event.name and not _within_operator(event)]
+    return Profile(
+        tuple(event.name for event in ran), sum(event.name.startswith("cudaGraphLaunch") for event in events)
+    )
+
+
+def _within_operator(event: Any) -> bool:
+    parent = event.cpu_parent
+    return parent is not None and ("::" in parent.name or _within_operator(parent))
+
+
+@functools.cache
+def own_kernels() -> frozenset[str]:
+    """The names of this package's kernels, as a profile has them."""
+    found = pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
+    modules = [importlib.import_module(module.name) for module in found]
+    return frozenset(name for module in modules for name in vars(module) if name.endswith("_kernel"))
+
+
+@dataclass
+class Frozen:
+    """What Inductor froze.
+
+    Attributes:
+        inputs: that are left to its graph, which should be the images alone; None if it froze nothing.
+        batch_norms: operators left in it.
+        channels_last: of the weights of all its convolutions.
+    """
+
+    inputs: int | None = None
+    batch_norms: int = 0
+    channels_last: bool = True
+
+
+@contextlib.contextmanager
+def watched_freezing() -> Iterator[Frozen]:
+    """What Inductor freezes within it."""
+    from torch._inductor import freezing
+
+    found, freeze = Frozen(), freezing.freeze
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        graph, inputs = freeze(*args, **kwargs)
+        found.inputs = len(inputs)
+        for node in graph.graph.nodes:
+            found.batch_norms += bool(BATCH_NORM.search(str(node.target)))
+            if "convolution" in str(node.target) and len(node.args) > 1 and node.args[1].op == "get_attr":
+                found.channels_last &= _is_channels_last(getattr(graph, node.args[1].target))
+        return graph, inputs
+
+    with mock.patch.object(freezing, "freeze", watched):
+        yield found
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    # oneDNN's own layouts have no strides, and are neither.
+    return x.layout != torch.strided or x.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def maps_are_channels_last(model: nn.Module, images: Tensor) -> bool:
+    """Whether the results of the stem and of the downsamplings are, in a call of an eager network."""
+    kept: list[bool] = []
+
+    def look(module: nn.Module, inputs: Any, result: Tensor) -> None:
+        kept.append(result.is_contiguous(memory_format=torch.channels_last))
+
+    watched = [module for name, module in model.named_modules() if name.endswith(("stem.conv2", "downsample.conv"))]
+    hooks = [module.register_forward_hook(look) for module in watched]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return bool(kept) and all(kept)
+
+
+def evidence(provider: Provider, built: Built, images: Tensor, frozen: Frozen) -> dict[str, Any]:
+    """The evidence of a rung that has been called with `images`.
+
+    "kernels" in one call, among them "batch_norm", "layout" (conversions between NCHW and NHWC) and "triton" (ours);
+    "graph": whether one was replayed; "channels_last": of the maps, or of what Inductor compiled; "freezing".
+    """
+    seen = profile(lambda: built.call(images), images.device)
+    found: dict[str, Any] = {
+        "kernels": len(seen.kernels),
+        "batch_norm": seen.count(BATCH_NORM) + frozen.batch_norms,
+        "layout": seen.count(LAYOUT),
+        "triton": sum(name in own_kernels() for name in seen.kernels),
+        "graph": seen.graphs > 0,
+    }
+    if built.frozen is not None:
+        return found | {"backend": built.frozen.backend, "backend_reason": built.frozen.reason}
+    assert built.model is not None
+    found["batch_norm_modules"] = sum(isinstance(module, nn.BatchNorm2d) for module in built.model.modules())
+    if provider.options is None:
+        return found | {"channels_last": maps_are_channels_last(built.model, images)}
+    weights = [module.weight for module in built.model.modules() if isinstance(module, nn.Conv2d)]
+    given = all(map(_is_channels_last, [images, *weights]))
+    return found | {
+        "channels_last": given and frozen.channels_last,
+        "freezing": frozen.inputs == 1,
+        "options": dict(provider.options),
+    }
+
+
+def doubts(provider: Provider, found: dict[str, Any], device: torch.device) -> list[str]:
+    """Which of a rung's options did not act, in words."""
+    on_gpu = device.type == "cuda"
+    of_timm = provider.whose == "timm"
+    options = provider.options or {}
+    checks = {
+        "BatchNorm is left": provider.folded and (found["batch_norm"] > 0 or found["batch_norm_modules"] > 0),
+        "there is no BatchNorm": of_timm and not provider.folded and found["batch_norm"] == 0,
+        "no CUDA graph was replayed": on_gpu and provider.wants_graph and not found["graph"],
+        "weights were not frozen": bool(options.get("freezing")) and not found["freezing"],
+        "maps are not in the layout asked for": found.get("channels_last", provider.channels_last)
+        is not provider.channels_last,
+        "none of our kernels ran": on_gpu
+        and (provider.whose == "frozen" or provider.backend == "triton")
+        and found["triton"] == 0,
+    }
+    return [words for words, wrong in checks.items() if wrong]

@@ -1,0 +1,321 @@
+"""Compile every kernel with every shipped configuration for every GPU they are for, and hold the outcome to rules.
+
+`python -m effformer.bench.offline.audit` (`make audit`) prints a table, writes one JSON record a compiled kernel, and
+fails on spills inside a loop, more shared memory than the GPU has, matrix products off the tensor cores, products that
+Hopper's compiler serialises, and configurations that are missing or were never compiled. It needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from ...config import PRESETS
+from ...kernels.launch import Launch
+from ...kernels.tiling import choose as config
+from ...kernels.tiling.choose import user_file
+from ...kernels.tiling.device import AMPERE, BLACKWELL, CLASSES, CONSUMER, HOPPER, Device, device_class
+from ...kernels.tiling.table import DTYPES, Entry, Table, read_table
+from .compile import TENSOR_CORES, Compiled, Source, compile_source, source_of
+from .launches import network_launches, unusual_launches
+
+TARGETS = {
+    80: AMPERE,
+    86: CONSUMER,
+    89: Device(89, CONSUMER.shared_memory),
+    90: HOPPER,
+    100: BLACKWELL,
+    120: Device(120, CONSUMER.shared_memory),
+}
+SIZES = ((224, 224), (512, 640))
+BATCHES = (256, 64, 8, 2, 1)
+
+_PRODUCTS = ("conv_norm_kernel", "mlp_kernel", "split_mlp_kernel", "linear_kernel", "bias_attention_kernel")
+
+
+@dataclass
+class Job:
+    """One kernel to compile for a device, for all the shapes that share it.
+
+    `configuration` is the launch's; `hidden` the hidden elements that a program's hot loop makes in one round, 0 if it
+    makes none.
+    """
+
+    operation: str
+    shapes: list[str]
+    dtype: str
+    device: Device
+    source: Source
+    configuration: dict[str, Any]
+    hidden: int
+
+    @classmethod
+    def of(cls, operation: str, shapes: list[str], dtype: str, device: Device, launch: Launch) -> Job:
+        """The job of compiling `launch`."""
+        hidden = launch.constants.get("BLOCK_M", 0) * launch.constants.get("BLOCK_H", 0)
+        source = source_of(launch, device.capability)
+        return cls(operation, shapes, dtype, device, source, launch.configuration, hidden)
+
+    @property
+    def kernel(self) -> str:
+        return self.source.kernel.partition(":")[2]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a job became, and what is wrong with it; a line of `audit.jsonl`.
+
+    Attributes:
+        shared_memory_limit: bytes that a program may have on the target.
+        tensor_core: of the target; `compiled.tensor_cores` counts what is there.
+        instructions_per_hidden, mufu_per_hidden: instructions (of a thread) in the hot loop for each hidden element;
+            None for kernels whose loop makes none.
+        faults: empty if all rules hold.
+    """
+
+    operation: str
+    kernel: str
+    shapes: list[str]
+    dtype: str
+    target: str
+    configuration: dict[str, Any]
+    compiled: Compiled | None
+    shared_memory_limit: int
+    tensor_core: str
+    serialised: bool
+    instructions_per_hidden: float | None
+    mufu_per_hidden: float | None
+    faults: list[str]
+    triton: str
+
+
+def jobs(
+    models: Sequence[str], targets: Sequence[int], dtypes: Sequence[str], *, extra: Sequence[Entry] = ()
+) -> tuple[list[Job], list[str]]:
+    """What to compile, and what is missing: shapes without a configuration, configurations without a shape.
+
+    Kernels that differ in nothing but which of their sizes are multiples of 16 count as one, the first met: the
+    published sizes, 256 images. Entries for one size alone hide general ones, which other networks get: what these give
+    is compiled as well. Unused configurations are looked for where all models are audited. `extra` entries come before
+    the shipped ones.
+    """
+    found: dict[str, Job] = {}
+    missing: list[str] = []
+    whole = Table([*extra, *config.shipped_table().entries])
+    tables = whole, Table([entry for entry in whole.entries if not entry.exact])
+    for target in targets:
+        device = TARGETS[target]
+        for dtype in dtypes:
+            for table in tables:
+                with config.using(table):
+                    for owner, launches in _launches(models, DTYPES[dtype], device):
+                        try:
+                            for operation, shape, launch in launches:
+                                job = Job.of(operation, [], dtype, device, launch)
+                                same = found.setdefault(job.source.without_attributes, job)
+                                same.shapes.append(f"{owner} {operation} {shape}")
+                        except LookupError as error:
+                            missing.append(f"sm_{target}: {owner}: {error}")
+                if len(whole.entries) == len(table.entries) == len(tables[1].entries):
+                    break  # there are no such entries
+            if len(models) == len(PRESETS):
+                name = device_class(device)
+                used = tables[0].used | tables[1].used
+                for entry in whole.entries:
+                    concerned = name in entry.devices and DTYPES[dtype] in entry.dtypes
+                    if concerned and (entry, name, DTYPES[dtype]) not in used:
+                        missing.append(f"sm_{target}: {entry.source} ({dtype}): no audited shape uses it")
+    return list(found.values()), missing
+
+
+def _launches(
+    models: Sequence[str], dtype: torch.dtype, device: Device
+) -> Iterator[tuple[str, Iterator[tuple[str, str, Launch]]]]:
+    for name in models:
+        for size in SIZES:
+            for batch in BATCHES:
+                yield name.rpartition("_")[2].upper(), network_launches(name, dtype, device, batch=batch, size=size)
+    yield "unusual", unusual_launches(dtype, device)
+
+
+def audit(job: Job, cache: Path | None = None) -> Record:
+    """Compile a job and judge it."""
+    limit, core = job.device.shared_memory, TENSOR_CORES[CLASSES[device_class(job.device)].capability]
+    compiled, per_element, mufu = None, None, None
+    try:
+        compiled = compile_source(job.source, cache)
+    except Exception as error:  # Triton raises many kinds
+        lines = str(error).strip().splitlines() or [""]
+        faults = [f"does not compile: {type(error).__name__}: {lines[0][:200]}"]
+    else:
+        faults = list(_faults(job, compiled, limit, core))
+        if job.hidden:
+            threads = 32 * job.source.num_warps / job.hidden
+            # GELU takes one of the multi-function unit: a loop with twice as many makes two tiles a round.
+            rounds = max(1, round(compiled.loop_mufu * threads))
+            per_element, mufu = compiled.loop_instructions * threads / rounds, compiled.loop_mufu * threads / rounds
+    return Record(
+        operation=job.operation,
+        kernel=job.kernel,
+        shapes=job.shapes,
+        dtype=job.dtype,
+        target=f"sm_{job.device.capability}",
+        configuration=job.configuration,
+        compiled=compiled,
+        shared_memory_limit=limit,
+        tensor_core=core,
+        serialised=compiled is not None and compiled.serialised,
+        instructions_per_hidden=per_element,
+        mufu_per_hidden=mufu,
+        faults=faults,
+        triton=triton.__version__,
+    )
+
+
+def _faults(job: Job, compiled: Compiled, limit: int, core: str) -> Iterator[str]:
+    if compiled.loop_spills:
+        yield f"{compiled.loop_spills} spills inside the loop"
+    elif job.kernel == "linear_kernel" and not compiled.loop_instructions and compiled.spills:
+        yield f"{compiled.spills} spills, and the loop is unrolled"
+    if compiled.shared_memory > limit:
+        yield f"{compiled.shared_memory} bytes of shared memory, and the GPU has {limit}"
+    if job.kernel in _PRODUCTS and job.dtype != "float32":
+        # Warpgroups and tensor memory work on 64 rows and more: smaller tiles are for the cores of old.
+        cores = (core,) if job.configuration["BLOCK_M"] >= 64 else (core, "HMMA")
+        if not any(name in compiled.tensor_cores for name in cores):
+            yield f"no {core}: its matrix products are not on the target's tensor cores"
+    if compiled.serialised:
+        yield f"serialised products: {compiled.waits} waits for {compiled.products} in the loop"
+
+
+def cores() -> int:
+    """Processor cores that this process may use, 16 at most: a compiler takes a gigabyte."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+@contextlib.contextmanager
+def compilers(workers: int) -> Iterator[Executor]:
+    """Processes that do not interpret, even where this one does. What is not done at the end is dropped."""
+    pool, others = ProcessPoolExecutor(workers, mp_context=get_context("spawn")), set(active_children())
+    interpret = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        # A task starts a process as long as none is idle; they inherit the environment.
+        wait([pool.submit(os.getpid) for _ in range(workers)])
+    finally:
+        if interpret is not None:
+            os.environ["TRITON_INTERPRET"] = interpret
+    started = set(active_children()) - others
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in started:
+            process.terminate()
+
+
+def audit_all(jobs: Sequence[Job], workers: int, cache: Path | None) -> Iterator[Record]:
+    """Records in the order of the jobs."""
+    with compilers(workers) as pool:
+        yield from pool.map(audit, jobs, [cache] * len(jobs))
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the audit; 1 if there are faults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=sorted(PRESETS), choices=sorted(PRESETS), metavar="MODEL")
+    parser.add_argument("--targets", nargs="+", type=int, default=list(TARGETS), choices=TARGETS, metavar="SM")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, metavar="DTYPE")
+    parser.add_argument("--entries", type=Path, metavar="FILE", help="a table whose entries come before the shipped")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the records there, a line each")
+    parser.add_argument("--no-cache", action="store_true", help="compile everything anew")
+    parser.add_argument("--workers", type=int, default=cores(), metavar="N", help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+
+    extra = read_table(arguments.entries) if arguments.entries else []
+    todo, missing = jobs(arguments.models, arguments.targets, arguments.dtypes, extra=extra)
+    cache = None if arguments.no_cache else user_file().parent / "audit"
+    print(f"triton {triton.__version__}, {len(todo)} kernels", flush=True)
+    print(_row(*_COLUMNS))
+    records = []
+    for record in audit_all(todo, arguments.workers, cache):
+        records.append(record)
+        print(_describe(record), flush=True)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records), encoding="utf-8")
+    print()
+    for line in _worst(records):
+        print(line)
+    failed = [record for record in records if record.faults]
+    print(f"\n{len(records)} kernels, {len(failed)} with faults, {len(missing)} configurations missing or unused")
+    for record in failed:
+        print(
+            f"{record.target} {record.dtype} {record.kernel} of {record.shapes[0]}, {_compact(record.configuration)}:"
+        )
+        print("    " + "; ".join(record.faults))
+    for line in missing:
+        print(line)
+    return 1 if failed or missing else 0
+
+
+_COLUMNS = ("target", "dtype", "kernel", "first of the shapes", "regs", "st/ld", "loop", "shared", "cores", "instr.",
+            "loop", "a hidden", "MUFU")  # fmt: skip
+_WIDTHS = (6, 8, 21, 39, 4, 7, 4, 6, 12, 6, 5, 8, 4)
+
+
+def _row(*values: object) -> str:
+    return "  ".join(f"{value!s:<{width}}" for value, width in zip(values, _WIDTHS, strict=True)).rstrip()
+
+
+def _describe(record: Record) -> str:
+    start = record.target, record.dtype, record.kernel, record.shapes[0]
+    found = record.compiled
+    if found is None:
+        return _row(*start, *["-"] * 9) + "  " + "; ".join(record.faults)
+    cores = " ".join(f"{number} {name}" for name, number in found.tensor_cores.items()) or "none"
+    hidden = [
+        "-" if value is None else f"{value:.1f}" for value in (record.instructions_per_hidden, record.mufu_per_hidden)
+    ]
+    spills = f"{found.spill_stores}/{found.spill_loads}"
+    row = (*start, found.registers, spills, found.loop_spills, found.shared_memory, cores, found.instructions)
+    return f"{_row(*row, found.loop_instructions, *hidden)}  {'; '.join(record.faults)}".rstrip()
+
+
+def _worst(records: Sequence[Record]) -> Iterator[str]:
+    """For each target and kernel the largest figures, each with the dtype and shape that it is of."""
+    figures: dict[str, Callable[[Compiled], int]] = {
+        "registers": lambda found: found.registers,
+        "spills": lambda found: found.spills,
+        "shared memory": lambda found: found.shared_memory,
+    }
+    for target in dict.fromkeys(record.target for record in records):
+        compiled = [(record, record.compiled) for record in records if record.target == target and record.compiled]
+        for name, figure in figures.items():
+            if compiled:
+                record, found = max(compiled, key=lambda pair: figure(pair[1]))
+                limit = f" of {record.shared_memory_limit}" if name == "shared memory" else ""
+                where = f"{record.kernel}, {record.dtype}, {record.shapes[0]}"
+                yield f"{target:<6} worst {name:<13} {figure(found)}{limit}  ({where})"
+
+
+def _compact(configuration: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in configuration.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""Accuracy on a folder of labelled images, by plain PyTorch and by the Triton kernels side by side (extra `image`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..backend import why_not_triton
+from ..bench.measure.timing import Timing, measure
+from ..model.network import EfficientFormer, set_backend
+from ..testing import float32_as_such
+from .images import Preprocessing, default_workers, find_images, read_batches
+
+TIMED = "one forward of a batch that lies on the device, from an idle device to an idle one; float32 without TF32"
+NO_PREDICTION = -1  # of an image whose logits are not all finite
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images of DIR/class/, by class folder and then by path.
+
+    Attributes:
+        paths: the images.
+        targets: the class of each, 0 for the network's first.
+        ignored: files below DIR that have no image's suffix, or that `effformer run` wrote.
+    """
+
+    paths: tuple[Path, ...]
+    targets: tuple[int, ...]
+    ignored: tuple[Path, ...] = ()
+
+    @property
+    def folders(self) -> int:
+        """Class folders that they come from."""
+        return len(set(self.targets))
+
+    def spread(self, limit: int) -> LabelledImages:
+        """At most `limit` images, evenly spaced over all of them; the same ones every time."""
+        total = len(self.paths)
+        count = min(limit, total)
+        taken = [index * total // count for index in range(count)]
+        paths = tuple(self.paths[index] for index in taken)
+        return LabelledImages(paths, tuple(self.targets[index] for index in taken), self.ignored)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one backend did.
+
+    Attributes:
+        top1, top5: share of the images (0 to 1) whose class has the largest logit, or one of the five largest (all of
+            them in a network of fewer classes). Of equal logits the lower class comes first.
+        nonfinite: images with NaN or infinite logits; they count as wrong.
+        images_per_second: from the median of `forward`; None under Triton's interpreter.
+        forward: milliseconds of `TIMED`. None under the interpreter, whose time says nothing about a GPU's.
+    """
+
+    top1: float
+    top5: float
+    nonfinite: int
+    images_per_second: float | None
+    forward: Timing | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Eager PyTorch and Triton on the same images.
+
+    Attributes:
+        images: that could be read; every share is one of these.
+        classes: of the network, over all of which it predicts.
+        failures: file -> why it could not be read.
+        eager: score of `effformer.reference`.
+        triton: score of the kernels, None where they cannot run.
+        why_not_triton: why they cannot, None where they ran.
+        interpreted: whether they ran in Triton's interpreter.
+        changed: images whose likeliest class is another with Triton than with eager, or that have finite logits with
+            one of them alone; None without Triton.
+        timed_batch: images in the batch that was timed.
+    """
+
+    images: int
+    classes: int
+    failures: dict[Path, str]
+    eager: Score
+    triton: Score | None
+    why_not_triton: str | None
+    interpreted: bool
+    changed: int | None
+    timed_batch: int
+
+    @property
+    def changed_share(self) -> float | None:
+        """`changed` as a share of the images, 0 to 1."""
+        return None if self.changed is None else self.changed / self.images
+
+    def __str__(self) -> str:
+        scores = [self.eager] if self.triton is None else [self.eager, self.triton]
+        rows = {
+            "": ["eager", "triton"][: len(scores)],
+            "top-1": [f"{score.top1:.2%}" for score in scores],
+            f"top-{min(5, self.classes)}": [f"{score.top5:.2%}" for score in scores],
+            "NaN, inf": [str(score.nonfinite) for score in scores],
+            "images/s": [f"{score.images_per_second:.1f}" if score.images_per_second else "-" for score in scores],
+        }
+        lines = [f"{title:<10}" + "".join(f"{cell:>10}" for cell in cells) for title, cells in rows.items()]
+        if self.changed is None:
+            lines.append(f"triton:   not run: {self.why_not_triton}")
+        else:
+            lines.append(f"changed:  {self.changed} of {self.images} predictions ({self.changed_share:.2%})")
+        if self.interpreted:
+            lines.append("triton:   interpreted: its speed would say nothing")
+        times = [
+            f"{name} {forward.p50:.2f} (p20 {forward.p20:.2f}, p80 {forward.p80:.2f}, {forward.repeats} repeats)"
+            for name, score in zip(rows[""], scores, strict=True)
+            if (forward := score.forward)
+        ]
+        return "\n".join(
+            [*lines, f"time:     ms a batch of {self.timed_batch}: {', '.join(times)}", f"          {TIMED}"]
+        )
+
+
+@dataclass
+class _Tally:
+    top1: int = 0
+    top5: int = 0
+    nonfinite: int = 0
+
+    def add(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Count a batch's logits [B, classes] with targets [B]; returns the likeliest classes [B]."""
+        finite = logits.isfinite().all(dim=1)
+        of_target = logits.gather(1, targets[:, None])
+        # A position of our own: among equal logits, of which float16 has many, topk's order differs between devices.
+        lower = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
+        ahead = ((logits > of_target) | ((logits == of_target) & lower)).sum(dim=1)
+        self.top1 += int((finite & (ahead < 1)).sum())
+        self.top5 += int((finite & (ahead < 5)).sum())
+        self.nonfinite += int((~finite).sum())
+        return torch.where(finite, logits.argmax(dim=1), NO_PREDICTION)  # argmax takes the first of equals, too
+
+    def score(self, images: int, batch: int, forward: Timing | None) -> Score:
+        speed = None if forward is None else 1e3 * batch / forward.p50
+        return Score(self.top1 / images, self.top5 / images, self.nonfinite, speed, forward)
+
+
+def find_labelled(folder: Path, num_classes: int, classes: Sequence[str] | None = None) -> LabelledImages:
+    """The images of `folder`/class/, recursive in each class.
+
+    Args:
+        folder: holds a folder for each class.
+        num_classes: of the network, 1 or more.
+        classes: folder names in the order of the network's classes; `folder` may lack some of them. Without it the
+            folders, sorted by name, are the classes 0, 1, ... and must be as many.
+
+    Raises:
+        OSError: where `folder` is none or cannot be read.
+        ValueError: for images beside the class folders, a class folder without images, no folder at all, another
+            number of folders or names than of classes, names that come twice or are empty, a folder that has no name.
+    """
+    if not folder.is_dir():
+        raise NotADirectoryError(f"DIR: {folder} is no folder")
+    entries = sorted(folder.iterdir(), key=lambda path: path.name)
+    folders = {path.name: path for path in entries if path.is_dir()}
+    loose = [path for path in entries if not path.is_dir()]
+    if outside := [path for path in find_images([folder]) if path.parent == folder]:
+        raise ValueError(f"DIR: got {_listed(outside)} outside the class folders, allowed are images in {folder}/class")
+    if not folders:
+        raise ValueError(f"DIR: {folder} holds no class folder, allowed is a folder for each class with its images")
+    index_of = _class_indices(list(folders), num_classes, classes, folder)
+    images = {name: find_images([path]) for name, path in folders.items()}
+    if empty := [folders[name] for name, found in images.items() if not found]:
+        raise ValueError(f"DIR: got no image in {_listed(empty)}, allowed are class folders with images")
+    labelled = [(path, index_of[name]) for name, found in images.items() for path in found]
+    taken = {path for path, _ in labelled}
+    below = [path for name in folders for path in sorted(folders[name].rglob("*")) if not path.is_dir()]
+    return LabelledImages(
+        tuple(path for path, _ in labelled),
+        tuple(target for _, target in labelled),
+        tuple(path for path in loose + below if path not in taken),
+    )
+
+
+def _class_indices(
+    folders: Sequence[str], num_classes: int, classes: Sequence[str] | None, folder: Path
+) -> dict[str, int]:
+    if classes is None:
+        if len(folders) != num_classes:
+            raise ValueError(
+                f"DIR: got {len(folders)} class folders in {folder}, allowed are the network's {num_classes} classes; "
+                "with --classes, the folder name of each, some may be absent"
+            )
+        return {name: index for index, name in enumerate(folders)}
+    if len(classes) != num_classes:
+        raise ValueError(f"--classes: got {len(classes)} names, allowed are the network's {num_classes} classes")
+    index_of = {name: index for index, name in enumerate(classes)}
+    if "" in index_of:
+        raise ValueError(f"--classes: got an empty name for class {index_of['']}, allowed are names of folders")
+    if twice := [name for index, name in enumerate(classes) if index_of[name] != index]:
+        raise ValueError(f"--classes: got {_listed(twice)} more than once, allowed is a name for each class")
+    if unknown := [name for name in folders if name not in index_of]:
+        raise ValueError(
+            f"--classes: got no name for the folder {_listed(unknown)} of {folder}, allowed is one for each"
+        )
+    return index_of
+
+
+def _listed(items: Sequence[object]) -> str:
+    rest = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return ", ".join(map(str, items[:3])) + rest
+
+
+@torch.no_grad()
+@float32_as_such()
+def evaluate(
+    network: EfficientFormer,
+    images: LabelledImages,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int = 16,
+    workers: int | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Evaluation:
+    """Count right predictions of `network` on `images`, with eager PyTorch and, where it can run, with Triton.
+
+    Both see the same batches, in the network's dtype and memory format and on its device; each image is read once.
+    Triton on a CPU is interpreted, in a process started with TRITON_INTERPRET=1. float32 is float32's own, no TF32.
+
+    Args:
+        network: with heads, in eval mode; its backend is "auto" afterwards.
+        images: of `find_labelled`.
+        preprocessing: the checkpoint's.
+        batch_size: images in a forward.
+        workers: threads that decode, `default_workers()` if None.
+        progress: called after each batch with its number of files.
+
+    Raises:
+        ValueError: for a network without heads or in training mode, or with too few classes for a target.
+        OSError: where no image could be read, naming each.
+    """
+    if network.num_classes < 1 or network.training:
+        raise ValueError(
+            f"network: got {network.num_classes} classes, training={network.training}, allowed is one with "
+            "classification heads in eval mode"
+        )
+    if (largest := max(images.targets, default=0)) >= network.num_classes:
+        raise ValueError(f"images: got class {largest}, allowed are those below the network's {network.num_classes}")
+    weight = network.stem.conv1.weight
+    reason = why_not_triton(weight.device, weight.dtype, network.config.act, asked_for=True)
+    tallies = {"eager": _Tally()} if reason else {"eager": _Tally(), "triton": _Tally()}
+    targets = torch.tensor(images.targets, device=weight.device)
+    failures: dict[Path, str] = {}
+    changed, timed = 0, weight.new_empty(0)
+    try:
+        for indices, batch, unread in read_batches(
+            images.paths, preprocessing, batch_size, default_workers() if workers is None else workers
+        ):
+            failures |= {images.paths[index]: why for index, why in unread.items()}
+            if batch is not None:
+                x = batch.to(weight.device, weight.dtype, memory_format=torch.channels_last)
+                timed = x if len(x) > len(timed) else timed
+                predictions = [
+                    tally.add(_forward(network, backend, x), targets[indices]) for backend, tally in tallies.items()
+                ]
+                changed += int((predictions[0] != predictions[-1]).sum())
+            progress(len(indices) + len(unread))
+        count = len(images.paths) - len(failures)
+        if not count:
+            reasons = "".join(f"\n  {path}: {why}" for path, why in failures.items())
+            raise OSError(f"none of {len(images.paths)} images could be read{reasons}")
+        interpreted = reason is None and _interpreted()
+        scores = {}
+        for backend, tally in tallies.items():
+            forward = None
+            if backend == "eager" or not interpreted:
+                set_backend(network, backend)
+                forward = measure(lambda: network(timed), weight.device)
+            scores[backend] = tally.score(count, len(timed), forward)
+    finally:
+        set_backend(network, "auto")
+    return Evaluation(
+        images=count,
+        classes=network.num_classes,
+        failures=failures,
+        eager=scores["eager"],
+        triton=scores.get("triton"),
+        why_not_triton=reason,
+        interpreted=interpreted,
+        changed=None if reason else changed,
+        timed_batch=len(timed),
+    )
+
+
+def _forward(network: EfficientFormer, backend: str, x: Tensor) -> Tensor:
+    set_backend(network, backend)
+    logits = network(x)
+    assert isinstance(logits, Tensor)  # a pair is for training
+    return logits
+
+
+def _interpreted() -> bool:
+    from ..kernels.launch import INTERPRETED
+
+    return INTERPRETED

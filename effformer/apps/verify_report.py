@@ -1,0 +1,199 @@
+"""A check of the kernels, and what came of it: as data, as a line of a table, as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ..testing import Accuracy
+
+NETWORK = "network"
+VERDICTS = ("pass", "fail", "skipped")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One fused operation, or a whole network, on drawn arguments.
+
+    Attributes:
+        operation: a function of `effformer.ops`, or "network".
+        shape: of its input: maps [B, C, H, W], tokens [B, N, channels], images [B, 3, H, W].
+        dtype: of input and weights.
+        options: what else there is to say: hidden channels, heads, or the name of the network.
+        where: the parts of networks that have this operation at this shape.
+    """
+
+    operation: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    options: dict[str, Any] = field(hash=False)
+    where: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The operation, or the name of the network."""
+        return self.options["name"] if self.operation == NETWORK else self.operation
+
+    def __str__(self) -> str:
+        return f"{self.name} {describe_shape(self.shape)} {describe_dtype(self.dtype)}"
+
+
+def describe_shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def describe_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A kernel that was launched `times` times with this configuration (`Launch.configuration`)."""
+
+    kernel: str
+    configuration: dict[str, Any] = field(hash=False)
+    times: int
+
+    def __str__(self) -> str:
+        words = [f"{self.times} x {self.kernel}" if self.times > 1 else self.kernel]
+        for name, value in self.configuration.items():
+            short = name.removeprefix("BLOCK_").removeprefix("num_").replace("WIDTHS", "widths")
+            if isinstance(value, bool):
+                words += [short.lower()] * value
+            else:
+                words.append(f"{short}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a check.
+
+    Attributes:
+        accuracy: errors of kernels and eager PyTorch; None if the check was skipped, or raised.
+        repeated: how often the kernels ran again on the same arguments.
+        differing: how many of these gave other bits than the first run.
+        ran: the kernels that were launched, in the order of their first launch.
+        skipped: why no kernel computes this here.
+        raised: the error that ended the check.
+    """
+
+    check: Check
+    accuracy: Accuracy | None = None
+    repeated: int = 0
+    differing: int = 0
+    ran: tuple[Ran, ...] = ()
+    skipped: str | None = None
+    raised: str | None = None
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why the check fails: nothing where it passes, or was skipped."""
+        problems = []
+        if self.raised:
+            problems.append(self.raised)
+        if self.accuracy and not self.accuracy.passes():
+            problems.append(f"inaccurate: {self.accuracy}")
+        if self.accuracy and not self.ran:
+            problems.append("no kernel was launched")
+        if self.differing:
+            problems.append(f"{self.differing} of {self.repeated} more runs gave another result")
+        return tuple(problems)
+
+    @property
+    def verdict(self) -> str:
+        """One of `VERDICTS`."""
+        return "skipped" if self.skipped else "fail" if self.problems else "pass"
+
+    @property
+    def backend(self) -> str:
+        """Who computes this here when the kernels are asked for: "triton", or "eager" because of `skipped`."""
+        return "eager" if self.skipped else "triton"
+
+    @property
+    def ratio(self) -> float | None:
+        """Largest error divided by eager's; None where that is 0, or there are none."""
+        return None if self.accuracy is None else _ratio(self.accuracy.max_error, self.accuracy.eager_max_error)
+
+    @property
+    def mean_ratio(self) -> float | None:
+        """Mean error divided by eager's; None where that is 0, or there are none."""
+        return None if self.accuracy is None else _ratio(self.accuracy.mean_error, self.accuracy.eager_mean_error)
+
+    def facts(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it; every key is always there."""
+        errors = dict.fromkeys(Accuracy.__dataclass_fields__) if self.accuracy is None else asdict(self.accuracy)
+        return {
+            "operation": self.check.operation,
+            "shape": list(self.check.shape),
+            "dtype": describe_dtype(self.check.dtype),
+            "options": self.check.options,
+            "where": list(self.check.where),
+            "backend": self.backend,
+            "verdict": self.verdict,
+            "skipped": self.skipped,
+            "raised": self.raised,
+            "problems": list(self.problems),
+            **errors,
+            "ratio": self.ratio,
+            "mean_ratio": self.mean_ratio,
+            "repeated": self.repeated,
+            "differing": self.differing,
+            "ran": [asdict(ran) for ran in self.ran],
+        }
+
+
+def _ratio(error: float, eager: float) -> float | None:
+    return error / eager if eager else None
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """Lines about outcomes, in columns wide enough for all of `checks`."""
+
+    def __init__(self, checks: Sequence[Check]) -> None:
+        self.name = max(len(check.name) for check in checks)
+        self.shape = max(len(describe_shape(check.shape)) for check in checks)
+
+    def head(self) -> str:
+        """The names of the columns: largest error, eager's, their ratio, that of the mean errors, ..."""
+        return self._line(
+            "operation", "shape", "dtype", "error", "eager's", "ratio", "mean", "ulp", "verdict", "backend", "kernels"
+        )
+
+    def line(self, outcome: Outcome) -> str:
+        """One outcome; "-" stands for errors that there are not, and for a ratio to an error of 0."""
+        check, found = outcome.check, outcome.accuracy
+        errors = ["-"] * 5
+        if found is not None:
+            ratios = ["-" if ratio is None else f"{ratio:.2f}" for ratio in (outcome.ratio, outcome.mean_ratio)]
+            errors = [f"{found.max_error:.2e}", f"{found.eager_max_error:.2e}", *ratios, f"{found.ulp:.1e}"]
+        launches = sum(ran.times for ran in outcome.ran)
+        kernels = "; ".join(map(str, outcome.ran)) if launches < 9 else f"{launches} launches, see --json"
+        verdict = "FAIL" if outcome.verdict == "fail" else outcome.verdict
+        shape, dtype = describe_shape(check.shape), describe_dtype(check.dtype)
+        return self._line(check.name, shape, dtype, *errors, verdict, outcome.backend, kernels)
+
+    def _line(self, name: str, shape: str, dtype: str, *columns: str) -> str:
+        error, eager, ratio, mean, ulp, verdict, backend, kernels = columns
+        return (
+            f"{name:<{self.name}}  {shape:<{self.shape}}  {dtype:<8}  {error:>8}  {eager:>8}  {ratio:>5}  {mean:>5}  "
+            f"{ulp:>7}  {verdict:<7}  {backend:<7}  {kernels}"
+        )
+
+
+def conclusion(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line for each failure, and a last one that says it all."""
+    lines = [f"FAIL {outcome.check}: {problem}" for outcome in outcomes for problem in outcome.problems]
+    counts = Counter(outcome.verdict for outcome in outcomes)
+    skipped = Counter(outcome.skipped for outcome in outcomes if outcome.skipped)
+    if ran := counts["pass"] + counts["fail"]:
+        others = "".join(f"; {number} not run: {reason}" for reason, number in skipped.items())
+        return [*lines, f"{counts['pass']} of {ran} pass{others}"]
+    return [f"no kernel was verified: {'; '.join(map(str, skipped))}"]

@@ -1,0 +1,253 @@
+"""`accelerate`: somebody else's EfficientFormer, as it is, becomes ours."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..config import check_choice
+from ..model.blocks import DropPath, Meta3D, Meta4D
+from ..model.netspresso import Backbone
+from ..model.network import EfficientFormer
+from ..ops import BACKENDS
+from ..testing import accuracy, float32_as_such
+from .architecture import our_modules, read_architecture
+from .formats import normalise
+from .load import load_checkpoint
+
+_LAYER_SCALE = re.compile(r"\.(ls[12]\.gamma|layer_scale_[12])$")
+_BIAS_TABLE = re.compile(r"\.attention_biases(_seg)?$")
+_NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+# What tells an EfficientFormer of timm, the original repository or NetsPresso Trainer from a model that holds one.
+_PARTS = (("stem", "stages"), ("patch_embed", "network"), ("patch_embed", "encoder"))
+
+
+class AccelerationError(RuntimeError):
+    """The network that was built does not compute what the given one computes."""
+
+
+def accelerate(model: nn.Module, *, backend: str = "auto", probe: Tensor | None = None) -> EfficientFormer | Backbone:
+    """An instance of timm's, the original repository's or NetsPresso Trainer's EfficientFormer, made ours.
+
+    Nothing of the libraries is imported, no class is patched, and `model` stays as it was. What it is built like and
+    what it has learned are carried over, into tensors of our own: weights and statistics, heads (a single one of the
+    original's counts for both), dtype, device, memory format, mode (of each part, as of frozen BatchNorms),
+    `requires_grad`, dropout and drop-path rates, eps and momentum of norms, distilled training, gradient checkpointing,
+    timm's pretrained_cfg. Then both compute a probe, as they are and with layer scales and bias tables drawn anew
+    (fresh ones hide what is wrong), and the result is held against theirs in float64 by the accuracy rule of
+    `effformer.testing.Accuracy`.
+
+    At sizes that theirs does not take ours resamples the bias table, if theirs is timm's or the original classifier.
+
+    Args:
+        model: the network itself, not what holds it.
+        backend: "auto", "eager" or "triton", see `effformer.ops`.
+        probe: images [B, in_chans, H, W] of model's dtype, on its device; [1, in_chans, 224, 224] by default, normally
+            distributed.
+
+    Returns:
+        an `EfficientFormer`; for NetsPresso's a `Backbone`, with its outputs.
+
+    Raises:
+        AccelerationError: (a RuntimeError) with the errors, where the rule does not hold.
+        CheckpointError: (a RuntimeError) where the weights are not those of an EfficientFormer.
+        TypeError, ValueError: for another model; one with hooks, parametrisations, changed parts, tensors of several
+            dtypes or devices or none; for another backend or probe.
+    """
+    check_choice("backend", backend, BACKENDS)
+    _check_model(model)
+    parameters = list(model.parameters())
+    device, dtype = parameters[0].device, parameters[0].dtype
+    file = normalise(model.state_dict())
+    architecture = read_architecture(model, file)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        network = EfficientFormer(
+            architecture.config, **architecture.settings, backend=backend, device=device, dtype=dtype
+        )
+        if architecture.stages < network.num_stages:
+            network.prune_intermediate_layers([architecture.stages - 1])
+    theirs = dict(our_modules(model, file.format))
+    if isinstance(theirs.get("norm"), nn.Identity):
+        network.norm = nn.Identity()
+    if _has_one_head(model):
+        network.head_dist = network.head
+    _load(network, model)
+    _carry_parts(theirs, network)
+    _carry_requires_grad(model, network)
+    _carry_choices(model, network)
+    result = network if architecture.task is None else Backbone(network, architecture.task)
+    result.training = model.training
+    if probe is None:
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(1, network.in_chans, 224, 224, generator=generator).to(device, dtype)
+    elif probe.dtype != dtype or probe.device != device or probe.ndim != 4:
+        allowed = f"[B, {network.in_chans}, H, W] {dtype} on {device}"
+        raise ValueError(f"probe: got {tuple(probe.shape)} {probe.dtype} on {probe.device}, allowed is {allowed}")
+    _check_results(model, result, probe)
+    return result
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse what is no EfficientFormer of somebody else's, or one that was changed."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, allowed is an nn.Module")
+    if isinstance(model, (EfficientFormer, Backbone)):
+        raise TypeError(
+            f"model: got a {type(model).__name__} of effformer, allowed is another library's EfficientFormer"
+        )
+    if not _is_efficientformer(model):
+        inner = next((path for path, module in model.named_modules() if _is_efficientformer(module)), None)
+        where = f": pass its part {inner!r}" if inner else ""
+        allowed = "an EfficientFormer of timm, the original or NetsPresso"
+        raise TypeError(f"model: got {type(model).__name__}, allowed is {allowed}{where}")
+    for path, module in model.named_modules():
+        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        if hooks or module._backward_pre_hooks or is_parametrized(module) or "forward" in module.__dict__:
+            raise ValueError(f"model: {path or 'it'} has hooks, parametrisations or another forward, allowed are none")
+        if isinstance(module, _BatchNorm) and not isinstance(module, nn.BatchNorm2d):
+            raise ValueError(f"model: {path} is a {type(module).__name__}, allowed is BatchNorm2d")
+    kinds = {
+        (tensor.device, tensor.dtype)
+        for tensor in [*model.parameters(), *model.buffers()]
+        if tensor.is_floating_point()
+    }
+    if len(kinds) != 1 or next(iter(kinds))[0].type == "meta":
+        found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
+        raise ValueError(f"model: got tensors of {found}, allowed are one dtype and one device that is not meta")
+
+
+def _is_efficientformer(module: nn.Module) -> bool:
+    return any(all(isinstance(getattr(module, name, None), nn.Module) for name in names) for names in _PARTS)
+
+
+def _has_one_head(model: nn.Module) -> bool:
+    """Whether it is the original's without distillation, whose one head is ours twice: their mean is that head."""
+    return isinstance(getattr(model, "head", None), nn.Linear) and getattr(model, "dist", True) is False
+
+
+def _load(ours: nn.Module, theirs: nn.Module) -> None:
+    state = theirs.state_dict()
+    if _has_one_head(theirs):
+        state |= {f"dist_{key}": value for key, value in state.items() if key.startswith("head.")}
+    with warnings.catch_warnings():  # it said so when the format was read
+        warnings.filterwarnings("ignore", ".*is constant: this network was trained without", UserWarning)
+        load_checkpoint(ours, state)
+
+
+def _carry_parts(theirs: Mapping[str, nn.Module], network: EfficientFormer) -> None:
+    """What modules are set to, and their modes."""
+    for path, module in list(network.named_modules()):
+        other = theirs.get(path)
+        if isinstance(module, (nn.Conv2d, nn.Linear, *_NORMS)) and other is not None:
+            if type(other) is not type(module):
+                allowed = type(module).__name__
+                raise ValueError(f"model: its {path} is a {type(other).__name__}, allowed is {allowed}")
+            for name in ("eps", "momentum"):
+                if hasattr(module, name):
+                    setattr(module, name, getattr(other, name))
+        if isinstance(module, (Meta4D, Meta3D)):
+            for name in ("drop_path1", "drop_path2"):
+                drop = theirs.get(f"{path}.{name}", theirs.get(f"{path}.drop_path"))
+                if not getattr(drop, "scale_by_keep", True):
+                    raise ValueError(f"model: its {path}.{name} has scale_by_keep=False, allowed is True")
+                rate = getattr(drop, "drop_prob", None) or 0.0
+                setattr(module, name, DropPath(rate) if rate > 0 else nn.Identity())
+    for path, module in network.named_modules():
+        while path not in theirs:
+            path = path.rpartition(".")[0]
+        module.training = theirs[path].training
+
+
+def _carry_requires_grad(model: nn.Module, network: EfficientFormer) -> None:
+    """By flags in place of weights, since q, k and v become one."""
+    flags = {name: torch.tensor(float(p.requires_grad)).expand(p.shape) for name, p in model.named_parameters()}
+    learned = normalise(flags).state
+    for name, parameter in network.named_parameters():
+        if (flag := learned.get(name)) is not None:
+            if bool(flag.min() != flag.max()):
+                raise ValueError(
+                    f"model: query, key and value of {name} differ in requires_grad, allowed is one for all"
+                )
+            parameter.requires_grad_(bool(flag.max()))
+
+
+def _carry_choices(model: nn.Module, network: EfficientFormer) -> None:
+    network.set_grad_checkpointing(any(getattr(module, "grad_checkpointing", False) for module in model.modules()))
+    network.set_distilled_training(getattr(model, "distilled_training", getattr(model, "dist", False)))
+    for name in ("pretrained_cfg", "default_cfg"):  # timm's
+        if hasattr(model, name):
+            setattr(network, name, copy.deepcopy(getattr(model, name)))
+    kernels = [p for p in model.parameters() if p.ndim == 4 and p.shape[2] > 1]
+    if all(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in kernels):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _check_results(model: nn.Module, result: nn.Module, probe: Tensor) -> None:
+    """The accuracy rule on the probe, with their weights and with drawn ones.
+
+    Raises:
+        AccelerationError: where it does not hold.
+    """
+    with torch.no_grad(), torch.autocast(probe.device.type, enabled=False), float32_as_such():
+        for drawn in (False, True):
+            theirs, ours = _copy(model), _copy(result)
+            if drawn:
+                _draw(theirs)
+                _load(ours, theirs)
+            eager, found = _outputs(theirs, probe), _outputs(ours, probe)
+            exact = _outputs(theirs.double(), probe.double())
+            if len(found) != len(exact):
+                raise AccelerationError(f"the network returns {len(found)} tensors, and model {len(exact)}")
+            for index, tensors in enumerate(zip(found, exact, eager, strict=True)):
+                errors = accuracy(*tensors)
+                # In float64 theirs is exact by definition, and ours sums in another order.
+                exactly = errors.max_error <= 1e-9 * tensors[1].abs().max().item()
+                if not (exactly if probe.dtype == torch.float64 else errors.passes()):
+                    how = " with drawn layer scales and bias tables" if drawn else ""
+                    raise AccelerationError(f"output {index}{how} is not that of model: {errors}")
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of timm's attention after a forward with gradients, which it keeps an expanded bias of."""
+    memo: dict[int, Tensor] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            for tensor in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach()
+    return copy.deepcopy(model, memo)
+
+
+def _draw(model: nn.Module) -> None:
+    """What fresh networks have next to nothing in."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if _LAYER_SCALE.search(name):
+            parameter.copy_(torch.empty(parameter.shape).uniform_(0.2, 0.8, generator=generator))
+        elif _BIAS_TABLE.search(name):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """All tensors that `model` returns in eval mode, in order."""
+    model.train()  # timm's and the original's attention keep their expanded bias in eval mode, and forget it here
+    model.eval()
+    if isinstance(model, EfficientFormer) and model.config.feature_norm is not None:
+        return model.forward_intermediates(x, intermediates_only=True)
+    return list(_tensors(model(x)))
+
+
+def _tensors(output: Any) -> Iterable[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif output is not None:
+        for item in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(item)

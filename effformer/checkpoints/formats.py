@@ -1,0 +1,277 @@
+"""State dicts of timm, the original repository and NetsPresso Trainer, to our naming and back.
+
+Our naming is timm's, with `feature_norms.N` added for the dense variants. In all of them stage i of the network is
+entry 2i of the original's list and the downsampling before it entry 2i - 1; blocks are counted alike, `Flat` included.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import check_choice
+from ..reference import bias_index
+
+_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+Format = Literal["timm", "original", "original-dense", "netspresso"]
+TARGETS = ("effformer", "timm", "original")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, is not one of EfficientFormer, or does not fit the network."""
+
+
+class Normalised(NamedTuple):
+    """A checkpoint in our naming.
+
+    `state` has an `attention_bias_idxs` for every bias table, whether the file had it or not; `ignored` lists the
+    file's keys that have no place in it.
+    """
+
+    state: dict[str, Tensor]
+    format: Format
+    ignored: tuple[str, ...]
+
+
+def normalise(state: Mapping[str, Tensor]) -> Normalised:
+    """Tell a state dict's format and bring it into our naming. Unknown keys stay as they are.
+
+    Raises:
+        CheckpointError: for a state dict of something else, a bias index that is not the standard one, or q, k, v
+            that do not belong together.
+    """
+    state, ignored = _strip_prefixes(state)
+    format = _detect(state)
+    dead: list[str] = []
+    match format:
+        case "timm":
+            converted = dict(state)
+        case "original":
+            converted = _renamed(state, _original_to_ours)
+        case "original-dense":
+            if any(key.endswith("attention_biases_seg") for key in state):
+                dead = [key for key in state if key.endswith(("attention_biases", "attention_bias_idxs"))]
+            live = {key.removesuffix("_seg"): value for key, value in state.items() if key not in dead}
+            converted = _renamed(live, _original_to_ours)
+        case "netspresso":
+            converted = _renamed(_interleave(_constant_bias_as_zero(state)), _netspresso_to_ours)
+    _check_indices(converted)
+    return Normalised(converted, format, (*ignored, *dead))
+
+
+def convert_state_dict(state: Mapping[str, Tensor], to: str) -> dict[str, Tensor]:
+    """A checkpoint of any known format in the naming `to`: "effformer", "timm" or "original".
+
+    The result is complete for a strict load: derived buffers are filled in. What the names do not say is left to the
+    caller: whether `feature_norms` are tapped or inline, and how the bias is resized.
+
+    Raises:
+        CheckpointError: as `normalise`, or for feature norms that `to` has no place for.
+        ValueError: for another `to`.
+    """
+    check_choice("to", to, TARGETS)
+    ours, format, _ = normalise(state)
+    dense = any(key.startswith("feature_norms.") for key in ours)
+    if to == "effformer":
+        return ours
+    if to == "timm":
+        if dense:
+            raise CheckpointError("to: got 'timm', which has no feature norms; allowed are effformer, original")
+        return ours
+    if dense and format == "netspresso":
+        raise CheckpointError(
+            "to: got 'original', whose norms are off the path; NetsPresso's are in it: allowed is effformer"
+        )
+    converted = _renamed(ours, _ours_to_original)
+    if dense:
+        converted = _add_dead_buffers(converted)
+    return converted
+
+
+def _strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(state without what wrappers put before its keys, keys that are none of the network's).
+
+    Of a whole trainer model that is what does not stand below `backbone.`.
+    """
+    stripped = {key: value for key, value in state.items() if key != "n_averaged"}  # AveragedModel's counter
+    beside = [key for key in state if key not in stripped]
+    while stripped:
+        prefix = next((p for p in _WRAPPERS if all(key.startswith(p) for key in stripped)), "")
+        if not prefix and any(key.startswith("backbone.") for key in stripped):
+            prefix = "backbone."
+        elif not prefix and "network.stem.conv1.weight" in stripped:  # our own Backbone's
+            prefix = "network."
+        if not prefix:
+            break
+        beside += [key for key in stripped if not key.startswith(prefix)]
+        stripped = {key.removeprefix(prefix): value for key, value in stripped.items() if key.startswith(prefix)}
+    return stripped, beside
+
+
+def _detect(state: Mapping[str, Tensor]) -> Format:
+    if "stem.conv1.weight" in state:
+        return "timm"
+    if "patch_embed.stem.0.block.conv.weight" in state:
+        return "netspresso"
+    if "patch_embed.0.weight" in state:
+        dense = any(key.endswith("attention_biases_seg") for key in state) or "norm0.weight" in state
+        return "original-dense" if dense else "original"
+    some = ", ".join(list(state)[:5])
+    raise CheckpointError(f"the keys are those of no known EfficientFormer (timm, original, NetsPresso): {some}, ...")
+
+
+def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if (name := rename(key)) in renamed:
+            raise CheckpointError(f"{key}: another key of the checkpoint becomes {name!r} too")
+        renamed[name] = value
+    return renamed
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+_ORIGINAL_STEM = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}
+_NETSPRESSO_BLOCK = {
+    "channel_mlp.ffn.conv_1x1_1.block.conv.": "mlp.fc1.",
+    "channel_mlp.ffn.conv_1x1_1.block.norm.": "mlp.norm1.",
+    "channel_mlp.ffn.conv_1x1_1.block.act.": "mlp.act.",
+    "channel_mlp.ffn.conv_1x1_2.block.conv.": "mlp.fc2.",
+    "channel_mlp.ffn.conv_1x1_2.block.norm.": "mlp.norm2.",
+    "channel_mlp.ffn.dense1.": "mlp.fc1.",
+    "channel_mlp.ffn.act.": "mlp.act.",
+    "channel_mlp.ffn.dense2.": "mlp.fc2.",
+    "layernorm_before.": "norm1.",
+    "layernorm_after.": "norm2.",
+    "token_mixer.linear.": "token_mixer.proj.",
+}
+
+
+def _original_to_ours(key: str) -> str:
+    if match := re.fullmatch(r"patch_embed\.([0134])\.(\w+)", key):
+        return f"stem.{_ORIGINAL_STEM[match[1]]}.{match[2]}"
+    if match := re.fullmatch(r"network\.([0246])\.(\d+)\.(.+)", key):
+        return f"stages.{int(match[1]) // 2}.blocks.{match[2]}.{_layer_scale_to_ours(match[3])}"
+    if match := re.fullmatch(r"network\.([135])\.(proj|norm)\.(\w+)", key):
+        return f"stages.{(int(match[1]) + 1) // 2}.downsample.{match[2].replace('proj', 'conv')}.{match[3]}"
+    if match := re.fullmatch(r"norm([0246])\.(\w+)", key):
+        return f"feature_norms.{int(match[1]) // 2}.{match[2]}"
+    return re.sub(r"^dist_head\.", "head_dist.", key)
+
+
+def _ours_to_original(key: str) -> str:
+    if match := re.fullmatch(r"stem\.((?:conv|norm)[12])\.(\w+)", key):
+        position = {name: position for position, name in _ORIGINAL_STEM.items()}[match[1]]
+        return f"patch_embed.{position}.{match[2]}"
+    if match := re.fullmatch(r"stages\.(\d)\.blocks\.(\d+)\.(.+)", key):
+        name = re.sub(r"^ls([12])\.gamma$", r"layer_scale_\1", match[3])
+        return f"network.{2 * int(match[1])}.{match[2]}.{name}"
+    if match := re.fullmatch(r"stages\.(\d)\.downsample\.(conv|norm)\.(\w+)", key):
+        return f"network.{2 * int(match[1]) - 1}.{match[2].replace('conv', 'proj')}.{match[3]}"
+    if match := re.fullmatch(r"feature_norms\.(\d)\.(\w+)", key):
+        return f"norm{2 * int(match[1])}.{match[2]}"
+    return re.sub(r"^head_dist\.", "dist_head.", key)
+
+
+def _netspresso_to_ours(key: str) -> str:
+    if match := re.fullmatch(r"patch_embed\.stem\.([01])\.block\.(conv|norm)\.(\w+)", key):
+        return f"stem.{match[2]}{int(match[1]) + 1}.{match[3]}"
+    if match := re.fullmatch(r"encoder\.blocks\.([0246])\.(\d+)\.(.+)", key):
+        name = _layer_scale_to_ours(match[3])
+        for theirs, ours in _NETSPRESSO_BLOCK.items():
+            if name.startswith(theirs):
+                name = ours + name.removeprefix(theirs)
+                break
+        return f"stages.{int(match[1]) // 2}.blocks.{match[2]}.{name}"
+    if match := re.fullmatch(r"encoder\.blocks\.([135])\.proj\.block\.(conv|norm)\.(\w+)", key):
+        return f"stages.{(int(match[1]) + 1) // 2}.downsample.{match[2]}.{match[3]}"
+    if match := re.fullmatch(r"encoder\.norm([0246])\.(\w+)", key):
+        return f"feature_norms.{int(match[1]) // 2}.{match[2]}"
+    return key
+
+
+def our_path(path: str, format: Format) -> str:
+    """Our path of a module that has this one in a network of that format; what has no place in ours stays as it is."""
+    rename = {"original": _original_to_ours, "original-dense": _original_to_ours, "netspresso": _netspresso_to_ours}
+    return path if format == "timm" else rename[format](f"{path}.weight").removesuffix(".weight")
+
+
+def _layer_scale_to_ours(name: str) -> str:
+    return re.sub(r"^layer_scale_([12])$", r"ls\1.gamma", name)
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def _mixers(state: Mapping[str, Tensor], suffix: str) -> Iterable[str]:
+    """Prefixes `stages.N.blocks.M.token_mixer.` of the keys that end in `suffix`."""
+    return [key.removesuffix(suffix) for key in state if key.endswith("token_mixer." + suffix)]
+
+
+def _check_indices(state: dict[str, Tensor]) -> None:
+    """Fill in the index buffers that a file left out; refuse one that is not the standard one."""
+    for prefix in _mixers(state, "attention_biases"):
+        table, key = state[prefix + "attention_biases"], prefix + "attention_bias_idxs"
+        resolution = math.isqrt(table.shape[-1]) if table.ndim == 2 else 0
+        if table.ndim != 2 or resolution**2 != table.shape[1]:
+            raise CheckpointError(f"{prefix}attention_biases: got {list(table.shape)}, allowed is [heads, T * T]")
+        standard = bias_index(resolution, resolution, device=torch.device("cpu"))
+        index = state.setdefault(key, standard)
+        if index.shape != standard.shape or not torch.equal(index.cpu().long(), standard):
+            raise CheckpointError(f"{key}: not the standard index |dy| * {resolution} + |dx|, the only one supported")
+
+
+def _constant_bias_as_zero(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """NetsPresso's index is all ones until a checkpoint brings the real one. Such a bias is one constant for each
+    head, which softmax cancels: a table of zeros computes the same.
+    """
+    state = dict(state)
+    for prefix in _mixers(state, "attention_bias_idxs"):
+        index, table = state[prefix + "attention_bias_idxs"], state.get(prefix + "attention_biases")
+        if table is None or index.numel() < 2 or not bool((index == index.flatten()[0]).all()):
+            continue
+        warnings.warn(
+            f"{prefix}attention_bias_idxs is constant: this network was trained without an attention bias, and gets "
+            "a bias table of zeros, which is the same",
+            stacklevel=4,
+        )
+        state[prefix + "attention_biases"] = torch.zeros_like(table)
+        del state[prefix + "attention_bias_idxs"]
+    return state
+
+
+def _interleave(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """NetsPresso's query, key, value -> qkv, whose channels are q | k | v for each head."""
+    state = dict(state)
+    for kind in ("weight", "bias"):
+        for prefix in _mixers(state, f"query.{kind}"):
+            names = [f"{prefix}{part}.{kind}" for part in ("query", "key", "value")]
+            absent = [name for name in (*names, prefix + "attention_biases") if name not in state]
+            if absent:
+                raise CheckpointError(f"{prefix}: query, key, value cannot be joined without {', '.join(absent)}")
+            heads = state[prefix + "attention_biases"].shape[0]
+            parts = [state.pop(name) for name in names]
+            if any(part.shape[0] % heads for part in parts):
+                shapes = ", ".join(str(list(part.shape)) for part in parts)
+                raise CheckpointError(f"{prefix}: query, key, value of {shapes} do not divide into {heads} heads")
+            by_head = [part.unflatten(0, (heads, -1)) for part in parts]
+            state[f"{prefix}qkv.{kind}"] = torch.cat(by_head, dim=1).flatten(0, 1)
+    return state
+
+
+def _add_dead_buffers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The original's dense variant keeps its table under another name, beside a classification table that it never
+    reads but that a strict load asks for.
+    """
+    dense = {re.sub(r"(attention_biases|attention_bias_idxs)$", r"\1_seg", key): value for key, value in state.items()}
+    for prefix in _mixers(state, "attention_biases"):
+        table = state[prefix + "attention_biases"]
+        dense[prefix + "attention_biases"] = torch.zeros(table.shape[0], 49, dtype=table.dtype)
+        dense[prefix + "attention_bias_idxs"] = torch.ones(49, 49, dtype=torch.int64)
+    return dense

@@ -1,0 +1,83 @@
+"""Where a checkpoint comes from: a local file or folder, or the Hugging Face hub (extra `hub`)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+# timm's conversions of the original ImageNet-1k weights.
+PRETRAINED = {f"efficientformer_{size}": f"timm/efficientformer_{size}.snap_dist_in1k" for size in ("l1", "l3", "l7")}
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt")
+_HUB_ID = re.compile(r"(?:hf[-_]hub:)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def locate(checkpoint: str | Path, **download: Any) -> Path:
+    """The weight file of a checkpoint, downloaded if need be.
+
+    Args:
+        checkpoint: a weight file; a folder with one of `WEIGHT_FILES`; or a hub id "owner/name" or
+            "owner/name@revision", with or without timm's "hf-hub:" before it. What exists as a path is a path.
+        **download: keywords of `hf_hub_download`, as revision, token or cache_dir.
+
+    Raises:
+        FileNotFoundError: for a path that does not exist, a folder or repository without weights.
+        ImportError: for a hub id without huggingface_hub.
+        OSError: where the hub cannot be reached.
+        ValueError: for a name that the hub would not allow.
+    """
+    if Path(checkpoint).is_file():
+        return Path(checkpoint)
+    for name in WEIGHT_FILES:
+        if (path := _fetch(checkpoint, name, download)) is not None:
+            return path
+    raise FileNotFoundError(f"checkpoint: {checkpoint} has none of {', '.join(WEIGHT_FILES)}")
+
+
+def read_config(checkpoint: str | Path, **download: Any) -> dict[str, Any]:
+    """The `config.json` of a checkpoint's folder or repository, timm's or `config_file`'s; {} without one.
+
+    A file that is named as in `WEIGHT_FILES` is taken for one of such a folder. `download` is `locate`'s.
+
+    Raises:
+        ValueError: where it is no JSON object.
+        FileNotFoundError, ImportError, OSError: as `locate`.
+    """
+    if Path(checkpoint).is_file():
+        checkpoint = Path(checkpoint)
+        if checkpoint.name not in WEIGHT_FILES:
+            return {}
+        checkpoint = checkpoint.absolute().parent
+    if (path := _fetch(checkpoint, "config.json", download)) is None:
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got {type(content).__name__}, allowed is a JSON object")
+    return content
+
+
+def _fetch(checkpoint: str | Path, name: str, download: dict[str, Any]) -> Path | None:
+    """File `name` of a folder or hub repository, None where that has no such file."""
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    match = _HUB_ID.fullmatch(str(checkpoint))
+    if match is None or folder.suffix in _WEIGHT_SUFFIXES:
+        raise FileNotFoundError(f"checkpoint: {checkpoint} is no file, no folder and no hub id (owner/name)")
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ImportError(f"checkpoint: {checkpoint} is a hub id: install effformer[hub] to download it") from error
+    try:
+        return Path(huggingface_hub.hf_hub_download(match["repo"], name, **{"revision": match["revision"], **download}))
+    except LocalEntryNotFoundError:  # neither in the cache nor within reach
+        raise
+    except EntryNotFoundError:
+        return None

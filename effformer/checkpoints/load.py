@@ -1,0 +1,247 @@
+"""Checkpoints: reading them, telling whose they are, and loading them strictly."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..config import PRESETS
+from ..model.netspresso import Backbone
+from ..model.network import EfficientFormer, init_linear
+from .formats import CheckpointError, Normalised, normalise
+
+# Where training scripts put the weights, the averaged ones first, as timm looks for them.
+CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# Derived from the architecture, or only counted in training: any file may leave them out.
+_OPTIONAL = ("attention_bias_idxs", "num_batches_tracked")
+_HEADS = ("head", "head_dist")
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What `load_checkpoint` did.
+
+    Attributes:
+        format: "timm", "original", "original-dense" or "netspresso".
+        ignored: keys of the file that have no place in the network and were not loaded: heads for a network without
+            any, what stands beside `backbone.` in a trainer's file, dead buffers.
+        reinitialised: parameters of the network that the file does not have and that were drawn anew.
+        missing, unexpected: keys that did not meet (always empty with strict=True).
+        cast: dtypes that were converted, as "float64 -> float32".
+        container: the entry of the file that held the weights, None if the file was the weights.
+    """
+
+    format: str
+    ignored: tuple[str, ...] = ()
+    reinitialised: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ()
+    container: str | None = None
+
+
+@dataclass
+class _Comparison:
+    """How a converted state dict meets a network's."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    cast: set[str] = field(default_factory=set)
+
+
+def load_checkpoint(
+    model: nn.Module,
+    source: str | Path | Mapping[str, Any],
+    strict: bool = True,
+    *,
+    reset_head: bool = False,
+) -> CheckpointReport:
+    """Load a checkpoint of timm, the original repository (classification or dense) or NetsPresso Trainer.
+
+    The format is told from the keys; NetsPresso's separate q, k, v are interleaved. Nothing is loaded unless all of
+    it fits. A dense original file has no final norm: that of the network is reset.
+
+    Args:
+        model: an `EfficientFormer`, or what `build_backbone` returns.
+        source: a safetensors file, a torch file (read with weights_only=True), or a state dict; bare or under one of
+            `CONTAINERS`, with or without the prefixes `module.`, `_orig_mod.`, `backbone.`.
+        strict: with False, missing and unexpected keys are reported instead of refused.
+        reset_head: where the file has no heads or heads for another number of classes, draw both heads anew.
+
+    Returns:
+        a `CheckpointReport`.
+
+    Raises:
+        CheckpointError: (a RuntimeError) listing every missing, unexpected and mis-shaped key, or saying what else
+            the file is instead of a checkpoint of this network.
+        OSError: where the file cannot be read.
+        TypeError: for a model that is none of ours.
+    """
+    network = model.network if isinstance(model, Backbone) else model
+    if not isinstance(network, EfficientFormer):
+        raise TypeError(f"model: got {type(model).__name__}, allowed is an EfficientFormer or a Backbone")
+    if any(parameter.is_meta for parameter in network.parameters()):
+        raise ValueError("model: got parameters on the meta device, allowed is a model with storage: use to_empty()")
+
+    container, raw = read_state_dict(source)
+    file = normalise(raw)
+    fresh = _fresh_modules(network, file, reset_head)
+    absent_heads = [name for name in _HEADS if isinstance(network.get_submodule(name), nn.Identity)]
+    homeless = [key for key in file.state if key.rpartition(".")[0] in absent_heads]
+    kept = {key: value for key, value in file.state.items() if key.rpartition(".")[0] not in {*fresh, *absent_heads}}
+
+    reinitialised = [f"{name}.{key}" for name in fresh for key, _ in network.get_submodule(name).named_parameters()]
+    comparison = _compare(kept, network.state_dict(), reinitialised)
+    if comparison.mismatched or (strict and (comparison.missing or comparison.unexpected)):
+        raise CheckpointError(_complaint(file.format, comparison, strict))
+
+    known = {key: value for key, value in kept.items() if key not in comparison.unexpected}
+    network.load_state_dict(known, strict=False)
+    for module in fresh.values():
+        init_linear(module) if isinstance(module, nn.Linear) else module.reset_parameters()  # type: ignore[operator]
+    return CheckpointReport(
+        format=file.format,
+        ignored=(*file.ignored, *homeless),
+        reinitialised=tuple(reinitialised),
+        missing=tuple(comparison.missing),
+        unexpected=tuple(comparison.unexpected),
+        cast=tuple(sorted(comparison.cast)),
+        container=container,
+    )
+
+
+def read_state_dict(source: str | Path | Mapping[str, Any]) -> tuple[str | None, dict[str, Tensor]]:
+    """(container, state dict) of a file or mapping; no conversion.
+
+    Raises:
+        CheckpointError: where it holds no state dict, or more than weights.
+        OSError: where the file cannot be read.
+    """
+    content: Any = source if isinstance(source, Mapping) else _read_file(Path(source))
+    container = None
+    if isinstance(content, Mapping):
+        container = next(
+            (name for name in CONTAINERS if isinstance(content.get(name), Mapping) and content[name]), None
+        )
+        content = content[container] if container else content
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"source: got {type(content).__name__}, allowed is a state dict with at least one key")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"source: entry {key!r} is a {type(value).__name__}, allowed are tensors "
+                f"(under one of {', '.join(CONTAINERS)}, or bare)"
+            )
+    return container, dict(content)
+
+
+def settings_for(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """Name and keywords of `create_model` for the network of a checkpoint, as far as its keys and shapes say.
+
+    A file with one head alone gets a network without heads: a mean with a random one would mean nothing.
+
+    Raises:
+        CheckpointError: as `normalise`; for widths that no published model has; for feature norms in our own naming,
+            which does not say whether they are tapped or inline.
+    """
+    file = normalise(state)
+    downsamples = [file.state.get(f"stages.{index}.downsample.conv.weight") for index in (1, 2, 3)]
+    convolutions = [file.state.get("stem.conv2.weight"), *downsamples]
+    widths = tuple(0 if weight is None else weight.shape[0] for weight in convolutions)
+    name = next((name for name, config in PRESETS.items() if config.widths == widths), None)
+    if name is None:
+        known = ", ".join(f"{name} {config.widths}" for name, config in PRESETS.items())
+        raise CheckpointError(f"the checkpoint has widths {widths}, allowed are those of {known}")
+
+    heads = [file.state.get(f"{head}.weight") for head in _HEADS]
+    settings: dict[str, Any] = {"num_classes": 0 if heads[0] is None or heads[1] is None else heads[0].shape[0]}
+    dense = any(key.startswith("feature_norms.") for key in file.state)
+    if file.format == "netspresso":
+        settings |= {"bias_resize": "matrix-bilinear", "feature_norm": "inline" if dense else None}
+    elif file.format == "original-dense":
+        settings |= {"bias_resize": "matrix-bicubic", "feature_norm": "tap"}
+    elif dense:
+        raise CheckpointError(
+            "the checkpoint does not say whether its feature norms are tapped or inline: build the network with "
+            "feature_norm and bias_resize, then load_checkpoint"
+        )
+    tables = [value for key, value in file.state.items() if key.endswith("attention_biases")]
+    if tables:
+        settings["table_resolution"] = math.isqrt(tables[0].shape[1])
+    return name, settings
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+    try:
+        # Training scripts of the DeiT family store their arguments, a plain holder of attributes, beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damaged files end in whatever the bytes happen to mean
+        raise CheckpointError(
+            f"{path} is no torch file of weights alone (anything else could run code and is not read): {error}"
+        ) from error
+
+
+def _fresh_modules(network: EfficientFormer, file: Normalised, reset_head: bool) -> dict[str, nn.Module]:
+    """Modules of `network` that keep nothing of the file and are drawn anew."""
+    fresh: dict[str, nn.Module] = {}
+    has_norm = any(key.startswith("norm.") for key in file.state)
+    if file.format == "original-dense" and not has_norm and isinstance(network.norm, nn.LayerNorm):
+        fresh["norm"] = network.norm
+    heads = {name: head for name in _HEADS if isinstance(head := network.get_submodule(name), nn.Linear)}
+    shapes = [(name, file.state.get(f"{name}.weight")) for name in heads]
+    fits = all(weight is not None and weight.shape == heads[name].weight.shape for name, weight in shapes)
+    if reset_head and not fits:
+        fresh |= heads
+    return fresh
+
+
+def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fresh: list[str]) -> _Comparison:
+    result = _Comparison()
+    for key, value in state.items():
+        if key not in expected:
+            result.unexpected.append(key)
+            continue
+        target = expected[key]
+        if value.shape != target.shape:
+            result.mismatched.append(f"{key}: got {list(value.shape)}, allowed is {list(target.shape)}")
+        elif value.is_floating_point() != target.is_floating_point():
+            result.mismatched.append(f"{key}: got {value.dtype}, allowed is {target.dtype}")
+        elif value.is_floating_point() and value.dtype != target.dtype:
+            result.cast.add(f"{value.dtype} -> {target.dtype}".replace("torch.", ""))
+    settled = {*state, *fresh}
+    result.missing = [key for key in expected if key not in settled and key.rpartition(".")[2] not in _OPTIONAL]
+    return result
+
+
+def _complaint(format: str, comparison: _Comparison, strict: bool) -> str:
+    lines = [f"the {format} checkpoint does not fit the network"]
+    parts = {"mis-shaped": comparison.mismatched}
+    if strict:
+        parts |= {"missing": comparison.missing, "unexpected": comparison.unexpected}
+    for title, keys in parts.items():
+        if keys:
+            lines.append(f"{title} ({len(keys)}):")
+            lines += [f"  {key}" for key in keys]
+    everything = " ".join(comparison.mismatched + comparison.missing)
+    if "head." in everything or "head_dist." in everything:
+        lines.append("reset_head=True draws both heads anew; num_classes=0 builds a network without heads")
+    if any("attention_biases" in line for line in comparison.mismatched):
+        lines.append("the bias table of the file has another table_resolution than the network")
+    return "\n".join(lines)

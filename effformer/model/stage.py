@@ -1,0 +1,96 @@
+"""A stage of the network, and gradient checkpointing of its blocks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from ..config import EfficientFormerConfig
+from .blocks import Downsample, Flat, Meta3D, Meta4D
+
+
+class Stage(nn.Module):
+    """Downsampling (not in the first stage) and MetaBlocks; the last `num_vit` of them work on tokens.
+
+    [B, in_width, H, W] -> [B, width, h, w], or [B, h * w, width] in a stage that flattens.
+    """
+
+    def __init__(
+        self,
+        in_width: int | None,
+        width: int,
+        drop_paths: Sequence[float],
+        num_vit: int | None,
+        config: EfficientFormerConfig,
+        layer_scale: float,
+        backend: str,
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.num_vit = num_vit or 0
+        self.downsample = nn.Identity() if in_width is None else Downsample(in_width, width, **dd)
+        blocks: list[nn.Module] = []
+        num_maps = len(drop_paths) - self.num_vit
+        for index, drop_path in enumerate(drop_paths):
+            if index == num_maps:
+                blocks.append(Flat())
+            kind = Meta4D if index < num_maps else Meta3D
+            blocks.append(kind(width, config, drop_path, layer_scale, backend, **dd))
+        if num_vit == 0:  # a last stage without 3D blocks still hands tokens to the final norm
+            blocks.append(Flat())
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        height, width = x.shape[2], x.shape[3]
+        first_token_block = len(self.blocks) - self.num_vit
+        for index, block in enumerate(self.blocks):
+            args = (x,) if index < first_token_block else (x, height, width)
+            x = _checkpointed(block, *args) if self.grad_checkpointing else block(*args)
+        return x
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Sides of this stage's map for an input map of [height, width]."""
+        if isinstance(self.downsample, nn.Identity):
+            return height, width
+        return (height + 1) // 2, (width + 1) // 2
+
+
+class StageOutput(NamedTuple):
+    """Output of a stage: a map [B, C, H, W], or tokens [B, N, C] of a map with the sides `tokens_of`."""
+
+    stage: int
+    features: Tensor
+    tokens_of: tuple[int, int] | None
+
+
+def _checkpointed(block: nn.Module, *args: Any) -> Tensor:
+    if torch.compiler.is_compiling():  # the compiler admits no context, and repeats no side effect
+        return checkpoint(block, *args, use_reentrant=False)
+    contexts = (contextlib.nullcontext(), _FrozenStatistics(block))
+    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: contexts)
+
+
+class _FrozenStatistics:
+    """While a block is recomputed, its running statistics must not move a second time. May be entered again."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.saved = [(norm.momentum, norm.num_batches_tracked) for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum = 0.0
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked = norm.num_batches_tracked.clone()
+
+    def __exit__(self, *exception: object) -> None:
+        for norm, (momentum, count) in zip(self.norms, self.saved, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -1,0 +1,336 @@
+"""A model as a file that runs without its Python code: `export`.
+
+What is exported is what `freeze` runs: the packed network, folded in float64. Of L1 that makes an ONNX graph of 244
+nodes instead of the live network's 265, in half the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..backend import refuse_triton, why_not_triton
+from ..config import check_choice, check_count
+from ..model.netspresso import Backbone
+from ..model.network import EfficientFormer, set_backend
+from ..testing import Accuracy, accuracy
+from .frozen import Output, network_within, no_autocast
+from .packing import OUTPUTS, Packed, pack
+
+Format = Literal["pt2", "aoti", "onnx"]
+FORMATS: tuple[str, ...] = get_args(Format)
+BACKENDS = ("eager", "triton")
+SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
+LEAST_SIDE = 33  # of a dynamic size: at 32 the last map is one pixel wide, for which other code is traced
+OPSET = 20  # of ONNX: the first with Gelu
+
+# float64 is what files are compared with. onnxruntime's convolutions on a CPU take no bfloat16.
+DTYPES = {
+    "pt2": (torch.float32, torch.bfloat16, torch.float16),
+    "aoti": (torch.float32, torch.bfloat16, torch.float16),
+    "onnx": (torch.float32, torch.float16),
+}
+
+
+class ExportError(RuntimeError):
+    """PyTorch's exporters or compilers failed, or the file does not compute what the model does."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        path, format: the file.
+        images: its input, free dimensions by name.
+        dtype: of images and results.
+        outputs: names of the results.
+        needs: what it loads with, and where it runs.
+        checks: images' shape -> errors of the loaded file against float64, beside eager's: the result with the worst.
+    """
+
+    path: Path
+    format: str
+    images: tuple[int | str, ...]
+    dtype: torch.dtype
+    outputs: tuple[str, ...]
+    needs: str
+    checks: dict[tuple[int, ...], Accuracy]
+
+    def __str__(self) -> str:
+        megabytes, dtype = self.path.stat().st_size / 1e6, str(self.dtype).removeprefix("torch.")
+        lines = [
+            f"{self.path}: {self.format}, {megabytes:.1f} MB, {dtype} images {_listed(self.images)} -> "
+            + ", ".join(self.outputs),
+            f"  loads with {self.needs}",
+        ]
+        for shape, found in self.checks.items():
+            lines.append(
+                f"  loaded, on images {_listed(shape)}, beside float64: max {found.max_error:.1e} "
+                f"(eager {found.eager_max_error:.1e}), mean {found.mean_error:.1e} (eager {found.eager_mean_error:.1e})"
+            )
+        return "\n".join(lines)
+
+
+def export(
+    model: EfficientFormer | Backbone,
+    path: str | Path,
+    format: Format = "pt2",
+    *,
+    output: Output = "logits",
+    size: tuple[int, int] = (224, 224),
+    dynamic_size: bool = False,
+    dtype: torch.dtype | None = None,
+    backend: Literal["eager", "triton"] = "eager",
+) -> Exported:
+    """Write `model` to a file, load it again and compare what it computes with float64; an existing file is replaced.
+
+    BatchNorm, biases and layer scales are folded as by `freeze`, and as there models in training mode, with hooks or
+    replaced modules are refused. The batch is always free. Nothing is chosen by the machine that loads the file:
+    `backend` is that of the graph, and no "auto" (the model's own backend plays no part).
+
+    Args:
+        model: an `EfficientFormer`, or what `build_backbone` returns, in eval mode; it is not changed. The file is for
+            the device that it is on, but ONNX.
+        path: *.pt2, or *.onnx for ONNX.
+        format: "pt2", a graph for `torch.export.load`; "aoti", compiled code for `torch._inductor.aoti_load_package`
+            and C++ (needs a C++ compiler); "onnx", through PyTorch's dynamo exporter (extra `export`).
+        output: "logits" [B, num_classes]; "pooled" [B, C]; "features", the list of maps that `forward_intermediates`
+            returns. ONNX names them logits, pooled, stage1 to stage4; its input is called images.
+        size: height and width of the images.
+        dynamic_size: leave both free, from 33 on; `size` is then what compilers tune for. AOTInductor takes minutes.
+        dtype: of weights, images and results, by default the model's; for ONNX float32 or float16.
+        backend: "eager" is plain PyTorch operations. "triton" calls the kernels: the file loads only in a process that
+            imported `effformer.kernels.operators`, since they are registered from Python.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong; for a model that cannot be packed.
+        UnsupportedError: for backend="triton" where the kernels cannot run.
+        ImportError: for "onnx" without the extra `export`.
+        OSError: where the file cannot be written.
+        ExportError: where exporting fails, or what the loaded file computes breaks the rule of
+            `effformer.testing.Accuracy` for the model in eager PyTorch; `path` is left as it was.
+    """
+    network, path = network_within(model), Path(path)
+    dtype = network.stem.conv1.weight.dtype if dtype is None else dtype
+    device = torch.device("cpu") if format == "onnx" else network.stem.conv1.weight.device
+    _check_format(path, format, dtype, backend)
+    _check_size(size, dynamic_size)
+    check_choice("output", output, OUTPUTS)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"model: got one on {device}, allowed are the CPU and NVIDIA GPUs")
+    if backend == "triton":
+        refuse_triton(backend, why_not_triton(device, dtype, network.config.act, asked_for=True))
+    with torch.inference_mode(False), torch.no_grad(), no_autocast(device):
+        packed = pack(network, dtype, output)
+        module = _Steps(packed, backend, None if dynamic_size else size).to(device)
+        outputs = tuple(f"stage{i + 1}" for i in range(len(network.stages))) if output == "features" else (output,)
+        axes = {0: "batch"} | ({2: "height", 3: "width"} if dynamic_size else {})
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            partial = Path(folder) / path.name
+            with _told(format):
+                images = torch.zeros(2, network.in_chans, *size, dtype=dtype, device=device)
+                _write(module, images, axes, partial, format, outputs)
+                run = _load(partial, format)
+            shapes = [(1, *size), (3, *size)] + [(2, LEAST_SIDE, 2 * LEAST_SIDE - 1)] * dynamic_size
+            exact, eager = (_Reference(network, device, kind, output) for kind in (torch.float64, dtype))
+            checks = {}
+            for batch, *sides in shapes:
+                shape = batch, network.in_chans, *sides
+                with _told(format):
+                    checks[shape] = _worst(run, exact, eager, shape)
+                if not checks[shape].passes():
+                    found = f"{output} of images {_listed(shape)}: {checks[shape]}"
+                    raise ExportError(f"format={format!r}: the file does not compute what the model does: {found}")
+            os.replace(partial, path)
+    free = tuple(axes.get(place, length) for place, length in enumerate(images.shape))
+    return Exported(path, format, free, dtype, outputs, _needs(format, backend, device), checks)
+
+
+# --- what is exported -------------------------------------------------------------------------------------------------
+
+
+class _Steps(nn.Module):
+    """A packed network as a module: images -> result. Its tensors are buffers, so that exporters see them as weights.
+
+    The attention bias of images of one `size` is a buffer, too; for free sizes (None) it is computed from its table.
+    """
+
+    def __init__(self, packed: Packed, backend: str, size: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.packed, self.backend = packed, backend
+        for index, step in enumerate(packed.steps):
+            for place, tensor in enumerate(step.all_tensors()):
+                # Filters are channels_last, as the kernels want them; exporters would rather have them contiguous.
+                tensor = tensor.contiguous() if backend == "eager" else tensor
+                self.register_buffer(f"step{index}_{step.operation}_{place}", tensor)
+        self.tensors = [name for name, _ in self.named_buffers()]
+        # As it is: one prepared for the kernels would be for this GPU's tiles alone.
+        biases = [] if size is None else packed.biases(*size, "eager")
+        for index, bias in enumerate(biases):
+            self.register_buffer(f"bias{index}", bias)
+        self.biases = None if size is None else [f"bias{index}" for index in range(len(biases))]
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        packed = self.packed.holding(self.get_buffer(name) for name in self.tensors)
+        if self.biases is None:
+            biases = packed.biases(images.shape[2], images.shape[3], "eager")
+        else:
+            biases = [self.get_buffer(name) for name in self.biases]
+        return packed.run(images, biases, self.backend, prepared=False)
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    module: nn.Module, images: Tensor, axes: dict[int, str], path: Path, format: str, outputs: tuple[str, ...]
+) -> None:
+    free = {place: torch.export.Dim(name, min=1 if place == 0 else LEAST_SIDE) for place, name in axes.items()}
+    program = torch.export.export(module, (images,), dynamic_shapes=(free,))
+    match format:
+        case "pt2":
+            torch.export.save(program, path)
+        case "aoti":
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        case "onnx":
+            converted = torch.onnx.export(
+                program,
+                input_names=["images"],
+                output_names=outputs,
+                dynamic_shapes=(axes,),  # names alone: what is free is the program's
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+            assert converted is not None
+            converted.save(str(path), external_data=False)
+
+
+def _load(path: Path, format: str) -> Callable[[Tensor], Tensor | list[Tensor]]:
+    """The file as a function of images."""
+    match format:
+        case "pt2":
+            return torch.export.load(path).module()
+        case "aoti":
+            return torch._inductor.aoti_load_package(str(path))
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(result) for result in session.run(None, {"images": images.numpy()})]
+
+    return run
+
+
+def _needs(format: str, backend: str, device: torch.device) -> str:
+    """What a file loads with, and where it runs."""
+    if format == "onnx":
+        return f"onnxruntime.InferenceSession and its like: opset {OPSET}, self-contained"
+    call = "torch.export.load" if format == "pt2" else "torch._inductor.aoti_load_package"
+    here = f"on {device.type}"
+    if format == "aoti":
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        here += f" like this one ({kind}), torch {torch.__version__}"
+    if backend == "triton":
+        return f"{call}, only where effformer.kernels.operators was imported, {here}"
+    return f"{call}, self-contained, {here}"
+
+
+# --- what is checked --------------------------------------------------------------------------------------------------
+
+
+def _check_format(path: Path, format: str, dtype: torch.dtype, backend: str) -> None:
+    """Everything that depends on the format; the compiler and libraries that it takes."""
+    check_choice("format", format, FORMATS)
+    check_choice("backend", backend, BACKENDS)
+    if path.suffix != SUFFIXES[format]:
+        raise ValueError(f"path: got {path}, allowed is *{SUFFIXES[format]} with format={format!r}")
+    if dtype not in DTYPES[format]:
+        allowed = ", ".join(map(str, DTYPES[format]))
+        raise ValueError(f"dtype: got {dtype}, allowed with format={format!r} are {allowed}")
+    if format == "onnx":
+        if backend == "triton":
+            raise ValueError("backend: got 'triton', allowed with format='onnx' is 'eager': ONNX has no such operators")
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f"{error}: install effformer[export] for format='onnx'") from error
+    if format == "aoti":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise ExportError(f"format='aoti': {error}: install a C++ compiler, or name one in CXX") from error
+
+
+def _check_size(size: tuple[int, int], dynamic: bool) -> None:
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"size: got {size}, allowed is (height, width)")
+    for side in size:
+        check_count("size", side, least=1)
+    if dynamic and min(size) < LEAST_SIDE:
+        raise ValueError(f"size: got {_listed(size)}, allowed with dynamic_size=True are sides of {LEAST_SIDE} or more")
+
+
+class _Reference:
+    """The model in eager PyTorch: its weights as they are, but for rounding to `dtype`."""
+
+    def __init__(self, network: EfficientFormer, device: torch.device, dtype: torch.dtype, output: str) -> None:
+        self.network = deepcopy(network).to(device, dtype)
+        self.device, self.dtype, self.output = device, dtype, output
+        set_backend(self.network, "eager")
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        images = images.to(self.device, self.dtype)
+        if self.output == "features":
+            return self.network.forward_intermediates(images, intermediates_only=True)
+        pooled = self.network.forward_head(self.network.forward_features(images), pre_logits=True)
+        return [pooled if self.output == "pooled" else self.network.logits(pooled)]
+
+
+def _worst(
+    run: Callable[[Tensor], Tensor | list[Tensor]], exact: _Reference, eager: _Reference, shape: tuple[int, ...]
+) -> Accuracy:
+    """Errors of the loaded file on drawn images, of that result which is closest to breaking the rule."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    images = torch.randn(shape, generator=generator, device="cpu").to(eager.device, eager.dtype)
+    results = run(images)
+    results = [results] if isinstance(results, Tensor) else results
+    found = [accuracy(*each) for each in zip(results, exact(images), eager(images), strict=True)]
+    return max(found, key=lambda one: (one.misplaced, (one.max_error - 2 * one.eager_max_error) / one.ulp))
+
+
+@contextlib.contextmanager
+def _told(format: str) -> Iterator[None]:
+    """What exporters and compilers raise, errors of many kinds with many lines, becomes an `ExportError` of one."""
+    with warnings.catch_warnings():  # PyTorch's, about itself
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), "")
+            raise ExportError(f"format={format!r}: {type(error).__name__}: {reason}") from error
+
+
+def _listed(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

@@ -1,0 +1,431 @@
+"""The serving form of a model: `freeze`."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..backend import BACKENDS, refuse_triton, why_not_triton
+from ..checks import autocast, shape_of
+from ..config import check_choice, check_count
+from ..model.netspresso import Backbone
+from ..model.network import EfficientFormer
+from .graphs import capture_graph, wait_for
+from .packing import OUTPUTS, pack
+
+Output = Literal["logits", "pooled", "features"]
+WhenFull = Literal["run", "pad"]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_SIZES = 8  # image sizes without a graph whose attention bias is kept
+
+
+def freeze(
+    model: EfficientFormer | Backbone,
+    dtype: torch.dtype = torch.bfloat16,
+    cuda_graphs: bool = True,
+    output: Output = "logits",
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    max_graphs: int = 8,
+    when_full: WhenFull = "run",
+    new_outputs: bool = True,
+    deterministic: bool = True,
+    backend: str = "auto",
+) -> Frozen:
+    """A snapshot of `model` for inference alone: folded, packed, replayed as CUDA graphs.
+
+    BatchNorm, convolution biases and layer scales are folded (in float64) into the scales and shifts of fused
+    operations, both heads into one, once. What `model` learns later does not reach the frozen form: `Frozen.refresh`
+    takes new weights. It computes what `model` computes in eval mode, without gradients, on the device that the model
+    is on, and on a CPU, too, eagerly.
+
+    Args:
+        model: an `EfficientFormer`, or what `build_backbone` returns, in eval mode; it is not changed.
+        dtype: float16, bfloat16, float32 or float64, of weights, images and results.
+        cuda_graphs: capture a CUDA graph for each (batch, height, width) seen, on GPUs. Launching one takes
+            microseconds; without, some thirty kernels are launched by Python.
+        output: "logits" [B, num_classes]; "pooled" [B, C], what the heads are applied to; "features", the list of maps
+            [B, C, h, w] that `forward_intermediates` returns.
+        mean, std: of the channels, of images in 0 to 1, such as (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225). With
+            them the frozen form takes uint8 images as well, and normalises them within its first convolution.
+        max_graphs: graphs that are captured by calls at most; the first shapes get them. Each keeps its images and
+            results in memory, those of one height and width their attention bias; what lies between, all graphs share.
+        when_full: what becomes of other shapes. "run": no graph. "pad": the batch is padded up to the next larger one
+            of a graph for the same height and width, if there is one.
+        new_outputs: results are new tensors. False: those of a graph are the graph's own, which the next call that it
+            is replayed for overwrites; it saves a copy.
+        deterministic: the same images give the same bits. False allows atomic additions in small batches.
+        backend: "auto", "eager" or "triton", see `effformer.ops`.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong; for a model in training mode, with hooks, replaced
+            modules, or an activation with parameters.
+        UnsupportedError: for backend="triton" where the kernels cannot run.
+    """
+    return Frozen(
+        model,
+        dtype,
+        cuda_graphs,
+        output,
+        mean=mean,
+        std=std,
+        max_graphs=max_graphs,
+        when_full=when_full,
+        new_outputs=new_outputs,
+        deterministic=deterministic,
+        backend=backend,
+    )
+
+
+# Batch, height, width, and whether the images are uint8.
+Key = tuple[int, int, int, bool]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A captured forward: it reads `images` and `biases` and writes `results`, all of which it keeps alive."""
+
+    graph: torch.cuda.CUDAGraph
+    images: Tensor
+    biases: list[Tensor]
+    results: Tensor | list[Tensor]
+
+
+class Frozen:
+    """What `freeze` returns: call it with images.
+
+    Calls from several threads, and on several streams, are safe: they wait for each other. A graph is captured while
+    other threads use the GPU, unless they wait for all of it (`torch.cuda.synchronize`), which CUDA does not allow
+    meanwhile: capture before they start. As with any tensors, let the streams come to their end before you give up what
+    they read.
+
+    Where a call finds its stream being captured by the caller, it becomes part of the caller's graph. That reads the
+    weights kept here, and must not outlive them; call once without it before, so that all is compiled.
+
+    Attributes:
+        device, dtype, output: see `freeze`.
+        backend: "eager" or "triton", whichever computes.
+        reason: why that is "eager"; None where it is not.
+    """
+
+    def __init__(
+        self,
+        model: EfficientFormer | Backbone,
+        dtype: torch.dtype,
+        cuda_graphs: bool,
+        output: Output,
+        *,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        max_graphs: int,
+        when_full: WhenFull,
+        new_outputs: bool,
+        deterministic: bool,
+        backend: str,
+    ) -> None:
+        network = network_within(model)
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype: got {dtype}, allowed are {', '.join(map(str, DTYPES))}")
+        check_choice("output", output, OUTPUTS)
+        check_choice("when_full", when_full, ("run", "pad"))
+        check_choice("backend", backend, BACKENDS)
+        check_count("max_graphs", max_graphs)
+        self.device, self.dtype, self.output = network.stem.conv1.weight.device, dtype, output
+        self.in_chans = network.in_chans
+        self.reason: str | None = "asked for"
+        if backend != "eager":
+            self.reason = why_not_triton(self.device, dtype, network.config.act, backend == "triton")
+            refuse_triton(backend, self.reason)
+        self.backend = "eager" if self.reason else "triton"
+        self._pixels = _normalisation(mean, std, self.in_chans)
+        self._deterministic, self._new_outputs = deterministic, new_outputs
+        self._max_graphs = max_graphs if cuda_graphs and self.device.type == "cuda" else 0
+        self._pads = when_full == "pad"
+        self._lock = threading.RLock()
+        self._graphs: dict[Key, _Graph] = {}
+        self._biases: dict[tuple[int, int], list[Tensor]] = {}  # of images without a graph
+        self._pool: Any = None
+        self._ready: torch.cuda.Event | None = None  # what the last call enqueued is done
+        self._model = weakref.ref(network)
+        with self._turn():
+            self._outside_a_graph("freeze")
+            self._packed = self._pack(network)
+            self._wait()  # a caller's graph may be replayed on another stream, and waits for nothing
+
+    def __repr__(self) -> str:
+        graphs = ", ".join(f"{b}x{h}x{w}" for b, h, w, _ in self.graphs) or "none"
+        return (
+            f"Frozen(output={self.output!r}, dtype={self.dtype}, device={str(self.device)!r}, "
+            f"backend={self.backend!r}, graphs: {graphs})"
+        )
+
+    @property
+    def graphs(self) -> tuple[Key, ...]:
+        """(batch, height, width, whether uint8) of the captured graphs."""
+        return tuple(self._graphs)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the graphs' own images and results, which stay; what lies between them is in the graphs' pool."""
+        tensors = (
+            tensor
+            for graph in tuple(self._graphs.values())  # another thread may capture meanwhile
+            for tensor in (graph.images, *([graph.results] if isinstance(graph.results, Tensor) else graph.results))
+        )
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def __call__(self, images: Tensor) -> Tensor | list[Tensor]:
+        """The output for images.
+
+        Args:
+            images: normalised [B, in_chans, H, W] in the frozen dtype, any strides; or, with `mean` and `std`, uint8,
+                [B, in_chans, H, W] or [B, H, W, in_chans]; on the frozen device.
+
+        Returns:
+            what `output` says, in the frozen dtype; maps are channels_last.
+
+        Raises:
+            TypeError, ValueError: for images of another dtype, shape or device, or that need a gradient.
+        """
+        images = self._check(images)
+        with self._turn():
+            key = self._key(images)
+            if key is None:
+                return self._run(images)
+            if key not in self._graphs:
+                self._graphs[key] = self._capture(key)
+            return self._replay(self._graphs[key], images)
+
+    def capture(self, *shapes: tuple[int, int, int], uint8: bool = False) -> None:
+        """Capture a graph for each (batch, height, width), before a call does; these count into `max_graphs`.
+
+        Raises:
+            ValueError: for more than `max_graphs`, where there are no graphs, for what is no (batch, height, width), or
+                for sides or a batch below 1.
+        """
+        if uint8 and self._pixels is None:
+            raise ValueError("uint8: got True, allowed is False for a model frozen without mean and std")
+        for shape in shapes:
+            if not isinstance(shape, Sequence) or len(shape) != 3:
+                raise ValueError(f"shapes: got {shape}, allowed are (batch, height, width)")
+            for size in shape:
+                check_count("shapes", size, least=1)
+        with self._turn():
+            keys = [(*shape, uint8) for shape in shapes]
+            if len({*self._graphs, *keys}) > self._max_graphs:
+                raise ValueError(f"shapes: got {shapes} beside {self.graphs}, allowed are {self._max_graphs} graphs")
+            for key in keys:
+                if key not in self._graphs:
+                    self._outside_a_graph("capture")
+                    self._graphs[key] = self._capture(key)
+
+    def input_buffer(self, batch: int, height: int, width: int, *, uint8: bool = False) -> Tensor:
+        """The images [batch, in_chans, height, width] that the graph of this shape reads, captured if need be.
+
+        Fill it, on the stream of the calls, and call the frozen model with it: nothing is copied. It is channels_last;
+        `permute(0, 2, 3, 1)` shows it as [B, H, W, in_chans]. A call with other images of the shape writes them into
+        it.
+
+        Raises:
+            ValueError, RuntimeError: as `capture`.
+        """
+        with self._lock:  # another thread may call `clear`
+            self.capture((batch, height, width), uint8=uint8)
+            return self._graphs[batch, height, width, uint8].images
+
+    def clear(self) -> None:
+        """Give up all graphs and their memory. The next calls capture anew.
+
+        Raises:
+            RuntimeError: where the current stream is being captured.
+        """
+        with self._turn():
+            self._outside_a_graph("clear")
+            self._wait()
+            self._graphs.clear()
+            self._biases.clear()
+            self._pool = None
+
+    def refresh(self, model: EfficientFormer | Backbone | None = None) -> None:
+        """Take new weights: those that the frozen model has now, or those of another of the same architecture.
+
+        They are copied to where the old ones lie, from whatever device, and captured graphs stay. The next call without
+        `model` takes those of the model given last.
+
+        Raises:
+            ValueError: for another architecture, or without `model` where the frozen one no longer exists.
+            RuntimeError: where the current stream is being captured.
+        """
+        network = self._model() if model is None else network_within(model)
+        if network is None:
+            raise ValueError("model: got None, and the frozen model no longer exists; allowed is a model")
+        with self._turn():
+            self._outside_a_graph("refresh")
+            packed = self._pack(network)
+            self._wait()
+            self._packed.take(packed)
+            for (_, height, width, _), graph in self._graphs.items():
+                for target, source in zip(graph.biases, self._packed.biases(height, width, self.backend), strict=True):
+                    target.copy_(source)
+            self._biases.clear()
+            self._model = weakref.ref(network)
+            self._wait()  # for a caller's graph, as above
+
+    # --- the parts of a call ------------------------------------------------------------------------------------------
+
+    def _pack(self, network: EfficientFormer) -> Any:
+        mean, std = self._pixels or (None, None)
+        return pack(network, self.dtype, self.output, mean, std, deterministic=self._deterministic)
+
+    def _check(self, images: Tensor) -> Tensor:
+        """`images` as [B, in_chans, H, W], if they are what can be run."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images: got {type(images).__name__}, allowed is a torch.Tensor")
+        uint8 = images.dtype == torch.uint8
+        if uint8 and self._pixels is None:
+            raise TypeError("images: got torch.uint8, allowed for uint8 is a model frozen with mean and std")
+        if not uint8 and images.dtype != self.dtype:
+            also = " and torch.uint8" if self._pixels else ""
+            raise TypeError(f"images: got {images.dtype}, allowed is {self.dtype}{also}")
+        if images.device != self.device:
+            raise ValueError(f"images: got a tensor on {images.device}, allowed is {self.device}")
+        if torch.is_grad_enabled() and images.requires_grad:
+            raise ValueError("images: got a tensor that requires a gradient, and a frozen model has none")
+        first = images.ndim == 4 and images.shape[1] == self.in_chans
+        last = uint8 and images.ndim == 4 and images.shape[3] == self.in_chans
+        allowed = f"[B, {self.in_chans}, H, W]" + (f" or [B, H, W, {self.in_chans}]" if uint8 else "")
+        if not first and not last:
+            raise ValueError(f"images: got shape {shape_of(images)}, allowed is {allowed}")
+        if first and last:
+            raise ValueError(f"images: got shape {shape_of(images)}, which may be either of {allowed}")
+        images = images if first else images.permute(0, 3, 1, 2)
+        if images.shape[2] == 0 or images.shape[3] == 0:
+            raise ValueError(f"images: got shape {shape_of(images)}, allowed are sides of 1 or more")
+        return images
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call at a time, in order on the GPU, too, whatever their streams; without gradients or autocast."""
+        # Tensors made in inference mode could not be written again outside of it.
+        with self._lock, torch.inference_mode(False), torch.no_grad(), no_autocast(self.device):
+            if self.device.type != "cuda":
+                yield
+                return
+            with torch.cuda.device(self.device):
+                stream = torch.cuda.current_stream()
+                if torch.cuda.is_current_stream_capturing():
+                    yield
+                    return
+                if self._ready is not None:
+                    stream.wait_event(self._ready)
+                try:
+                    yield
+                finally:
+                    self._ready = self._ready or torch.cuda.Event()
+                    self._ready.record(stream)
+
+    def _run(self, images: Tensor) -> Tensor | list[Tensor]:
+        sides = images.shape[2], images.shape[3]
+        within = self._within_a_graph()
+        # The caller's graph keeps what is computed within it, and may be replayed when what is kept here was given up.
+        biases = None if within else self._biases.get(sides)
+        if biases is None:
+            biases = self._packed.biases(*sides, self.backend)
+            if not within:
+                self._biases[sides] = biases
+                while len(self._biases) > _SIZES:
+                    del self._biases[next(iter(self._biases))]
+        if self.device.type == "cuda":
+            for bias in biases:  # it may be given up while this stream still reads it
+                bias.record_stream(torch.cuda.current_stream())
+        return self._packed.run(images, biases, self.backend)
+
+    def _within_a_graph(self) -> bool:
+        """Whether the caller is capturing a graph: what is computed now will only exist when that is replayed."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _outside_a_graph(self, method: str) -> None:
+        """An error before CUDA's, which would end the caller's capture."""
+        if self._within_a_graph():
+            raise RuntimeError(f"{method}: called within the capture of a graph, allowed is before or after it")
+
+    def _key(self, images: Tensor) -> Key | None:
+        """The graph for these images, captured or to be captured; None for no graph."""
+        if self._within_a_graph():
+            return None
+        batch, _, height, width = images.shape
+        key = batch, height, width, images.dtype == torch.uint8
+        if key in self._graphs or (batch > 0 and len(self._graphs) < self._max_graphs):
+            return key
+        larger = [known for known in self._graphs if known[1:] == key[1:] and known[0] > batch > 0]
+        return min(larger) if self._pads and larger else None
+
+    def _replay(self, graph: _Graph, images: Tensor) -> Tensor | list[Tensor]:
+        batch = images.shape[0]
+        if (images.data_ptr(), images.stride()) != (graph.images.data_ptr(), graph.images.stride()):
+            graph.images[:batch].copy_(images)  # what is padded is what an earlier call left
+        graph.graph.replay()
+
+        def own(result: Tensor) -> Tensor:
+            return result[:batch].clone(memory_format=torch.preserve_format) if self._new_outputs else result[:batch]
+
+        return own(graph.results) if isinstance(graph.results, Tensor) else [own(result) for result in graph.results]
+
+    def _capture(self, key: Key) -> _Graph:
+        batch, height, width, uint8 = key
+        dtype = torch.uint8 if uint8 else self.dtype
+        # channels_last by its strides, also where a side is 1
+        images = torch.zeros((batch, height, width, self.in_chans), dtype=dtype, device=self.device)
+        images = images.permute(0, 3, 1, 2)
+        of_these_sides = (graph.biases for known, graph in self._graphs.items() if known[1:3] == (height, width))
+        biases = next(of_these_sides, None) or self._packed.biases(height, width, self.backend)
+
+        def forward() -> Tensor | list[Tensor]:
+            return self._packed.run(images, biases, self.backend)
+
+        self._pool, graph, results = capture_graph(forward, self._pool)
+        return _Graph(graph, images, biases, results)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            wait_for(self.device)
+
+
+def network_within(model: nn.Module) -> EfficientFormer:
+    """`model`, or the network of a `Backbone`; a TypeError for anything else."""
+    network = model.network if isinstance(model, Backbone) else model
+    if not isinstance(network, EfficientFormer):
+        raise TypeError(f"model: got {type(model).__name__}, allowed is an EfficientFormer or a Backbone")
+    return network
+
+
+def _normalisation(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    if mean is None and std is None:
+        return None
+    found = []
+    for name, values, allowed in (("mean", mean, "0 to 1"), ("std", std, "more than 0")):
+        right: Callable[[float], bool] = (lambda v: 0 <= v <= 1) if name == "mean" else (lambda v: 0 < v < float("inf"))
+        try:
+            numbers = tuple(float(value) for value in (() if values is None else values))
+        except (TypeError, ValueError):  # one number for all channels, or what is no number
+            numbers = ()
+        if len(numbers) != channels or not all(right(value) for value in numbers):
+            raise ValueError(f"{name}: got {values}, allowed are {channels} numbers, {allowed}, beside the other")
+        found.append(numbers)
+    return found[0], found[1]
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """A context: frozen weights have one dtype: autocast is not for them."""
+    return torch.autocast(device.type, enabled=False) if autocast(device.type) else contextlib.nullcontext()

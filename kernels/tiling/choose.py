@@ -1,0 +1,270 @@
+"""Which tiles a kernel runs with. Launchers, and with them the audit, the tuner and the tests, ask here alone.
+
+The answers come from a table, `configurations.json`, preceded on a GPU by what `effformer bench tune` measured on that
+very card (`user_file`). Of the entries for an operation the first whose conditions hold counts; tiles shrink to shapes
+that are smaller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .device import Device
+from .table import (
+    AttentionConfig,
+    Entry,
+    HeadConfig,
+    LinearConfig,
+    MlpConfig,
+    NormConfig,
+    PoolConfig,
+    SplitConfig,
+    Table,
+    read_json,
+    read_table,
+)
+from .table import entries as parse
+
+SHIPPED = Path(__file__).with_name("configurations.json")
+
+
+def mlp_config(
+    operation: str, channels: int, rows: int, dtype: torch.dtype, device: Device
+) -> MlpConfig | SplitConfig | None:
+    """Tiles of the fused MLP or of the split one, or None where two products with the hidden in memory are to be taken.
+
+    `operation` is "meta4d", "conv_mlp" or "linear_mlp" (never fused). The accumulator holds all channels of a row: in
+    16 bit and with many rows a tile it spills, or leaves shared memory, beyond 224.
+    """
+    return answer(operation, dtype, device, channels, rows)
+
+
+def linear_config(outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: Device) -> LinearConfig:
+    """Tiles of a [rows, inputs] x [inputs, outputs] product, no larger than it needs."""
+    found: LinearConfig = answer("linear", dtype, device, outputs, inputs, rows)
+    return replace(found, widths=_fitting(found.widths, outputs), block_k=_power(inputs, found.block_k))
+
+
+def conv_config(outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: Device) -> LinearConfig | None:
+    """Tiles of a 3x3 convolution as a matrix product, whose depth is channels of a tap; None for the vendor's."""
+    found: LinearConfig | None = answer("conv_norm", dtype, device, outputs, inputs, rows)
+    return None if found is None else replace(found, widths=_fitting(found.widths, outputs))
+
+
+def _fitting(widths: tuple[int, ...], outputs: int) -> tuple[int, ...]:
+    """A tile's widths, or one that is no wider than the product."""
+    whole = sum(widths)
+    return widths if outputs >= whole else (_power(outputs, 1 << (whole - 1).bit_length()),)
+
+
+def attention_config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: Device) -> AttentionConfig:
+    """Tiles of queries and keys; `value_dim` is what one program computes of it.
+
+    Raises:
+        ValueError: for queries and keys that do not fit on chip.
+    """
+    widest = max(key_dim, value_dim)
+    if 64 * widest * dtype.itemsize > device.shared_memory:
+        allowed = device.shared_memory // (64 * dtype.itemsize)
+        raise ValueError(f"key_dim: got {key_dim}, allowed are up to {allowed} in {dtype} on this GPU")
+    found: AttentionConfig = answer("bias_attention", dtype, device, tokens, widest)
+    block_m, block_n = _power(tokens, found.block_m), _power(tokens, found.block_n)
+    return AttentionConfig(block_m, block_n, found.num_warps, found.num_stages)
+
+
+def pool_config(channels: int, rows: int, dtype: torch.dtype, device: Device, *, dense: bool) -> tuple[int, int, int]:
+    """(pixels, channels) of a tile and the warps; `dense` where channels lie next to each other, and pixels do not.
+
+    No more channels than the largest power of two in their number: none are padded.
+    """
+    return _whole_channels(channels, answer("pool_mixer", dtype, device, channels, int(dense), rows))
+
+
+def sum_config(channels: int, rows: int, dtype: torch.dtype, device: Device) -> tuple[int, int, int]:
+    """(rows, channels) of a tile in which a split MLP's parts are added, and the warps; `dtype` is the result's."""
+    return _whole_channels(channels, answer("split_sum", dtype, device, channels, rows))
+
+
+def _whole_channels(channels: int, found: PoolConfig) -> tuple[int, int, int]:
+    block_c = min(max(channels & -channels, 16), found.block_c)
+    return max(1, found.elements // block_c), block_c, found.num_warps
+
+
+def norm_config(
+    channels: int, rows: int, dtype: torch.dtype, device: Device, operation: str = "layer_norm"
+) -> tuple[int, int, int]:
+    """(rows, channels) of a tile and the warps: whole rows, several where they are short.
+
+    `operation` is "layer_norm", or "token_mean", for which rows are images and a tile has rows of one.
+
+    Raises:
+        ValueError: for rows too long to be kept on chip.
+    """
+    if channels > 1 << 15:
+        raise ValueError(f"x: got {channels} channels, allowed are {1 << 15} for LayerNorm on the kernels")
+    found: NormConfig = answer(operation, dtype, device, channels, rows)
+    block_c = _power(channels, 1 << 15)
+    return max(1, found.elements // block_c), block_c, found.num_warps
+
+
+class HeadTiles(NamedTuple):
+    """Tokens, channels, classes and, of these, those that are multiplied at once."""
+
+    block_t: int
+    block_c: int
+    block_n: int
+    block_w: int
+    num_warps: int
+
+
+def head_config(channels: int, classes: int, rows: int, dtype: torch.dtype, device: Device) -> HeadTiles | None:
+    """Tiles of the network's end for `rows` images, or None where it is two launches.
+
+    A first few of the class tile's weights wait in registers while the tokens are pooled: a quarter of a tile of these.
+    """
+    found: HeadConfig | None = answer("head", dtype, device, channels, classes, rows)
+    if found is None:
+        return None
+    block_c = _power(channels, 1 << 15)
+    block_n = 1 << max(0, min(classes, found.block_n) - 1).bit_length()
+    block_w = min(block_n, max(1, found.elements // 4 // block_c))
+    return HeadTiles(max(1, found.elements // block_c), block_c, block_n, block_w, found.num_warps)
+
+
+def _power(size: int, most: int) -> int:
+    """The smallest power of two of 16 or more that holds `size`, or `most`."""
+    power = 16
+    while power < size and power < most:
+        power *= 2
+    return power
+
+
+def user_file() -> Path:
+    """The configurations tuned on this machine, under $XDG_CACHE_HOME or ~/.cache."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "effformer" / "configurations.json"
+
+
+KERNELS = Path(__file__).parents[1]
+
+
+def fingerprint(kernels: Path = KERNELS) -> dict[str, str]:
+    """What a tuned configuration holds for: the kernels' source and Triton's version."""
+    import triton
+
+    return {"kernels": digest_of(kernels, "*.py"), "triton": triton.__version__}
+
+
+def digest_of(folder: Path, *patterns: str) -> str:
+    """A digest of the names and contents of all files in `folder`, at any depth, that match one of `patterns`."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.rglob(pattern)}):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def read_user_entries(path: Path) -> list[Entry]:
+    """The entries of a user's file; none, with a warning, if other kernels or another Triton were tuned.
+
+    Raises:
+        ValueError: for a file that is no such file.
+    """
+    if not path.exists():
+        return []
+    found = read_json(path)
+    if not isinstance(found, dict) or set(found) != {"fingerprint", "entries"}:
+        raise ValueError(f"{path}: allowed are the fields fingerprint and entries: delete it, or tune again")
+    if found["fingerprint"] != fingerprint():
+        warnings.warn(
+            f"{path} was tuned for {found['fingerprint']}, and this is {fingerprint()}: it is not used; "
+            "`effformer bench tune` tunes again",
+            stacklevel=2,
+        )
+        return []
+    return parse(found["entries"], path)
+
+
+def write_user_entries(path: Path, entries: Iterable[Entry]) -> None:
+    """Write a user's file, whole or not at all."""
+    found = {"fingerprint": fingerprint(), "entries": [entry.as_json() for entry in entries]}
+    write_whole(path, json.dumps(found, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+@functools.cache
+def shipped_table() -> Table:
+    return Table(read_table(SHIPPED))
+
+
+@functools.cache
+def _tuned_table() -> Table:
+    try:
+        tuned = read_user_entries(user_file())
+    except (OSError, RuntimeError, ValueError) as error:  # no home folder is a RuntimeError
+        warnings.warn(f"the configurations tuned on this machine are not used: {error}", stacklevel=2)
+        tuned = []
+    return Table([*tuned, *shipped_table().entries])
+
+
+_override = contextvars.ContextVar[Table | None]("override", default=None)
+
+
+@contextlib.contextmanager
+def using(table: Table) -> Iterator[None]:
+    """Within it `table` alone answers."""
+    token = _override.set(table)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def preferring(*entries: Entry) -> contextlib.AbstractContextManager[None]:
+    """Within it these entries come before the shipped ones, and a user's are left out: to try them."""
+    return using(Table([*entries, *shipped_table().entries]))
+
+
+Question = tuple[str, torch.dtype, tuple[int, ...]]
+_asked = contextvars.ContextVar[list[Question] | None]("asked", default=None)
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[list[Question]]:
+    """All that launchers ask within it: (operation, dtype, sizes in the order of `DIMENSIONS[operation]`)."""
+    questions: list[Question] = []
+    token = _asked.set(questions)
+    try:
+        yield questions
+    finally:
+        _asked.reset(token)
+
+
+def answer(operation: str, dtype: torch.dtype, device: Device, *sizes: int) -> Any:
+    """The configuration for an operation of these sizes (`DIMENSIONS[operation]`), as the table has it.
+
+    Raises:
+        LookupError: if the table has none.
+    """
+    if (questions := _asked.get()) is not None:
+        questions.append((operation, dtype, sizes))
+    table = _override.get() or (_tuned_table() if device.name else shipped_table())
+    return table.find(operation, dtype, device, *sizes).use
