@@ -22,7 +22,7 @@ def test_importing_and_running_eagerly_drags_along_neither_triton_nor_extras() -
     out = python(
         "import sys, effformer, torch\n"
         "effformer.create_model('efficientformer_l1').eval()(torch.zeros(1, 3, 32, 32))\n"
-        "import effformer.cli, effformer.bench.timing\n"
+        "import effformer.cli, effformer.bench.measure.timing\n"
         "extras = 'PIL', 'detectron2', 'huggingface_hub', 'onnx', 'onnxscript', 'timm', 'torchvision', 'transformers'\n"
         "print([m for m in ('triton', 'effformer.kernels', *extras) if m in sys.modules])\n"
         "print(torch.cuda.is_initialized())"
