@@ -17,9 +17,8 @@ from .launch import Launch, dot_precision, run
 from .layout import new_tokens
 from .register import register
 from .rows import channel_mask, channels_of, split, width
-from .tiling.choose import attention_config
+from .tiling.choose import Question, attention_config
 from .tiling.device import device_of
-from .tiling.table import AttentionConfig
 
 # Values of a head that one program computes; more of them are split over programs.
 MOST_VALUES = 256
@@ -198,14 +197,14 @@ def prepare_bias(bias: Tensor, key_dim: int, value_dim: int, dtype: torch.dtype)
     head; -inf for keys that do not exist. float32 [heads, N, K].
     """
     tokens = bias.shape[1]
-    config = _config(tokens, key_dim, value_dim, dtype, bias.device)
+    config = attention_config(_question(tokens, key_dim, value_dim, dtype), device_of(bias.device))
     limit = MOST_SCORE.value * key_dim**-0.5
     finite = torch.where(bias.isinf(), bias, bias.clamp(-limit, limit)) / key_dim**-0.5
     return F.pad(finite, (0, -tokens % config.block_n), value=-torch.inf)
 
 
-def _config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> AttentionConfig:
-    return attention_config(tokens, key_dim, min(value_dim, MOST_VALUES), dtype, device_of(device))
+def _question(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> Question:
+    return Question("bias_attention", dtype, (tokens, max(key_dim, min(value_dim, MOST_VALUES))))
 
 
 def bias_attention_launch(
@@ -218,7 +217,8 @@ def bias_attention_launch(
     batch, tokens, channels = qkv.shape
     value_dim = channels // num_heads - 2 * key_dim
     block_v = min(value_dim, MOST_VALUES)
-    config = _config(tokens, key_dim, value_dim, qkv.dtype, qkv.device)
+    question = _question(tokens, key_dim, value_dim, qkv.dtype)
+    config = attention_config(question, device_of(qkv.device))
     if prepared:
         shape = num_heads, tokens, -(-tokens // config.block_n) * config.block_n
         if bias.shape != shape or not bias.is_contiguous():
@@ -257,8 +257,9 @@ def bias_attention_launch(
             "BLOCK_N": config.block_n,
             "NUM_STAGES": config.num_stages,
         },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        question,
+        config.num_warps,
+        config.num_stages,
     )
 
 

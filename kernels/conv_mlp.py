@@ -1,202 +1,23 @@
-"""Fused MLP on maps: x + scale2 * (W2 · act(scale1 * (W1 · x) + shift1)) + shift2; paper section 4, MB4D.
+"""MLP on maps: x + scale2 * (W2 · act(scale1 * (W1 · x) + shift1)) + shift2; paper section 4, MB4D.
 
-One kernel while a row's channels fit on chip: the hidden activations never reach memory. With POOL it starts from
-the pooling token mixer, which makes it the whole MetaBlock. Wider rows take two matrix products (`linear.py`), few rows
-share their hidden channels out (`split_mlp.py`).
+`meta4d.py` without its pooling: the same kernel, the same choice of launches.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .activation import form, gain
-from .launch import Launch, dot_precision
-from .layout import filled_map, map_rows, new_map, packed
-from .linear import mlp_products
-from .mlp_loop import add_hidden
+from .launch import Launch
+from .layout import Mlp, filled_map, new_map, packed
+from .meta4d import map_mlp_launches
 from .register import register
-from .rows import channel_mask, channels_of, load_vector, locate, pool_tile, row_offsets, split, width
-from .split_mlp import check_deterministic, split_mlp_launches
-from .tiling.choose import mlp_config
-from .tiling.device import device_of
-from .tiling.table import MlpConfig, SplitConfig
 
 
-@triton.jit
-def mlp_kernel(
-    x_ptr,
-    layer_scale_ptr,
-    weight1_ptr,
-    scale1_ptr,
-    shift1_ptr,
-    weight2_ptr,
-    scale2_ptr,
-    shift2_ptr,
-    out_ptr,
-    rows,
-    H,
-    W,
-    stride_xb,
-    stride_xh,
-    stride_xw,
-    stride_ob,
-    stride_oh,
-    stride_ow,
-    C: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    POOL: tl.constexpr,
-    RELOAD: tl.constexpr,
-    X_FLAT: tl.constexpr,
-    OUT_FLAT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    i_m = tl.program_id(0)
-    row, b, h, w, inside = locate(i_m, rows, H, W, BLOCK_M)
-    o_x = row_offsets(row, b, h, w, stride_xb, stride_xh, stride_xw, X_FLAT)
-    o_out = row_offsets(row, b, h, w, stride_ob, stride_oh, stride_ow, OUT_FLAT)
-
-    b_y = ()  # the MLP's input, [BLOCK_M, width] for each piece of the channels
-    b_acc = ()
-    for i in tl.static_range(len(WIDTHS)):
-        c = channels_of(WIDTHS, i)
-        mask = channel_mask(c, C, WIDTHS, i)
-        p_x = x_ptr + o_x[:, None] + c[None, :]
-        if POOL:
-            layer_scale = load_vector(layer_scale_ptr, c, C, WIDTHS, i)
-            y = pool_tile(p_x, mask, h, w, H, W, stride_xh, stride_xw, layer_scale)
-            if RELOAD:
-                p_out = out_ptr + o_out[:, None] + c[None, :]
-                tl.store(p_out, y, mask=inside[:, None] & mask)
-        else:
-            y = tl.load(p_x, mask=mask, other=0.0)
-        b_y = b_y + (y,)
-        b_acc = b_acc + (tl.zeros((BLOCK_M, width(WIDTHS, i)), tl.float32),)
-
-    b_acc = add_hidden(
-        b_y,
-        b_acc,
-        0,
-        HIDDEN,
-        weight1_ptr,
-        scale1_ptr,
-        shift1_ptr,
-        weight2_ptr,
-        C,
-        HIDDEN,
-        WIDTHS,
-        True,
-        ACTIVATION,
-        PRECISION,
-        BLOCK_H,
-        NUM_STAGES,
-    )
-
-    if POOL and RELOAD:
-        tl.debug_barrier()  # the residual was stored by other threads of this program
-    for i in tl.static_range(len(WIDTHS)):
-        c = channels_of(WIDTHS, i)
-        mask = channel_mask(c, C, WIDTHS, i)
-        p_out = out_ptr + o_out[:, None] + c[None, :]
-        if POOL and RELOAD:
-            residual = tl.load(p_out, mask=mask, other=0.0)
-        elif RELOAD:
-            residual = tl.load(x_ptr + o_x[:, None] + c[None, :], mask=mask, other=0.0)
-        else:
-            residual = b_y[i]
-        scale2 = load_vector(scale2_ptr, c, C, WIDTHS, i) * (1.0 / gain(ACTIVATION))
-        result = residual.to(tl.float32) + (b_acc[i] * scale2 + load_vector(shift2_ptr, c, C, WIDTHS, i))
-        tl.store(p_out, result.to(out_ptr.dtype.element_ty), mask=inside[:, None] & mask)
-
-
-def mlp_launch(
-    x: Tensor,
-    layer_scale: Tensor | None,
-    weight1: Tensor,
-    scale1: Tensor,
-    shift1: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    shift2: Tensor,
-    activation: str,
-    out: Tensor,
-    config: MlpConfig,
-) -> Launch:
-    """The fused kernel; with a `layer_scale` the pooling token mixer comes first.
-
-    x and out [B, C, H, W], not the same memory, of any strides but with channels next to each other (`dense_map`);
-    weights [hidden, C] and [C, hidden], vectors [hidden] and [C], contiguous.
-    """
-    source, target = map_rows(x), map_rows(out)
-    return Launch(
-        mlp_kernel,
-        -(-source.count // config.block_m),
-        {
-            "x_ptr": x,
-            "layer_scale_ptr": layer_scale,
-            "weight1_ptr": weight1,
-            "scale1_ptr": scale1,
-            "shift1_ptr": shift1,
-            "weight2_ptr": weight2,
-            "scale2_ptr": scale2,
-            "shift2_ptr": shift2,
-            "out_ptr": out,
-            "rows": source.count,
-            "H": source.height,
-            "W": source.width,
-            **source.strides("x"),
-            **target.strides("o"),
-        },
-        {
-            "C": source.channels,
-            "HIDDEN": weight1.shape[0],
-            "WIDTHS": split(source.channels),
-            "POOL": layer_scale is not None,
-            "RELOAD": config.reload,
-            "X_FLAT": source.flat,
-            "OUT_FLAT": target.flat,
-            "ACTIVATION": form(activation, weight1.dtype),
-            "PRECISION": dot_precision(weight1.dtype),
-            "BLOCK_M": config.block_m,
-            "BLOCK_H": config.block_h,
-            "NUM_STAGES": config.num_stages,
-        },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-
-
-def conv_mlp_launches(
-    x: Tensor,
-    weight1: Tensor,
-    scale1: Tensor,
-    shift1: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    shift2: Tensor,
-    activation: str,
-    deterministic: bool = True,
-    *,
-    out: Tensor,
-) -> list[Launch]:
-    """The MLP without pooling: one launch, or two with the hidden activations in memory or split over programs."""
-    check_deterministic(deterministic)
-    rows = map_rows(x)
-    config = mlp_config("conv_mlp", rows.channels, rows.count, weight1.dtype, device_of(x.device))
-    if isinstance(config, SplitConfig):
-        mlp = (weight1, scale1, shift1, weight2, scale2, shift2, activation)
-        return split_mlp_launches(rows, rows, None, *mlp, map_rows(out), config, deterministic=deterministic)
-    if config is not None:
-        return [mlp_launch(x, None, weight1, scale1, shift1, weight2, scale2, shift2, activation, out, config)]
-    return mlp_products(rows, rows, weight1, scale1, shift1, weight2, scale2, shift2, activation, map_rows(out))
+def conv_mlp_launches(x: Tensor, *mlp: Any, out: Tensor) -> list[Launch]:
+    """The MLP's launches; `mlp` are the fields of `Mlp`."""
+    return map_mlp_launches("conv_mlp", x, None, Mlp(*mlp), out)
 
 
 def _implementation(x: Tensor, *arguments: Any) -> Tensor:

@@ -20,7 +20,7 @@ from .launch import Launch, dot_precision, run
 from .layout import dense_map, map_rows
 from .register import register
 from .rows import channels_of, cut, locate, split, start, width
-from .tiling.choose import conv_config
+from .tiling.choose import Question, conv_config
 from .tiling.device import device_of
 from .tiling.table import LinearConfig
 
@@ -141,6 +141,7 @@ def conv_norm_launch(
     activation: str | None,
     border: Tensor | None,
     out: Tensor,
+    question: Question,
     config: LinearConfig,
 ) -> Launch:
     """x [B, C, H, W] of any strides, but with channels next to each other (`dense_map`) if they are more than GATHERED.
@@ -188,8 +189,9 @@ def conv_norm_launch(
             "BLOCK_K": sum(depths),
             "NUM_STAGES": config.num_stages,
         },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        question,
+        config.num_warps,
+        config.num_stages,
     )
 
 
@@ -219,8 +221,11 @@ def conv_norm_launches(
     """One launch; none where the table leaves it to the vendor's library."""
     rows, channels = map_rows(out).count, weight.shape[1]
     inputs = channels if border is None else min(channels, GATHERED)  # pixels are gathered, however many
-    config = conv_config(weight.shape[0], inputs, rows, weight.dtype, device_of(x.device))
-    return [] if config is None else [conv_norm_launch(x, weight, scale, shift, activation, border, out, config)]
+    question = Question("conv_norm", weight.dtype, (weight.shape[0], inputs, rows))
+    config = conv_config(question, device_of(x.device))
+    if config is None:
+        return []
+    return [conv_norm_launch(x, weight, scale, shift, activation, border, out, question, config)]
 
 
 def _by_vendor(

@@ -16,7 +16,7 @@ from .launch import Launch, run
 from .layout import dense_tokens, packed, token_rows
 from .linear import linear_launch
 from .register import register
-from .tiling.choose import HeadTiles, head_config, norm_config
+from .tiling.choose import HeadTiles, Question, head_config, norm_config
 from .tiling.device import device_of
 
 
@@ -121,9 +121,10 @@ def head_launches(
     if weight is None or bias is None:
         return [_token_mean_launch(x, norm_weight, norm_bias, eps, out)]
     (batch, _, channels), classes = x.shape, weight.shape[0]
-    tiles = head_config(channels, classes, batch, weight.dtype, device_of(x.device))
+    question = Question("head", weight.dtype, (channels, classes, batch))
+    tiles = head_config(question, device_of(x.device))
     if tiles is not None:
-        return [_head_launch(x, norm_weight, norm_bias, weight, bias, eps, out, tiles)]
+        return [_head_launch(x, norm_weight, norm_bias, weight, bias, eps, out, question, tiles)]
     pooled = torch.empty((batch, channels), dtype=weight.dtype, device=x.device)
     return [
         _token_mean_launch(x, norm_weight, norm_bias, eps, pooled),
@@ -139,6 +140,7 @@ def _head_launch(
     bias: Tensor,
     eps: float,
     out: Tensor,
+    question: Question,
     tiles: HeadTiles,
 ) -> Launch:
     classes, channels = weight.shape
@@ -165,13 +167,15 @@ def _head_launch(
             "BLOCK_N": tiles.block_n,
             "BLOCK_W": tiles.block_w,
         },
-        num_warps=tiles.num_warps,
+        question,
+        tiles.num_warps,
     )
 
 
 def _token_mean_launch(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, out: Tensor) -> Launch:
     batch, tokens, channels = x.shape
-    block_t, block_c, num_warps = norm_config(channels, batch, x.dtype, device_of(x.device), operation="token_mean")
+    question = Question("token_mean", x.dtype, (channels, batch))
+    block_t, block_c, num_warps = norm_config(question, device_of(x.device))
     return Launch(
         token_mean_kernel,
         batch,
@@ -186,7 +190,8 @@ def _token_mean_launch(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: f
             "stride_xn": x.stride(1),
         },
         {"C": channels, "BLOCK_T": _fitting(block_t, tokens), "BLOCK_C": block_c},
-        num_warps=num_warps,
+        question,
+        num_warps,
     )
 
 

@@ -12,6 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .tiling.choose import Question
+
 # A process either interprets or compiles: triton.jit decides when it decorates.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
@@ -23,12 +25,14 @@ class Launch:
     Attributes:
         arguments: name -> tensor (None for one that the constants switch off), int or float, read at run time.
         constants: name -> value that the kernel is compiled for.
+        question: what the table was asked for these tiles.
     """
 
     kernel: Any
     grid: int
     arguments: dict[str, Tensor | int | float | None]
     constants: dict[str, Any]
+    question: Question
     num_warps: int = 4
     num_stages: int = 2
 

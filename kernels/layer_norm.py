@@ -9,7 +9,7 @@ from torch import Tensor
 from .launch import Launch
 from .layout import Rows
 from .rows import locate, row_offsets
-from .tiling.choose import norm_config
+from .tiling.choose import Question, norm_config
 from .tiling.device import device_of
 
 
@@ -54,7 +54,8 @@ def layer_norm_kernel(
 
 def layer_norm_launch(x: Rows, weight: Tensor, bias: Tensor, eps: float, out: Rows) -> Launch:
     """weight and bias [C] float32; out in the dtype of the product that follows."""
-    block_m, block_c, num_warps = norm_config(x.channels, x.count, x.tensor.dtype, device_of(x.tensor.device))
+    question = Question("layer_norm", x.tensor.dtype, (x.channels, x.count))
+    block_m, block_c, num_warps = norm_config(question, device_of(x.tensor.device))
     return Launch(
         layer_norm_kernel,
         -(-x.count // block_m),
@@ -77,5 +78,6 @@ def layer_norm_launch(x: Rows, weight: Tensor, bias: Tensor, eps: float, out: Ro
             "BLOCK_M": block_m,
             "BLOCK_C": block_c,
         },
-        num_warps=num_warps,
+        question,
+        num_warps,
     )

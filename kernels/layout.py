@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,24 @@ class Rows:
     def flat(self) -> bool:
         rows = self.height == 1 or self.stride_h == self.width * self.stride_w
         return rows and (self.batch == 1 or self.stride_b == self.height * self.width * self.stride_w)
+
+
+class Mlp(NamedTuple):
+    """The MLP x -> scale2 * (weight2 · act(scale1 * (weight1 · x) + shift1)) + shift2.
+
+    weight1 [hidden, C] and weight2 [C, hidden] in the products' dtype; scales and shifts [hidden] and [C] in float32;
+    all contiguous.
+    Without `deterministic`, programs that share out the hidden channels add in any order.
+    """
+
+    weight1: Tensor
+    scale1: Tensor | None
+    shift1: Tensor
+    weight2: Tensor
+    scale2: Tensor
+    shift2: Tensor
+    activation: str
+    deterministic: bool = True
 
 
 def map_rows(x: Tensor) -> Rows:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .activation import activate, form, gain
 from .launch import Launch, dot_precision
-from .layout import Rows, new_rows
+from .layout import Mlp, Rows, new_rows
 from .rows import locate, row_offsets, start, width
-from .tiling.choose import linear_config
+from .tiling.choose import Question, linear_config
 from .tiling.device import device_of
 
 
@@ -122,7 +122,8 @@ def linear_launch(
     """
     assert scale is not None or x_gain == 1
     outputs, inputs = weight.shape
-    config = linear_config(outputs, inputs, x.count, weight.dtype, device_of(weight.device))
+    question = Question("linear", weight.dtype, (outputs, inputs, x.count))
+    config = linear_config(question, device_of(weight.device))
     block_n = sum(config.widths)
     kept = residual or out  # something to take strides from, unread without a residual
     return Launch(
@@ -159,27 +160,18 @@ def linear_launch(
             "BLOCK_K": config.block_k,
             "NUM_STAGES": config.num_stages,
         },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        question,
+        config.num_warps,
+        config.num_stages,
     )
 
 
-def mlp_products(
-    x: Rows,
-    residual: Rows,
-    weight1: Tensor,
-    scale1: Tensor | None,
-    shift1: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    shift2: Tensor,
-    activation: str,
-    out: Rows,
-) -> list[Launch]:
+def mlp_products(x: Rows, residual: Rows, mlp: Mlp, out: Rows) -> list[Launch]:
     """residual + scale2 * (weight2 · act(scale1 * (weight1 · x) + shift1)) + shift2, the hidden rows in memory."""
-    hidden = new_rows(x, weight1.shape[0], weight1.dtype)
-    x_gain = gain(form(activation, weight1.dtype))
+    dtype = mlp.weight1.dtype
+    hidden = new_rows(x, mlp.weight1.shape[0], dtype)
+    x_gain = gain(form(mlp.activation, dtype))
     return [
-        linear_launch(x, weight1, scale1, shift1, hidden, activation=activation),
-        linear_launch(hidden, weight2, scale2, shift2, out, residual=residual, x_gain=x_gain),
+        linear_launch(x, mlp.weight1, mlp.scale1, mlp.shift1, hidden, activation=mlp.activation),
+        linear_launch(hidden, mlp.weight2, mlp.scale2, mlp.shift2, out, residual=residual, x_gain=x_gain),
     ]

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from .launch import Launch, run
 from .layer_norm import layer_norm_launch
-from .layout import dense_tokens, new_tokens, packed, token_rows
+from .layout import Mlp, dense_tokens, new_tokens, packed, token_rows
 from .linear import mlp_products
 from .register import register
 from .split_mlp import check_deterministic, split_mlp_launches
-from .tiling.choose import mlp_config
+from .tiling.choose import Question, mlp_config
 from .tiling.device import device_of
 from .tiling.table import SplitConfig
 
@@ -37,14 +37,15 @@ def linear_mlp_launches(
     What lies between norm and products has the weights' dtype.
     """
     check_deterministic(deterministic)
+    mlp = Mlp(weight1, None, shift1, weight2, scale2, shift2, activation, deterministic)
     rows, target = token_rows(x), token_rows(out)
     normed = token_rows(new_tokens(x, x.shape[2], weight1.dtype))
     norm = layer_norm_launch(rows, norm_weight, norm_bias, eps, normed)
-    mlp = (weight1, None, shift1, weight2, scale2, shift2, activation, target)
-    config = mlp_config("linear_mlp", rows.channels, rows.count, weight1.dtype, device_of(x.device))
+    question = Question("linear_mlp", weight1.dtype, (rows.channels, rows.count))
+    config = mlp_config(question, device_of(x.device))
     if isinstance(config, SplitConfig):
-        return [norm, *split_mlp_launches(normed, rows, None, *mlp, config, deterministic=deterministic)]
-    return [norm, *mlp_products(normed, rows, *mlp)]
+        return [norm, *split_mlp_launches(normed, rows, None, mlp, target, question, config)]
+    return [norm, *mlp_products(normed, rows, mlp, target)]
 
 
 def _implementation(x: Tensor, *arguments: Any) -> Tensor:

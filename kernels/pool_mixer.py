@@ -10,7 +10,7 @@ from .launch import Launch, run
 from .layout import map_rows, new_map
 from .register import register
 from .rows import locate, pool_tile, row_offsets
-from .tiling.choose import pool_config
+from .tiling.choose import Question, pool_config
 from .tiling.device import device_of
 
 
@@ -54,8 +54,8 @@ def pool_mixer_kernel(
 def pool_mixer_launch(x: Tensor, layer_scale: Tensor, out: Tensor) -> Launch:
     """x and out [B, C, H, W] of any strides, layer_scale [C] float32."""
     source, target = map_rows(x), map_rows(out)
-    dense = x.stride(1) == 1
-    block_m, block_c, num_warps = pool_config(source.channels, source.count, x.dtype, device_of(x.device), dense=dense)
+    question = Question("pool_mixer", x.dtype, (source.channels, int(x.stride(1) == 1), source.count))
+    block_m, block_c, num_warps = pool_config(question, device_of(x.device))
     return Launch(
         pool_mixer_kernel,
         -(-source.count // block_m) * -(-source.channels // block_c),
@@ -78,7 +78,8 @@ def pool_mixer_launch(x: Tensor, layer_scale: Tensor, out: Tensor) -> Launch:
             "BLOCK_M": block_m,
             "BLOCK_C": block_c,
         },
-        num_warps=num_warps,
+        question,
+        num_warps,
     )
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from .activation import form, gain
 from .launch import Launch, dot_precision
-from .layout import Rows
+from .layout import Mlp, Rows
 from .mlp_loop import add_hidden
 from .rows import channel_mask, channels_of, load_vector, locate, pool_tile, row_offsets, split, width
-from .tiling.choose import sum_config
+from .tiling.choose import Question, pool_config
 from .tiling.device import device_of
 from .tiling.table import SplitConfig
 
@@ -168,111 +168,94 @@ def split_mlp_launches(
     x: Rows,
     residual: Rows,
     layer_scale: Tensor | None,
-    weight1: Tensor,
-    scale1: Tensor | None,
-    shift1: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    shift2: Tensor,
-    activation: str,
+    mlp: Mlp,
     out: Rows,
+    question: Question,
     config: SplitConfig,
-    *,
-    deterministic: bool = True,
 ) -> list[Launch]:
     """The parts, and their sum; with a `layer_scale` the pooling token mixer comes first, and x is the residual.
 
-    x, residual and out over the same images, out not in x's memory. weights [hidden, C] and [C, hidden], vectors
-    [hidden] and [C], contiguous. Without `deterministic` all programs add to one part, in whatever order they come: the
-    first launch must find it at zero, as it is here and at each replay of a CUDA graph that this became part of.
+    x, residual and out over the same images, out not in x's memory. If not deterministic, all programs add to one part,
+    in whatever order they come: the first launch must find it at zero, as it is here and at each replay of a CUDA graph
+    that this became part of.
     """
-    hidden, channels = weight1.shape
+    hidden, channels = mlp.weight1.shape
+    dtype, device = mlp.weight1.dtype, mlp.weight1.device
     splits = -(-hidden // config.chunk)
-    shape = (splits if deterministic else 1, x.count, channels)
-    new = torch.empty if deterministic else torch.zeros
-    parts = new(shape, dtype=torch.float32, device=weight1.device)
-    activation = form(activation, weight1.dtype)
-    return [
-        Launch(
-            split_mlp_kernel,
-            -(-x.count // config.block_m) * splits,
-            {
-                "x_ptr": x.tensor,
-                "layer_scale_ptr": layer_scale,
-                "weight1_ptr": weight1,
-                "scale1_ptr": scale1,
-                "shift1_ptr": shift1,
-                "weight2_ptr": weight2,
-                "out_ptr": parts,
-                "rows": x.count,
-                "H": x.height,
-                "W": x.width,
-                **x.strides("x"),
-                "stride_os": x.count * channels,
-            },
-            {
-                "C": channels,
-                "HIDDEN": hidden,
-                "CHUNK": config.chunk,
-                "SPLITS": splits,
-                "WIDTHS": split(channels),
-                "POOL": layer_scale is not None,
-                "HAS_SCALE": scale1 is not None,
-                "ATOMIC": not deterministic,
-                "X_FLAT": x.flat,
-                "ACTIVATION": activation,
-                "PRECISION": dot_precision(weight1.dtype),
-                "BLOCK_M": config.block_m,
-                "BLOCK_H": config.block_h,
-                "NUM_STAGES": config.num_stages,
-            },
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        ),
-        _sum_launch(parts, residual, layer_scale, scale2, shift2, out, gain(activation)),
-    ]
-
-
-def _sum_launch(
-    parts: Tensor,
-    residual: Rows,
-    layer_scale: Tensor | None,
-    scale2: Tensor,
-    shift2: Tensor,
-    out: Rows,
-    x_gain: float,
-) -> Launch:
-    number, rows, channels = parts.shape
-    block_m, block_c, num_warps = sum_config(channels, rows, out.tensor.dtype, device_of(parts.device))
-    return Launch(
+    shape = (splits if mlp.deterministic else 1, x.count, channels)
+    new = torch.empty if mlp.deterministic else torch.zeros
+    parts = new(shape, dtype=torch.float32, device=device)
+    activation = form(mlp.activation, dtype)
+    split_launch = Launch(
+        split_mlp_kernel,
+        -(-x.count // config.block_m) * splits,
+        {
+            "x_ptr": x.tensor,
+            "layer_scale_ptr": layer_scale,
+            "weight1_ptr": mlp.weight1,
+            "scale1_ptr": mlp.scale1,
+            "shift1_ptr": mlp.shift1,
+            "weight2_ptr": mlp.weight2,
+            "out_ptr": parts,
+            "rows": x.count,
+            "H": x.height,
+            "W": x.width,
+            **x.strides("x"),
+            "stride_os": x.count * channels,
+        },
+        {
+            "C": channels,
+            "HIDDEN": hidden,
+            "CHUNK": config.chunk,
+            "SPLITS": splits,
+            "WIDTHS": split(channels),
+            "POOL": layer_scale is not None,
+            "HAS_SCALE": mlp.scale1 is not None,
+            "ATOMIC": not mlp.deterministic,
+            "X_FLAT": x.flat,
+            "ACTIVATION": activation,
+            "PRECISION": dot_precision(dtype),
+            "BLOCK_M": config.block_m,
+            "BLOCK_H": config.block_h,
+            "NUM_STAGES": config.num_stages,
+        },
+        question,
+        config.num_warps,
+        config.num_stages,
+    )
+    sum_question = Question("split_sum", out.tensor.dtype, (channels, x.count))
+    block_m, block_c, num_warps = pool_config(sum_question, device_of(device))
+    sum_launch = Launch(
         split_sum_kernel,
-        -(-rows // block_m) * -(-channels // block_c),
+        -(-x.count // block_m) * -(-channels // block_c),
         {
             "parts_ptr": parts,
             "residual_ptr": residual.tensor,
             "layer_scale_ptr": layer_scale,
-            "scale2_ptr": scale2,
-            "shift2_ptr": shift2,
+            "scale2_ptr": mlp.scale2,
+            "shift2_ptr": mlp.shift2,
             "out_ptr": out.tensor,
-            "rows": rows,
+            "rows": x.count,
             "H": out.height,
             "W": out.width,
-            "stride_ps": rows * channels,
+            "stride_ps": x.count * channels,
             **residual.strides("r"),
             **out.strides("o"),
         },
         {
             "C": channels,
-            "PARTS": number,
+            "PARTS": len(parts),
             "POOL": layer_scale is not None,
             "RESIDUAL_FLAT": residual.flat,
             "OUT_FLAT": out.flat,
-            "X_GAIN": x_gain,
+            "X_GAIN": gain(activation),
             "BLOCK_M": block_m,
             "BLOCK_C": block_c,
         },
-        num_warps=num_warps,
+        sum_question,
+        num_warps,
     )
+    return [split_launch, sum_launch]
 
 
 def check_deterministic(deterministic: bool) -> None:

@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from effformer.kernels import activation
 from effformer.kernels.activation import activate
-from effformer.kernels.conv_mlp import mlp_launch
 from effformer.kernels.launch import run
 from effformer.kernels.layout import map_rows
 from effformer.kernels.linear import linear_launch
+from effformer.kernels.meta4d import meta4d_launches
 from effformer.kernels.pool_mixer import pool_mixer_launch
 from effformer.kernels.rows import split
 from effformer.kernels.tiling import device as devices
-from effformer.kernels.tiling.choose import attention_config, mlp_config, norm_config
+from effformer.kernels.tiling.choose import Question, attention_config, norm_config
 from effformer.kernels.tiling.device import AMPERE, BLACKWELL, CONSUMER, HOPPER, Device, device_of, stand_in
 from machine import DEVICE, DTYPES, ON_GPU, Prepared, check, prepared, room, same
 
@@ -247,9 +247,9 @@ def test_offsets_beyond_32_bits() -> None:
     same(out, Case("pool_mixer", (near, layer_scale)).run("triton"))
 
     out.fill_(NAN)
-    config = mlp_config("meta4d", 48, 288, torch.float16, device_of(x.device))
-    assert config is not None
-    run(mlp_launch(x, layer_scale, *mlp, "gelu", out, config))
+    (launch,) = meta4d_launches(x, layer_scale, *mlp, "gelu", out=out)
+    assert launch.question == ("meta4d", torch.float16, (48, 288))
+    run(launch)
     same(out, case.run("triton"))
 
     out.fill_(NAN)
@@ -324,9 +324,9 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="x: got 40000 channels, allowed are 32768 for LayerNorm"):
         head_case(torch.zeros(1, 1, 40_000).half(), 2).run("triton")
     with pytest.raises(ValueError, match="x: got 40000 channels, allowed are 32768 for LayerNorm"):
-        norm_config(40_000, 1, torch.float16, HOPPER)
+        norm_config(Question("layer_norm", torch.float16, (40_000, 1)), HOPPER)
     with pytest.raises(ValueError, match="key_dim: got 2000, allowed are up to 1816 in torch.float16"):
-        attention_config(49, 2000, 32, torch.float16, HOPPER)
+        attention_config(Question("bias_attention", torch.float16, (49, 2000)), HOPPER)
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------------

@@ -40,27 +40,34 @@ from .table import entries as parse
 SHIPPED = Path(__file__).with_name("configurations.json")
 
 
-def mlp_config(
-    operation: str, channels: int, rows: int, dtype: torch.dtype, device: Device
-) -> MlpConfig | SplitConfig | None:
+class Question(NamedTuple):
+    """What a launcher asks of the table; `sizes` in the order of `DIMENSIONS[operation]`."""
+
+    operation: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+
+def mlp_config(question: Question, device: Device) -> MlpConfig | SplitConfig | None:
     """Tiles of the fused MLP or of the split one, or None where two products with the hidden in memory are to be taken.
 
-    `operation` is "meta4d", "conv_mlp" or "linear_mlp" (never fused). The accumulator holds all channels of a row: in
+    The operation is "meta4d", "conv_mlp" or "linear_mlp" (never fused). The accumulator holds all channels of a row: in
     16 bit and with many rows a tile it spills, or leaves shared memory, beyond 224.
     """
-    return answer(operation, dtype, device, channels, rows)
+    return answer(question, device)
 
 
-def linear_config(outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: Device) -> LinearConfig:
+def linear_config(question: Question, device: Device) -> LinearConfig:
     """Tiles of a [rows, inputs] x [inputs, outputs] product, no larger than it needs."""
-    found: LinearConfig = answer("linear", dtype, device, outputs, inputs, rows)
+    found: LinearConfig = answer(question, device)
+    outputs, inputs, _ = question.sizes
     return replace(found, widths=_fitting(found.widths, outputs), block_k=_power(inputs, found.block_k))
 
 
-def conv_config(outputs: int, inputs: int, rows: int, dtype: torch.dtype, device: Device) -> LinearConfig | None:
+def conv_config(question: Question, device: Device) -> LinearConfig | None:
     """Tiles of a 3x3 convolution as a matrix product, whose depth is channels of a tap; None for the vendor's."""
-    found: LinearConfig | None = answer("conv_norm", dtype, device, outputs, inputs, rows)
-    return None if found is None else replace(found, widths=_fitting(found.widths, outputs))
+    found: LinearConfig | None = answer(question, device)
+    return None if found is None else replace(found, widths=_fitting(found.widths, question.sizes[0]))
 
 
 def _fitting(widths: tuple[int, ...], outputs: int) -> tuple[int, ...]:
@@ -69,52 +76,43 @@ def _fitting(widths: tuple[int, ...], outputs: int) -> tuple[int, ...]:
     return widths if outputs >= whole else (_power(outputs, 1 << (whole - 1).bit_length()),)
 
 
-def attention_config(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: Device) -> AttentionConfig:
-    """Tiles of queries and keys; `value_dim` is what one program computes of it.
+def attention_config(question: Question, device: Device) -> AttentionConfig:
+    """Tiles of queries and keys; the width is that of keys or of what one program computes of the values.
 
     Raises:
         ValueError: for queries and keys that do not fit on chip.
     """
-    widest = max(key_dim, value_dim)
-    if 64 * widest * dtype.itemsize > device.shared_memory:
-        allowed = device.shared_memory // (64 * dtype.itemsize)
-        raise ValueError(f"key_dim: got {key_dim}, allowed are up to {allowed} in {dtype} on this GPU")
-    found: AttentionConfig = answer("bias_attention", dtype, device, tokens, widest)
-    block_m, block_n = _power(tokens, found.block_m), _power(tokens, found.block_n)
-    return AttentionConfig(block_m, block_n, found.num_warps, found.num_stages)
+    tokens, width = question.sizes
+    if 64 * width * question.dtype.itemsize > device.shared_memory:
+        allowed = device.shared_memory // (64 * question.dtype.itemsize)
+        raise ValueError(f"key_dim: got {width}, allowed are up to {allowed} in {question.dtype} on this GPU")
+    found: AttentionConfig = answer(question, device)
+    return replace(found, block_m=_power(tokens, found.block_m), block_n=_power(tokens, found.block_n))
 
 
-def pool_config(channels: int, rows: int, dtype: torch.dtype, device: Device, *, dense: bool) -> tuple[int, int, int]:
-    """(pixels, channels) of a tile and the warps; `dense` where channels lie next to each other, and pixels do not.
+def pool_config(question: Question, device: Device) -> tuple[int, int, int]:
+    """(rows, channels) of a tile of `pool_mixer` or `split_sum`, and the warps.
 
     No more channels than the largest power of two in their number: none are padded.
     """
-    return _whole_channels(channels, answer("pool_mixer", dtype, device, channels, int(dense), rows))
-
-
-def sum_config(channels: int, rows: int, dtype: torch.dtype, device: Device) -> tuple[int, int, int]:
-    """(rows, channels) of a tile in which a split MLP's parts are added, and the warps; `dtype` is the result's."""
-    return _whole_channels(channels, answer("split_sum", dtype, device, channels, rows))
-
-
-def _whole_channels(channels: int, found: PoolConfig) -> tuple[int, int, int]:
+    found: PoolConfig = answer(question, device)
+    channels = question.sizes[0]
     block_c = min(max(channels & -channels, 16), found.block_c)
     return max(1, found.elements // block_c), block_c, found.num_warps
 
 
-def norm_config(
-    channels: int, rows: int, dtype: torch.dtype, device: Device, operation: str = "layer_norm"
-) -> tuple[int, int, int]:
+def norm_config(question: Question, device: Device) -> tuple[int, int, int]:
     """(rows, channels) of a tile and the warps: whole rows, several where they are short.
 
-    `operation` is "layer_norm", or "token_mean", for which rows are images and a tile has rows of one.
+    The operation is "layer_norm", or "token_mean", for which rows are images and a tile has rows of one.
 
     Raises:
         ValueError: for rows too long to be kept on chip.
     """
+    channels = question.sizes[0]
     if channels > 1 << 15:
         raise ValueError(f"x: got {channels} channels, allowed are {1 << 15} for LayerNorm on the kernels")
-    found: NormConfig = answer(operation, dtype, device, channels, rows)
+    found: NormConfig = answer(question, device)
     block_c = _power(channels, 1 << 15)
     return max(1, found.elements // block_c), block_c, found.num_warps
 
@@ -129,14 +127,15 @@ class HeadTiles(NamedTuple):
     num_warps: int
 
 
-def head_config(channels: int, classes: int, rows: int, dtype: torch.dtype, device: Device) -> HeadTiles | None:
-    """Tiles of the network's end for `rows` images, or None where it is two launches.
+def head_config(question: Question, device: Device) -> HeadTiles | None:
+    """Tiles of the network's end, or None where it is two launches.
 
     A first few of the class tile's weights wait in registers while the tokens are pooled: a quarter of a tile of these.
     """
-    found: HeadConfig | None = answer("head", dtype, device, channels, classes, rows)
+    found: HeadConfig | None = answer(question, device)
     if found is None:
         return None
+    channels, classes, _ = question.sizes
     block_c = _power(channels, 1 << 15)
     block_n = 1 << max(0, min(classes, found.block_n) - 1).bit_length()
     block_w = min(block_n, max(1, found.elements // 4 // block_c))
@@ -243,13 +242,12 @@ def preferring(*entries: Entry) -> contextlib.AbstractContextManager[None]:
     return using(Table([*entries, *shipped_table().entries]))
 
 
-Question = tuple[str, torch.dtype, tuple[int, ...]]
 _asked = contextvars.ContextVar[list[Question] | None]("asked", default=None)
 
 
 @contextlib.contextmanager
 def asked() -> Iterator[list[Question]]:
-    """All that launchers ask within it: (operation, dtype, sizes in the order of `DIMENSIONS[operation]`)."""
+    """All that launchers ask within it."""
     questions: list[Question] = []
     token = _asked.set(questions)
     try:
@@ -258,13 +256,13 @@ def asked() -> Iterator[list[Question]]:
         _asked.reset(token)
 
 
-def answer(operation: str, dtype: torch.dtype, device: Device, *sizes: int) -> Any:
-    """The configuration for an operation of these sizes (`DIMENSIONS[operation]`), as the table has it.
+def answer(question: Question, device: Device) -> Any:
+    """The configuration that the table has for this question on this device.
 
     Raises:
         LookupError: if the table has none.
     """
     if (questions := _asked.get()) is not None:
-        questions.append((operation, dtype, sizes))
+        questions.append(question)
     table = _override.get() or (_tuned_table() if device.name else shipped_table())
-    return table.find(operation, dtype, device, *sizes).use
+    return table.find(question.operation, question.dtype, device, *question.sizes).use
