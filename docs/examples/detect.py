@@ -2,7 +2,7 @@
 
     python docs/examples/detect.py --steps 10
 
-Needs scikit-learn, whose photograph it is, and a torchvision whose operators load.
+Needs scikit-learn, which ships the photograph, and a torchvision whose operators load.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Train an EfficientFormer-L1 from random initialisation on handwritten digits, on a CPU, in about a minute.
+"""Train an EfficientFormer-L1 from random initialisation on handwritten digits, within two minutes on two cores.
 
     python docs/examples/finetune.py --require 0.97
 
-scikit-learn ships the 1797 digits of 8x8 pixels; they are upscaled to 32x32. Four fifths are trained on, the others are
-what the accuracy is of. Exit status 1 below --require.
+scikit-learn ships the 1797 digits of 8x8 pixels; they are upscaled to 32x32. Four fifths are for training, and the
+others measure the accuracy. The exit status is 1 if that is below --require.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import effformer
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Images [1797, 1, 32, 32] of mean 0 and deviation 1, in an order drawn with a fixed seed, and their labels."""
+    """Images [1797, 1, 32, 32] of mean 0 and deviation 1, in a random order with a fixed seed, and their labels."""
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None]
     images = F.interpolate(images, (32, 32), mode="bilinear")
@@ -32,7 +32,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def parameter_groups(model: effformer.EfficientFormer, weight_decay: float) -> list[dict[str, object]]:
-    """Norms, biases and layer scales are not decayed, nor what the network names."""
+    """Weight decay for everything but norms, biases, layer scales and the parameters that the network names."""
     kept = model.no_weight_decay()
     plain = [p for name, p in model.named_parameters() if p.ndim < 2 or name in kept]
     decayed = [p for name, p in model.named_parameters() if not (p.ndim < 2 or name in kept)]
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> float:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, labels = (tensor.to(device) for tensor in digits())
     count = len(images) * 4 // 5
-    # Layer scales begin at 0.1: with the paper's 1e-5 blocks wake up slowly, which a run this short has no time for.
+    # Layer scales begin at 0.1: with the paper's 1e-5 the blocks learn too slowly for a run this short.
     model = effformer.create_model(
         arguments.model, num_classes=10, in_chans=1, layer_scale_init_value=0.1, drop_path_rate=0.05
     ).to(device)
