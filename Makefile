@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .NOTPARALLEL:
-.PHONY: demo test gpu bench copy mutants audit lint format types clean help
+.PHONY: demo test gpu bench mutants audit lint format types clean help
 
 help:
 	@echo "make demo    features of a photograph, in an environment made for it"
@@ -39,20 +39,21 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal -m "not gpu"
 
-# Nothing is downloaded, nothing installed into PYTHON: a machine with a GPU has its own torch and triton, and may have
-# no network. LIMIT is in seconds, SUITE holds further arguments of tests/gpu/suite.py.
+# Nothing is downloaded, built or installed into PYTHON: a machine with a GPU has its own torch and triton, and may have
+# no network, setuptools or wheel. The package is copied to build/gpu; first, one line says what PYTHON lacks.
+NEEDED := torch triton yaml safetensors numpy
+
+# LIMIT is in seconds, SUITE holds further arguments of tests/gpu/suite.py. Without a GPU the suite itself is checked.
 LIMIT ?= 530
-gpu: copy
+gpu:
+	@$(PYTHON) tests/plain.py build/gpu pytest $(NEEDED)
 	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P tests/gpu/suite.py --limit $(LIMIT) $(SUITE)
 
-# BENCH holds further arguments of `effformer bench`. Make's own exit status is 2 for any other than 0: 75 is printed.
-bench: copy
+# BENCH holds further arguments of `effformer bench`; with `--device cpu` among them it needs no GPU. Make's own exit
+# status is 2 for any other than 0: 75 is printed.
+bench:
+	@$(PYTHON) tests/plain.py build/gpu $(NEEDED) $(if $(filter %cpu --list --help,$(BENCH)),,gpu)
 	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P -m effformer.cli bench $(BENCH)
-
-copy:
-	rm -rf build/gpu build/lib build/bdist.*
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action ignore \
-		--no-deps --no-build-isolation --no-index -c constraints.txt --target build/gpu .
 
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/mutants.py

@@ -48,12 +48,16 @@ NETSPRESSO_L1: dict[str, Any] = {
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the workers are as many as the cores
-    if config.option.hypothesis_seed is None:  # it would draw one itself, and show it after failures alone
+    # Without one, hypothesis draws a seed itself, and shows it after failures alone.
+    if getattr(config.option, "hypothesis_seed", "") is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"drawn with --hypothesis-seed={config.option.hypothesis_seed}"
+    seed = getattr(config.option, "hypothesis_seed", None)
+    return (
+        f"shapes drawn with --hypothesis-seed={seed}" if seed else "no hypothesis: tests with drawn shapes are skipped"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from plain import lay_out
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "tests" / "mutants.txt"
@@ -34,7 +35,7 @@ JUDGES = {
     "kernels/tiling/device.py": _TABLE,
     "kernels/tiling/table.py": _TABLE,
     "kernels/bias_attention.py": ("test_kernel_values.py", "test_kernels.py::test_bias_attention", *TESTS),
-    "kernels/conv_norm.py": ("test_conv_norm.py",),
+    "kernels/conv_norm.py": ("test_conv_norm.py", "test_kernel_shapes.py::test_conv_norm"),
     "kernels/head.py": (
         "test_kernels.py::test_head",
         "test_kernels.py::test_nothing_is_written_beyond_the_last_class",
@@ -104,11 +105,11 @@ MUTANTS = (
     Mutant("shift1 dropped", "kernels/mlp_loop.py", "b_hidden = b_hidden + _load_hidden(shift1_ptr, n, HIDDEN, BLOCK_H)", "b_hidden = b_hidden + 0.0"),
     Mutant("last hidden chunk skipped", "kernels/mlp_loop.py", "tl.range(first, last, BLOCK_H", "tl.range(first, last - 1 - (last - 1) % BLOCK_H, BLOCK_H"),
     Mutant("hidden channels beyond the last read", "kernels/mlp_loop.py", "mask=(c < C) & (n < HIDDEN)", "mask=(c < C)"),
-    Mutant("scale2 not applied", "kernels/conv_mlp.py", "(b_acc[i] * scale2 +", "(b_acc[i] +"),
-    Mutant("shift2 dropped", "kernels/conv_mlp.py", " + load_vector(shift2_ptr, c, C, WIDTHS, i))", ")"),
-    Mutant("residual skipped", "kernels/conv_mlp.py", "result = residual.to(tl.float32) +", "result ="),
+    Mutant("scale2 not applied", "kernels/meta4d.py", "(b_acc[i] * scale2 +", "(b_acc[i] +"),
+    Mutant("shift2 dropped", "kernels/meta4d.py", " + load_vector(shift2_ptr, c, C, WIDTHS, i))", ")"),
+    Mutant("residual skipped", "kernels/meta4d.py", "result = residual.to(tl.float32) +", "result ="),
     Mutant("second accumulator forgets", "kernels/mlp_loop.py", "tl.dot(b_act, b_w2, b_acc[i],", "tl.dot(b_act, b_w2, b_acc[i] * (i == 0),"),
-    Mutant("residual taken before pooling", "kernels/conv_mlp.py", "        if POOL and RELOAD:\n            residual = tl.load(p_out", "        if False:\n            residual = tl.load(p_out"),
+    Mutant("residual taken before pooling", "kernels/meta4d.py", "        if POOL and RELOAD:\n            residual = tl.load(p_out", "        if False:\n            residual = tl.load(p_out"),
     # split MLP
     Mutant("a chunk added twice", "kernels/split_mlp.py", "tl.minimum(first + CHUNK, HIDDEN)", "tl.minimum(first + CHUNK + BLOCK_H, HIDDEN)"),
     Mutant("all parts of the first chunk", "kernels/split_mlp.py", "first = i_s * CHUNK", "first = i_s * 0"),
@@ -117,13 +118,13 @@ MUTANTS = (
     Mutant("rows past the end added", "kernels/split_mlp.py", "mask = inside[:, None] & channel_mask(", "mask = (row >= 0)[:, None] & channel_mask("),
     Mutant("a part stored and not added", "kernels/split_mlp.py", "tl.atomic_add(p_out, b_acc[i], mask=mask, sem=\"relaxed\")", "tl.store(p_out, b_acc[i], mask=mask)"),
     Mutant("last part forgotten", "kernels/split_mlp.py", "tl.static_range(PARTS)", "tl.static_range(max(PARTS - 1, 1))"),
-    Mutant("sum begins with what was there", "kernels/split_mlp.py", "torch.empty if deterministic else torch.zeros", "torch.empty"),
+    Mutant("sum begins with what was there", "kernels/split_mlp.py", "torch.empty if mlp.deterministic else torch.zeros", "torch.empty"),
     Mutant("channel tile ignored in the sum", "kernels/split_mlp.py", "c = i_c * BLOCK_C + tl.arange", "c = tl.arange"),
     Mutant("residual taken before pooling", "kernels/split_mlp.py", "residual = pool_tile(p_residual, there, h, w, H, W, stride_rh, stride_rw, layer_scale)", "residual = tl.load(p_residual, mask=there, other=0.0)"),
     Mutant("gain of the hidden forgotten", "kernels/split_mlp.py", "* (1.0 / X_GAIN)", ""),
     Mutant("shift2 dropped", "kernels/split_mlp.py", "(b_sum * scale2 + shift2)", "(b_sum * scale2)"),
     Mutant("any order allowed silently", "kernels/split_mlp.py", "if deterministic or not torch.are", "if True or not torch.are"),
-    Mutant("always in order", "kernels/meta4d.py", "map_rows(out), config, deterministic=deterministic)", "map_rows(out), config)"),
+    Mutant("always in order", "kernels/meta4d.py", "layer_scale1, Mlp(*mlp), out)", "layer_scale1, Mlp(*mlp)._replace(deterministic=True), out)"),
     # matrix products
     Mutant("inputs beyond the last read", "kernels/linear.py", "inside[:, None] & (first + k < INPUTS)[None, :]", "inside[:, None]"),
     Mutant("outputs beyond the last written", "kernels/linear.py", "mask = mask & there[None, :]", "mask = mask"),
@@ -167,7 +168,7 @@ MUTANTS = (
     Mutant("fake of another layout", "kernels/meta4d.py", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x)", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x.contiguous())"),
     Mutant("gradients silently lost", "effformer/backend.py", "backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)", "backward = False"),
     Mutant("tangents silently lost", "effformer/backend.py", "forward_ad._current_level >= 0", "False"),
-    Mutant("autocast ignored", "effformer/arguments.py", "return torch.get_autocast_dtype(x.device.type) if", "return x.dtype if"),
+    Mutant("autocast ignored", "effformer/backend.py", "return torch.get_autocast_dtype(x.device.type) if", "return x.dtype if"),
     Mutant("autocast's dtype not looked at", "effformer/backend.py", "if reason is None and products and", "if False and"),
     # configurations
     Mutant("a class beyond the device's shared memory", "kernels/tiling/device.py", "if known.shared_memory <= device.shared_memory and", "if"),
@@ -203,7 +204,7 @@ MUTANTS = (
     Mutant("frozen: weights shared with the model", "effformer/serving/packing.py", "copy.deepcopy(module).double()", "module.double()"),
     Mutant("frozen: new weights of the first convolution alone", "effformer/serving/packing.py", "for target, source in zip(self.tensors(), other.tensors(), strict=True):", "for target, source in list(zip(self.tensors(), other.tensors(), strict=True))[:1]:"),
     Mutant("frozen: another architecture's weights taken", "effformer/serving/packing.py", "if _structure(self) != _structure(other):", "if False:"),
-    Mutant("frozen: bias of the image's sides, not the map's", "effformer/serving/packing.py", "sides = (sides[0] + 1) // 2, (sides[1] + 1) // 2", "pass"),
+    Mutant("frozen: bias of the image's sides, not the map's", "effformer/serving/packing.py", "sides = halved(sides[0]), halved(sides[1])", "pass"),
     Mutant("frozen: a tapped norm goes on to the next stage", "effformer/serving/packing.py", 'inline=kind == "inline"', "inline=True"),
     Mutant("frozen: hooks lost", "effformer/serving/packing.py", "if not is_plain(module, kinds):", "if False:"),
     Mutant("frozen: training mode let through", "effformer/serving/packing.py", "if model.training:", "if False:"),
@@ -217,7 +218,7 @@ MUTANTS = (
     Mutant("frozen: results overwritten", "effformer/serving/frozen.py", "if self._new_outputs else", "if False else"),
     Mutant("frozen: images not copied", "effformer/serving/frozen.py", "graph.images[:batch].copy_(images)", "pass"),
     Mutant("frozen: other images in the buffer's memory", "effformer/serving/frozen.py", "if (images.data_ptr(), images.stride()) !=", "if (images.data_ptr(), graph.images.stride()) !="),
-    Mutant("frozen: autocast let in", "effformer/serving/frozen.py", "torch.autocast(device.type, enabled=False) if", "contextlib.nullcontext() if"),
+    Mutant("frozen: autocast let in", "effformer/serving/frozen.py", "torch.no_grad(), no_autocast(self.device):", "torch.no_grad():"),
     Mutant("frozen: tensors of inference mode kept", "effformer/serving/frozen.py", "torch.inference_mode(False), ", ""),
     Mutant("frozen: threads do not wait", "effformer/serving/frozen.py", "with self._lock, torch.inference_mode(False)", "with torch.inference_mode(False)"),
     Mutant("frozen: a gradient lost", "effformer/serving/frozen.py", "if torch.is_grad_enabled() and images.requires_grad:", "if False:"),
@@ -226,9 +227,7 @@ MUTANTS = (
 
 def plant(mutant: Mutant | None, place: Path) -> None:
     """Lay the package out in `place` as it is installed, with the mutant in it."""
-    ignore = shutil.ignore_patterns("__pycache__", "results")
-    for folder, target in (("effformer", "effformer"), ("kernels", "effformer/kernels"), ("bench", "effformer/bench")):
-        shutil.copytree(ROOT / folder, place / target, ignore=ignore, dirs_exist_ok=True)
+    lay_out(place)
     if mutant is None:
         return
     file = place / (mutant.file if mutant.file.startswith("effformer/") else "effformer/" + mutant.file)

@@ -1,15 +1,24 @@
-"""The runner of the GPU's tests: what it records of tests that fail, hang or take their process along, and what it does
-when it is called again."""
+"""The runner of the GPU's tests: its records of tests that fail, hang or end their process, and its next call.
+
+Also the package as a plain Python gets it.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
+import plain
 import pytest
+import torch
 
 TESTS = """
 import os, time
@@ -36,6 +45,7 @@ def test_last():
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The runner, on a folder that holds the tests above, as if there were a GPU; without pytest-xdist."""
     folder = Path(__file__).parent / "gpu"
+    monkeypatch.syspath_prepend(folder)
     spec = importlib.util.spec_from_file_location("suite", folder / "suite.py")
     assert spec is not None
     assert spec.loader is not None
@@ -44,6 +54,8 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_it.py").write_text(TESTS)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # which takes pytest longer than these tests
+    monkeypatch.delenv("EFFFORMER_COMMIT", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "TESTS", tmp_path / "tests")
@@ -109,3 +121,129 @@ def test_a_suite_whose_time_is_up(
     assert suite.main() == 75
     assert capsys.readouterr().out.endswith("The time is up, and pieces are left: run it again.\n")
     assert outcomes(suite)["test_one"] == "passed"
+
+
+MEETS = """
+import time
+from pathlib import Path
+
+def test_meets():
+    Path("{own}").touch()
+    begin = time.monotonic()
+    while not Path("{other}").exists():
+        assert time.monotonic() - begin < 60
+        time.sleep(0.1)
+    time.sleep(1)
+    Path("{own}").unlink()
+"""
+
+
+def pieces(suite: ModuleType, monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
+    """One for each text: "many" has two processes; "alone" has nothing beside it."""
+    for name, text in texts.items():
+        (suite.ROOT / "tests" / f"test_{name}.py").write_text(text)
+    found = [
+        suite.Piece(name, (f"test_{name}.py",), 2 if name == "many" else 1, 100, 90, alone=name == "alone")
+        for name in texts
+    ]
+    monkeypatch.setattr(suite, "PIECES", tuple(found))
+
+
+def test_pieces_run_side_by_side(
+    suite: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of a single process beside one of many, and nothing beside those that measure time."""
+    one, many = MEETS.format(own="one", other="many"), MEETS.format(own="many", other="one")
+    alone = "from pathlib import Path\ndef test_alone(): assert not Path('one').exists() and not Path('many').exists()"
+    pieces(suite, monkeypatch, many=many, one=one, alone=alone)
+    assert suite.main() == 0
+    runs = [json.loads(line) for line in (suite.ROOT / "bench/results/a-card-1/suite.jsonl").read_text().splitlines()]
+    assert [run["piece"] for run in runs][-1] == "alone"
+    assert sorted((run["piece"], run["passed"]) for run in runs) == [("alone", 1), ("many", 1), ("one", 1)]
+    capsys.readouterr()
+
+
+def test_an_interrupt_ends_both_lanes(
+    suite: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = "import time\nfrom pathlib import Path\ndef test_waits():\n    Path('{}').touch()\n    time.sleep(80)"
+    pieces(suite, monkeypatch, many=waits.format("many"), one=waits.format("one"), alone="def test_alone(): pass")
+
+    def interrupt() -> None:
+        while not all((suite.ROOT / name).exists() for name in ("many", "one")):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    begin = time.monotonic()
+    assert suite.main() == 75
+    assert time.monotonic() - begin < 60
+    assert outcomes(suite) == {}
+    assert "alone       not run" in capsys.readouterr().out
+
+
+def test_workers_send_what_was_noted(suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of classes of their own: torch.__version__ is a kind of str, which pytest-xdist cannot send."""
+    pytest.importorskip("xdist")
+    monkeypatch.setenv("PYTEST_PLUGINS", "xdist.plugin")
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: True)
+    text = (
+        "class Version(str): pass\ndef test_it(record_property): record_property('machine', {'torch': Version('2.11')})"
+    )
+    pieces(suite, monkeypatch, many=text)
+    assert suite.main() == 0
+    (record,) = suite.read(suite.ROOT / "bench" / "results" / "a-card-1" / "tests.jsonl")
+    assert record["machine"] == [{"torch": "2.11"}]
+
+
+def test_what_a_worker_loses_has_failed(
+    suite: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An internal error of a worker: pytest-xdist starts another, and passes with the tests that are left."""
+    pytest.importorskip("xdist")
+    monkeypatch.setenv("PYTEST_PLUGINS", "xdist.plugin")
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: True)
+    pieces(suite, monkeypatch, many="def test_one(): pass\ndef test_lost(): pass\ndef test_two(): pass")
+    error = "def pytest_runtest_protocol(item):\n    if item.name == 'test_lost': raise RuntimeError('planted')"
+    (suite.ROOT / "tests" / "conftest.py").write_text(error)
+    assert suite.main() == 1
+    assert outcomes(suite) == {"test_one": "passed", "test_lost": "failed", "test_two": "passed"}
+    assert "not reported" in capsys.readouterr().out
+    (suite.ROOT / "tests" / "conftest.py").unlink()
+    assert suite.main() == 0
+    assert set(outcomes(suite).values()) == {"passed"}
+
+
+def test_a_copy_without_git_is_told_its_commit(suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert suite.commit() == "unknown"
+    monkeypatch.setenv("EFFFORMER_COMMIT", "0123456789ab")
+    assert suite.commit() == "0123456789ab"
+
+
+def test_one_of_each_moves_all_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To another device than the CPU, where they were drawn; those among the options, too."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "gpu")
+    import one_of_each
+
+    monkeypatch.setattr(one_of_each, "DEVICE", torch.device("meta"))
+    kinds = set()
+    for case in one_of_each.cases(torch.float32):
+        moved = one_of_each.moved(case)
+        options = [x for x in moved.options.values() if isinstance(x, torch.Tensor)]
+        kinds.add(bool(options))
+        assert {x.device.type for x in (*moved.arguments, *options)} == {"meta"}, case.operation
+    assert kinds == {True, False}
+
+
+# --- a plain Python -------------------------------------------------------------------------------------------------------
+
+
+def test_one_line_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, plain.__file__, str(tmp_path / "copy"), "torch", "nonesuch", "yaml", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{sys.executable} lacks nonesuch, none\n")
+    assert not (tmp_path / "copy").exists()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert plain.lacking(["torch", "gpu", "nonesuch"]) == ["nonesuch", "a GPU that torch sees"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert plain.lacking(["torch", "gpu"]) == []

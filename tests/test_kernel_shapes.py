@@ -11,12 +11,10 @@ from typing import Any
 import machine
 import pytest
 import torch
-from effformer.kernels.tiling.choose import preferring
+from effformer.kernels.tiling.choose import preferring, shipped_table, using
 from effformer.kernels.tiling.device import CLASSES
 from effformer.kernels.tiling.table import DTYPES as DTYPES_OF
 from effformer.kernels.tiling.table import Entry, SplitConfig
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 from machine import prepared
 
 from effformer.backend import TRITON_ACTIVATIONS
@@ -26,6 +24,7 @@ from effformer.testing import (
     attention_mixer_case,
     bias_attention_case,
     conv_mlp_case,
+    conv_norm_case,
     draw_map,
     head_case,
     linear_mlp_case,
@@ -33,17 +32,20 @@ from effformer.testing import (
     pool_mixer_case,
 )
 
+hypothesis = pytest.importorskip("hypothesis", reason="hypothesis, which draws the shapes, is not installed")
+given, st = hypothesis.given, hypothesis.strategies
+
 DTYPES = st.sampled_from(machine.DTYPES)
 ACTIVATIONS = st.sampled_from(TRITON_ACTIVATIONS)
 SEEDS = st.integers(0, 2**31 - 1)
 SPLITS = st.sampled_from([False, False, True])  # of every three one: these are many programs
-drawn = settings(max_examples=60, deadline=None, database=None)
+drawn = hypothesis.settings(max_examples=40, deadline=None, database=None)
 if machine.ON_GPU:  # where nearly every example is compiled, for some seconds: fewer, and none to shrink a failure
-    drawn = settings(
+    drawn = hypothesis.settings(
         drawn,
         max_examples=25,
-        phases=[Phase.explicit, Phase.generate],
-        suppress_health_check=[HealthCheck.too_slow],
+        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
     )
 pytestmark = pytest.mark.usefixtures("kernel_device", "many_rows")
 SPLIT = Entry(
@@ -96,6 +98,14 @@ def test_conv_mlp(x: torch.Tensor, hidden: int, activation: str, split: bool) ->
 @given(maps(), st.integers(1, 150), ACTIVATIONS, SPLITS)
 def test_meta4d(x: torch.Tensor, hidden: int, activation: str, split: bool) -> None:
     check_mlp(meta4d_case(x, hidden, activation), split)
+
+
+@drawn
+@given(maps(), st.integers(8, 40), st.none() | ACTIVATIONS, st.booleans())
+def test_conv_norm(x: torch.Tensor, outputs: int, activation: str | None, few: bool) -> None:
+    """On the tiles for many rows, and on those for few."""
+    with using(shipped_table()) if few else contextlib.nullcontext():
+        check(conv_norm_case(x, outputs, activation))
 
 
 @drawn

@@ -63,12 +63,17 @@ def on_device(x: torch.Tensor) -> torch.Tensor:
     return x.permute(order).contiguous().to(DEVICE).permute(back)
 
 
+def moved(case: Case) -> Case:
+    """The same call with its tensors on the GPU, those among the options, too."""
+    options = {name: on_device(x) if isinstance(x, torch.Tensor) else x for name, x in case.options.items()}
+    return Case(case.operation, tuple(map(on_device, case.arguments)), options)
+
+
 @torch.no_grad()
 def main() -> None:
     torch.manual_seed(0)
     for case in cases(getattr(torch, sys.argv[1])):
-        moved = Case(case.operation, tuple(map(on_device, case.arguments)), case.options)
-        result = on_cpu(moved.run("triton"))
+        result = on_cpu(moved(case).run("triton"))
         found = accuracy(result, case.exact(), case.run("eager"))
         bits = result.contiguous().view(torch.uint8).numpy().tobytes()
         shape = "x".join(map(str, case.arguments[0].shape))

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 BROKEN = 70  # exit status of a process that gave up
 _MOST_TEXT = 3000  # characters of a failure
@@ -57,6 +56,16 @@ class Recorder:
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, Any]] = {}
+        self.due: set[str] = set()  # tests that workers collected and have not reported
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self.due.update(ids)
+
+    def pytest_sessionfinish(self) -> None:
+        """A worker with an internal error loses its test, and pytest-xdist passes without it."""
+        for nodeid in sorted(self.due):
+            write({"test": nodeid, "outcome": "failed", "seconds": 0.0, "text": "not reported: see the piece's log"})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Up to three times for a test: set up, called, torn down; once, at any time, when its process dies."""
@@ -65,11 +74,16 @@ class Recorder:
         if report.failed and record["outcome"] != "failed":
             record |= {"outcome": "failed", "text": _text(report)}
         elif report.skipped and record["outcome"] == "passed":
-            text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            text = (
+                report.longrepr[2]
+                if isinstance(report.longrepr, tuple)
+                else getattr(report, "wasxfail", str(report.longrepr))
+            )
             record |= {"outcome": "skipped", "text": text}
         if report.when not in ("setup", "call"):
             for name, value in report.user_properties:
                 record.setdefault(name, []).append(value)
+            self.due.discard(report.nodeid)
             write(self.found.pop(report.nodeid))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -119,7 +133,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     report = yield
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    # Workers send plain values alone: a version of torch, say, is of a class that pytest-xdist cannot send.
+    report.user_properties = json.loads(json.dumps(report.user_properties, default=str))
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available() and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:

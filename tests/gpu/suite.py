@@ -1,7 +1,7 @@
 """The GPU suite, in pieces: python -P tests/gpu/suite.py [--limit SECONDS] [PIECE ...], or `make gpu`
 
-Pieces run in the order of what they tell, each a pytest call with a time limit of its own. What comes out is written as
-it comes, to bench/results/<gpu>/:
+Pieces run in the order of what they tell, each a pytest call with a time limit of its own. Those of one process run
+beside those of many; what measures time runs alone. What comes out is written as it comes, to bench/results/<gpu>/:
 
     suite.jsonl   a line for each run of a piece
     tests.jsonl   a line for each test, of the sources as they are now
@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -30,11 +31,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # which -P leaves out
+
+from outcomes import append, latest, read, show_errors, show_failures, worst, write
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
@@ -45,17 +51,21 @@ LEAST = 30.0  # seconds worth starting a piece for
 
 @dataclass(frozen=True)
 class Piece:
-    """A pytest call: test files, worker processes, seconds that it, and that a test of it, may take."""
+    """A pytest call: test files, worker processes, seconds that it, and that a test of it, may take.
+
+    `alone`: nothing else runs beside it.
+    """
 
     name: str
     files: tuple[str, ...]
     workers: int
     limit: float
     test_limit: float = 90.0
+    alone: bool = False
 
 
 PIECES = (
-    Piece("smoke", ("gpu/test_gpu_smoke.py",), MANY, 120),
+    Piece("smoke", ("gpu/test_gpu_smoke.py",), MANY, 120, alone=True),
     Piece("accuracy", ("gpu/test_gpu_accuracy.py",), MANY, 240),
     Piece("repeats", ("gpu/test_gpu_repeats.py",), 1, 240),
     Piece("models", ("gpu/test_gpu_models.py",), min(4, MANY), 240),
@@ -73,13 +83,12 @@ PIECES = (
     Piece("runtime", ("gpu/test_gpu_runtime.py",), 1, 240),
     Piece("compile", ("gpu/test_gpu_compile.py",), 1, 360, 240),
     Piece("export", ("gpu/test_gpu_export.py",), 1, 360, 240),
-    Piece("bench", ("gpu/test_gpu_bench.py",), 1, 300, 200),
-    Piece("tune", ("gpu/test_gpu_tune.py",), 1, 300, 280),
     Piece("sanitizer", ("gpu/test_gpu_sanitizer.py",), min(6, MANY), 400, 300),
     Piece("commands", ("gpu/test_gpu_commands.py",), 1, 240, 200),
     Piece("processes", ("gpu/test_gpu_processes.py",), 1, 200, 180),
+    Piece("bench", ("gpu/test_gpu_bench.py",), 1, 300, 200, alone=True),
+    Piece("tune", ("gpu/test_gpu_tune.py",), 1, 300, 280, alone=True),
 )  # fmt: skip
-ODD = ("kernels", "values")  # pieces of small, drawn or spoiled arguments
 # What all pieces share.
 SHARED = ("conftest.py", "machine.py", "gpu/gpu_cases.py", "gpu/one_of_each.py")
 
@@ -111,7 +120,9 @@ def output_of(command: list[str]) -> str:
 
 
 def commit() -> str:
-    """Of this checkout, "-dirty" where it was changed (results apart), "unknown" where it is none."""
+    """Of this checkout, "-dirty" where it was changed (results apart); a copy without git is told EFFFORMER_COMMIT."""
+    if named := os.environ.get("EFFFORMER_COMMIT"):
+        return named
     if not shutil.which("git") or not (head := output_of(["git", "rev-parse", "--short=12", "HEAD"])):
         return "unknown"
     changed = output_of(["git", "status", "--porcelain", "--", ".", ":!bench/results"])
@@ -134,40 +145,6 @@ def sources() -> list[Path]:
 
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-# --- records --------------------------------------------------------------------------------------------------------------
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record; one that was cut off is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    partial.replace(path)
-
-
-def latest(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The last record of each test. A worker that dies leaves the reason, and pytest then notes that it died."""
-    found: dict[str, dict[str, Any]] = {}
-    for record in records:
-        before = found.get(record["test"])
-        died = record["outcome"] == "failed" and "crashed while running" in record.get("text", "")
-        if not (died and before and before["outcome"] == "failed"):
-            found[record["test"]] = record
-    return found
 
 
 # --- running --------------------------------------------------------------------------------------------------------------
@@ -220,6 +197,7 @@ class Suite:
             piece.name: digest({TESTS / name for name in (*SHARED, *piece.files)}, self.sources, *versions)
             for piece in self.pieces
         }
+        self.ended: dict[str, Result | None] = {}
         self.runs, self.tests = self.results / "suite.jsonl", self.results / "tests.jsonl"
         # What was recorded of other sources or versions says nothing about these.
         write(self.tests, [record for piece in self.pieces for record in self.records(piece).values()])
@@ -237,20 +215,54 @@ class Suite:
         counts = Counter({name: ended[-1][name] for name in ("passed", "failed", "skipped")})
         return Result(ended[-1]["outcome"], counts, ended[-1]["seconds"], earlier=True)
 
+    def run_all(self, pieces: Sequence[Piece]) -> None:
+        """First what never ended, then what failed in an earlier call."""
+        self.ended = {piece.name: self.result(piece) for piece in pieces}
+        waiting = [piece for piece in pieces if self.ended[piece.name] is None]
+        again = [piece for piece in pieces if (known := self.ended[piece.name]) and known.outcome == "failed"]
+        for alone, group in itertools.groupby(waiting, lambda piece: piece.alone):
+            together = list(group)
+            many = [piece for piece in together if piece.workers > 1]
+            one = [piece for piece in together if piece.workers == 1]
+            self.side_by_side([together] if alone else [many, one])
+        # Over its own limit: once more, as long as there is time.
+        while late := [p for p in waiting if (known := self.ended[p.name]) and known.outcome == "unfinished"]:
+            if not self.in_turn(late):
+                return
+        self.in_turn(again, failures=True)
+
+    def side_by_side(self, lanes: Iterable[Sequence[Piece]]) -> None:
+        with ThreadPoolExecutor() as pool:
+            running = [pool.submit(self.in_turn, lane) for lane in lanes]
+            try:
+                for lane in running:
+                    lane.result()
+            except BaseException:
+                self.deadline = 0.0  # for the other lane, too
+                raise
+
+    def in_turn(self, pieces: Iterable[Piece], *, failures: bool = False) -> bool:
+        """Whether there was time to start them all."""
+        for piece in pieces:
+            if self.deadline - time.monotonic() <= LEAST:
+                return False
+            print(line(piece.name, self.run(piece, failures=failures)), flush=True)
+        return True
+
     def run(self, piece: Piece, *, failures: bool = False) -> Result:
         """Run what is left of a piece, or, with `failures`, what failed of it; record how it ended."""
         begin = time.monotonic()
         before = self.records(piece)
         done = {name for name, record in before.items() if record["outcome"] != "failed" or not failures}
-        status = self.pytest(piece, done, min(begin + piece.limit, self.deadline))
+        status = self.pytest(piece, done, begin + piece.limit)
         counts = Counter(record["outcome"] for record in self.records(piece).values())
         if status is None:
             outcome = "unfinished"
         elif status or counts["failed"]:
             outcome = "failed"
         else:
-            outcome = "passed" if counts["passed"] else "skipped"
-        result = Result(outcome, counts, round(time.monotonic() - begin, 1))
+            outcome = "passed" if counts["passed"] else "skipped" if counts["skipped"] else "failed"
+        result = self.ended[piece.name] = Result(outcome, counts, round(time.monotonic() - begin, 1))
         append(
             self.runs,
             {"piece": piece.name, "outcome": outcome}
@@ -289,12 +301,12 @@ class Suite:
         with log.open("w", encoding="utf-8") as output:
             while True:
                 done_file.write_text("\n".join(sorted(done | seen)), encoding="utf-8")
-                status = run_group(command, environment, output, deadline)
+                status = self.run_group(command, environment, output, deadline)
                 if status in (None, 0, 1):
                     return status
                 if status == 5 and (done or seen):  # no test was left
                     return 0
-                fresh = {record["test"] for record in read(self.tests)[first:]}
+                fresh = {r["test"] for r in read(self.tests)[first:] if r["piece"] == piece.name}
                 test = running.read_text(encoding="utf-8") if running.exists() else f"pytest for {piece.name}"
                 if test not in fresh:
                     text = f"pytest ended with {status}\n{log.read_text(encoding='utf-8')[-2000:]}"
@@ -303,20 +315,20 @@ class Suite:
                     return status
                 seen = fresh | {test}
 
-
-def run_group(command: list[str], environment: dict[str, str], output: Any, deadline: float) -> int | None:
-    """Exit status, or None if the time was up; whatever the command started ends with it."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        return process.wait(timeout=max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    def run_group(self, command: list[str], environment: dict[str, str], output: Any, deadline: float) -> int | None:
+        """Exit status, or None if the time was up; whatever the command started ends with it."""
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            while time.monotonic() < min(deadline, self.deadline):  # another lane may end all of it
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(timeout=0.5)
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 # --- what came out --------------------------------------------------------------------------------------------------------
@@ -327,44 +339,6 @@ def line(name: str, result: Result | None) -> str:
         return f"{name:<12}not run"
     counts = "".join(f"{result.counts[kind]:>8}" for kind in ("passed", "failed", "skipped"))
     return f"{name:<12}{result.outcome:<12}{counts}{result.seconds:>9.1f} s{'  (earlier)' if result.earlier else ''}"
-
-
-def show_failures(records: list[dict[str, Any]], most: int = 6000) -> None:
-    """The ends of failures, shorter ones where there are many: those who read the end of the output see them all."""
-    failed = [record for record in records if record["outcome"] == "failed"]
-    if not failed:
-        return
-    shown = failed[:40]
-    each = max(200, most // len(shown))
-    print(f"\n{len(failed)} tests failed:")
-    for record in shown:
-        text = record.get("text", "").strip()
-        if len(text) > each:
-            text = f"{text[:60]}\n[...] {text[60 - each :]}"
-        print(f"\n{record['piece']}: {record['test']}\n{text}")
-    if len(shown) < len(failed):
-        print(f"\nand {len(failed) - len(shown)} more")
-
-
-def worst(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The worst errors by what was computed and in which dtype; ratios are those of whole, real sizes."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for record in records:
-        for note in record.get("errors", ()):
-            entry = found.setdefault((note["what"], note["dtype"]), {"tests": 0})
-            entry["tests"] += 1
-            for name in ("ulps",) if record["piece"] in ODD else ("max", "mean", "ulps"):
-                if name in note:
-                    entry[name] = max(entry.get(name, 0.0), note[name])
-    return [{"what": what, "dtype": dtype} | entry for (what, dtype), entry in sorted(found.items())]
-
-
-def show_errors(found: list[dict[str, Any]]) -> None:
-    if found:
-        print("\nworst errors, as multiples of eager's own: largest, mean; and ulp used of the 2 that the rule allows")
-    for entry in found:
-        ratios = "".join(f"{entry[name]:>8.2f}" if name in entry else "       -" for name in ("max", "mean", "ulps"))
-        print(f"{entry['what']:<34}{entry['dtype']:<10}{ratios}   {entry['tests']} tests")
 
 
 def main() -> int:
@@ -383,18 +357,8 @@ def main() -> int:
         print("There is no NVIDIA GPU that torch sees: this checks the suite, not the kernels.", flush=True)
     chosen = [piece for piece in suite.pieces if not arguments.pieces or piece.name in arguments.pieces]
 
-    results = {piece.name: suite.result(piece) for piece in chosen}
-    # First what never ended, then what failed in an earlier call.
-    again = [piece for piece in chosen if (known := results[piece.name]) and known.outcome == "failed"]
-    waiting = [piece for piece in chosen if results[piece.name] is None]
     with contextlib.suppress(KeyboardInterrupt):
-        while (waiting or again) and suite.deadline - time.monotonic() > LEAST:
-            failures = not waiting
-            piece = (waiting or again).pop(0)
-            result = results[piece.name] = suite.run(piece, failures=failures)
-            print(line(piece.name, result), flush=True)
-            if result.outcome == "unfinished" and not failures:
-                waiting.append(piece)  # it was over its own limit: once more, if there is time after the others
+        suite.run_all(chosen)
 
     records = [record for piece in chosen for record in suite.records(piece).values()]
     for record in records:
@@ -406,8 +370,8 @@ def main() -> int:
     show_errors(found)
     print(f"\n{'piece':<12}{'outcome':<12}{'passed':>8}{'failed':>8}{'skipped':>8}{'time':>11}")
     for piece in chosen:
-        print(line(piece.name, results[piece.name]))
-    outcomes = {result.outcome if result else "not run" for result in results.values()}
+        print(line(piece.name, suite.ended[piece.name]))
+    outcomes = {result.outcome if result else "not run" for result in suite.ended.values()}
     print(f"\nrecords in {suite.results.relative_to(ROOT)}, logs in {suite.work.relative_to(ROOT)}/logs")
     if outcomes & {"unfinished", "not run"}:
         print("The time is up, and pieces are left: run it again.")

@@ -1,15 +1,17 @@
-"""The benchmark of the operations on the GPU: what its clock shows, and that every provider can be measured."""
+"""The benchmark of the operations on the GPU: its clock, and every provider."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from effformer.bench.measure.ceilings import measure_ceilings
 from effformer.bench.measure.operation_providers import OURS
-from effformer.bench.measure.operations import begun, bench, cells, failures
+from effformer.bench.measure.operations import in_order, measure_operations
 from effformer.bench.measure.records import machine_of
+from effformer.bench.measure.resume import ResultsFile, failures
 from effformer.bench.measure.timing import cache_size, device_time
 from machine import DEVICE
 
@@ -44,12 +46,10 @@ def test_nothing_is_found_in_the_cache() -> None:
 
 
 @pytest.mark.parametrize("operation", ["bias_attention", "meta4d", "linear_mlp"])
-def test_all_providers(operation: str) -> None:
+def test_all_providers(operation: str, tmp_path: Path) -> None:
     device = torch.device(DEVICE.type, 0)
-    todo = cells(["efficientformer_l1"], [operation], [torch.bfloat16], [8])[:1]
-    ceilings, records = bench(todo, device, machine_of(device), seconds=60, attempts=begun(machine_of(device)))
-    assert ceilings
-    assert records
+    todo = in_order(["efficientformer_l1"], [operation], [torch.bfloat16], [8])[:1]
+    (records,) = measure_operations(todo, ResultsFile(tmp_path / "kernels.jsonl", machine_of(device)), device)
     assert failures(records) == []
     missing = {record.provider: record.why for record in records if record.metric == "not run"}
     assert missing.keys() <= {"FlexAttention"}, missing  # which depends on PyTorch's version
@@ -57,4 +57,4 @@ def test_all_providers(operation: str) -> None:
         if record.metric == "ms":
             assert 0 < record.roofline < 1.1, record  # type: ignore[operator]
         if record.provider == OURS and record.metric == "ms":
-            assert record.evidence["kernels"]
+            assert record.details["kernels"]

@@ -61,7 +61,7 @@ def test_the_machine(record_property: Callable[[str, object], None]) -> None:
     facts: dict[str, object] = {
         "effformer": str(Path(effformer.__file__).parent),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # of a class of its own
         "triton": triton.__version__,
         "configurations": device_class(device_of(DEVICE)),
         "cores": os.cpu_count(),

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from effformer.bench.measure.timing import kernel_time
-from effformer.bench.offline.tune import State, candidates, tune
+from effformer.bench.offline.candidates import candidates
+from effformer.bench.offline.tune import State, tune
 from effformer.kernels.tiling import choose as config
-from effformer.kernels.tiling.device import device_of
+from effformer.kernels.tiling.device import Device, device_of
 from machine import DEVICE, ON_GPU
 
 from effformer.apps.verify import checks
@@ -31,8 +32,8 @@ def test_a_few_candidates(tmp_path: Path) -> None:
     def search(seconds: float) -> list[object]:
         return list(tune(todo, device, state, seconds=seconds, workers=4 if ON_GPU else 1, timer=timer, propose=few))
 
-    def few(question: config.Question) -> list[object]:
-        return list(candidates(question))[:8] if ON_GPU else []
+    def few(question: config.Question, device: Device) -> list[object]:
+        return list(candidates(question, device))[:8] if ON_GPU else []
 
     found = search(240)
     assert None not in found
