@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import FUNCTIONS, activate, form, gain
-from .launch import Launch, dot_precision, run
+from .launch import Launch, dot_precision, float32_products, run
 from .layout import dense_map, map_rows
 from .register import register
 from .rows import channels_of, cut, locate, split, start, width
@@ -181,7 +181,7 @@ def conv_norm_launch(
             "GATHER": gather,
             "OFFSET": PIXEL_OFFSET if border is not None else 0,
             "ACTIVATION": form(activation, weight.dtype) if activation else "none",
-            "PRECISION": dot_precision(weight.dtype),
+            "PRECISION": dot_precision(weight.dtype, float32_products(device_of(x.device))),
             "BLOCK_M": config.block_m,
             "WIDTHS": config.widths,
             "BLOCK_N": block_n,

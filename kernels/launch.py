@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from .tiling.choose import Question
+from .tiling.device import Device
 
 # A process either interprets or compiles: triton.jit decides when it decorates.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -85,7 +86,20 @@ def run(*launches: Launch) -> None:
         launch.run()
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of matrix products in `dtype`: "tf32" for float32 where torch's own flag allows it."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+def dot_precision(dtype: torch.dtype, exact: str = "ieee") -> str:
+    """`input_precision` of matrix products in `dtype`.
+
+    For float32 it is "tf32" where torch's own flag allows that, else `exact`.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else exact
+
+
+def float32_products(device: Device) -> str:
+    """The precision that gives float32's own digits with the fewest instructions.
+
+    Three TF32 products take less than half the instructions of fused multiply-adds, and are more accurate than cuBLAS
+    (bench/NOTES.md). Triton 3.6 and 3.7 read the tensor memory of sm_100 before the second of chained products ends.
+    """
+    return "ieee" if 100 <= device.capability < 120 else "tf32x3"

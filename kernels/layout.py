@@ -35,9 +35,15 @@ class Rows:
     def count(self) -> int:
         return self.batch * self.height * self.width
 
-    def strides(self, name: str) -> dict[str, Tensor | int | float | None]:
-        """Arguments stride_<name>b, h, w of a kernel."""
-        return {f"stride_{name}b": self.stride_b, f"stride_{name}h": self.stride_h, f"stride_{name}w": self.stride_w}
+    @property
+    def sizes(self) -> dict[str, Tensor | int | float | None]:
+        """Arguments rows, H, W of a kernel."""
+        return {"rows": self.count, "H": self.height, "W": self.width}
+
+    def pointer(self, name: str) -> dict[str, Tensor | int | float | None]:
+        """Arguments <name>_ptr and, by the name's first letter, stride_<n>b, h, w of a kernel."""
+        strides = {"b": self.stride_b, "h": self.stride_h, "w": self.stride_w}
+        return {f"{name}_ptr": self.tensor, **{f"stride_{name[0]}{axis}": size for axis, size in strides.items()}}
 
     @property
     def flat(self) -> bool:

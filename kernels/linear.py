@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, form, gain
-from .launch import Launch, dot_precision
+from .launch import Launch, dot_precision, float32_products
 from .layout import Mlp, Rows, new_rows
 from .rows import locate, row_offsets, start, width
 from .tiling.choose import Question, linear_config
@@ -123,25 +123,22 @@ def linear_launch(
     assert scale is not None or x_gain == 1
     outputs, inputs = weight.shape
     question = Question("linear", weight.dtype, (outputs, inputs, x.count))
-    config = linear_config(question, device_of(weight.device))
+    device = device_of(weight.device)
+    config = linear_config(question, device)
     block_n = sum(config.widths)
     kept = residual or out  # something to take strides from, unread without a residual
     return Launch(
         linear_kernel,
         -(-x.count // config.block_m) * -(-outputs // block_n),
         {
-            "x_ptr": x.tensor,
+            **x.sizes,
+            **x.pointer("x"),
+            **out.pointer("out"),
+            **kept.pointer("residual"),
             "weight_ptr": weight,
             "scale_ptr": scale,
             "shift_ptr": shift,
             "residual_ptr": residual.tensor if residual else None,
-            "out_ptr": out.tensor,
-            "rows": x.count,
-            "H": x.height,
-            "W": x.width,
-            **x.strides("x"),
-            **kept.strides("r"),
-            **out.strides("o"),
         },
         {
             "INPUTS": inputs,
@@ -153,7 +150,7 @@ def linear_launch(
             "OUT_FLAT": out.flat,
             "X_GAIN": x_gain,
             "ACTIVATION": form(activation, weight.dtype) if activation else "none",
-            "PRECISION": dot_precision(weight.dtype),
+            "PRECISION": dot_precision(weight.dtype, float32_products(device)),
             "BLOCK_M": config.block_m,
             "WIDTHS": config.widths,
             "BLOCK_N": block_n,

@@ -148,7 +148,9 @@ def mlp_launch(
         mlp_kernel,
         -(-source.count // config.block_m),
         {
-            "x_ptr": x,
+            **source.sizes,
+            **source.pointer("x"),
+            **target.pointer("out"),
             "layer_scale_ptr": layer_scale,
             "weight1_ptr": mlp.weight1,
             "scale1_ptr": mlp.scale1,
@@ -156,12 +158,6 @@ def mlp_launch(
             "weight2_ptr": mlp.weight2,
             "scale2_ptr": mlp.scale2,
             "shift2_ptr": mlp.shift2,
-            "out_ptr": out,
-            "rows": source.count,
-            "H": source.height,
-            "W": source.width,
-            **source.strides("x"),
-            **target.strides("o"),
         },
         {
             "C": source.channels,

@@ -10,5 +10,6 @@ from .head import head
 from .linear_mlp import linear_mlp
 from .meta4d import meta4d
 from .pool_mixer import pool_mixer
+from .register import IMPLEMENTATIONS as IMPLEMENTATIONS
 
 __all__ = ["attention_mixer", "bias_attention", "conv_mlp", "conv_norm", "head", "linear_mlp", "meta4d", "pool_mixer"]

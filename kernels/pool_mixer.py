@@ -60,15 +60,11 @@ def pool_mixer_launch(x: Tensor, layer_scale: Tensor, out: Tensor) -> Launch:
         pool_mixer_kernel,
         -(-source.count // block_m) * -(-source.channels // block_c),
         {
-            "x_ptr": x,
+            **source.sizes,
+            **source.pointer("x"),
+            **target.pointer("out"),
             "layer_scale_ptr": layer_scale.contiguous(),
-            "out_ptr": out,
-            "rows": source.count,
-            "H": source.height,
-            "W": source.width,
-            **source.strides("x"),
             "stride_xc": x.stride(1),
-            **target.strides("o"),
             "stride_oc": out.stride(1),
         },
         {

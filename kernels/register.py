@@ -14,6 +14,7 @@ from torch import Tensor
 from .launch import INTERPRETED
 
 _LIBRARY = torch.library.Library("effformer", "DEF")
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {}  # of each operator: it also takes tensors on the meta device
 
 
 def register(schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -24,6 +25,7 @@ def register(schema: str, implementation: Callable[..., Tensor], fake: Callable[
     Fakes allocate with the functions the implementations allocate with, so that strides agree.
     """
     name = schema.partition("(")[0]
+    IMPLEMENTATIONS[name] = implementation
     # Compilers must hand over inputs as laid out when they were traced: outputs follow them.
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _LIBRARY.impl(name, implementation, "CUDA")
