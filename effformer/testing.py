@@ -1,13 +1,13 @@
-"""For tests, ours and those of users who want to know whether their machine computes the same.
+"""Tools for tests: random weights and arguments, and errors against float64.
 
-`randomise` draws what a network's initial values would hide. A `Case` is one call of a fused operation with drawn
-arguments; `Case.accuracy` holds its result against `effformer.reference` in float64 by the rule of `Accuracy`.
+`randomise` gives a network weights that show what its initial values would hide. A `Case` is one call of a fused
+operation with random arguments. `Case.accuracy` compares its result with `effformer.reference` in float64, by the rule
+of `Accuracy`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,68 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
+from .accuracy import Accuracy as Accuracy
+from .accuracy import accuracy as accuracy
+from .checks import check_choice
 from .model.blocks import Attention, LayerScale
+from .workload import OPERATIONS
 
 LAYOUTS = ("channels_last", "cropped", "contiguous", "sliced", "expanded")
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Errors of a result in dtype T against float64, beside those of eager PyTorch in T.
-
-    The rule: the largest error is at most twice eager's, the mean error at most 1.5 times eager's, both plus 2 ulp of
-    T at the output's scale, the largest absolute value; NaN and infinities stand exactly where float64 has them.
-    """
-
-    max_error: float
-    mean_error: float
-    eager_max_error: float
-    eager_mean_error: float
-    ulp: float
-    misplaced: int  # elements that are NaN or infinite where float64 is not, or the other way round
-
-    def passes(self, ulps: float = 2.0) -> bool:
-        """Whether the rule holds, with `ulps` in place of its 2."""
-        slack = ulps * self.ulp
-        largest = self.max_error <= 2 * self.eager_max_error + slack
-        return self.misplaced == 0 and largest and self.mean_error <= 1.5 * self.eager_mean_error + slack
-
-    def __str__(self) -> str:
-        return (
-            f"max {self.max_error:.2e} (eager {self.eager_max_error:.2e}), mean {self.mean_error:.2e} "
-            f"(eager {self.eager_mean_error:.2e}), ulp {self.ulp:.1e}, {self.misplaced} misplaced NaN or infinities"
-        )
-
-
-def accuracy(result: Tensor, exact: Tensor, eager: Tensor) -> Accuracy:
-    """Compare `result` and `eager`, both in dtype T, with `exact` in float64.
-
-    Raises:
-        ValueError: if `result` is not of eager's shape and dtype.
-    """
-    if result.shape != eager.shape or result.dtype != eager.dtype:
-        raise ValueError(
-            f"result: got {tuple(result.shape)} {result.dtype}, allowed is {tuple(eager.shape)} {eager.dtype}"
-        )
-    result, eager, dtype = result.double(), eager.double(), result.dtype
-    finite = exact.isfinite()
-    same = torch.where(finite, result.isfinite(), (result == exact) | (result.isnan() & exact.isnan()))
-    errors = (result - exact).abs()[finite & result.isfinite()]
-    eager_errors = (eager - exact).abs()[finite & eager.isfinite()]
-    scale = exact[finite].abs().max().item() if finite.any() else 0.0
-    info = torch.finfo(dtype)
-    ulp = info.eps * 2.0 ** math.floor(math.log2(max(scale, info.tiny)))
-    return Accuracy(
-        _max(errors), _mean(errors), _max(eager_errors), _mean(eager_errors), ulp, int((~same).sum().item())
-    )
-
-
-def _max(errors: Tensor) -> float:
-    return errors.max().item() if errors.numel() else 0.0
-
-
-def _mean(errors: Tensor) -> float:
-    return errors.mean().item() if errors.numel() else 0.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +35,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Case:
-        """The same call with its tensors on `device`: what the seed draws on a CPU is the same on every machine."""
+        """The same call with its tensors on `device`: values from a CPU's generator are the same on every machine."""
         options = {
             name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.options.items()
         }
@@ -109,16 +54,20 @@ class Case:
         return result
 
     def accuracy(self, backend: str) -> Accuracy:
-        """How far this backend's result is from the exact one, beside eager's."""
+        """The error of this backend's result against the exact one, and eager's."""
         return accuracy(self.run(backend), self.exact(), self.run("eager"))
 
 
 def draw_map(shape: Sequence[int], dtype: torch.dtype, layout: str = "channels_last") -> Tensor:
     """A normally distributed [B, C, H, W] in one of `LAYOUTS`.
 
-    "cropped" is all but the first line and column of a larger channels_last map; "sliced" of a larger contiguous one,
-    and every other channel; "expanded" is one image for the whole batch.
+    "cropped" leaves out the first line and column of a larger channels_last map. "sliced" does so of a larger
+    contiguous one, and takes every other channel. "expanded" repeats one image over the batch without a copy.
+
+    Raises:
+        ValueError: for another layout.
     """
+    check_choice("layout", layout, LAYOUTS)
     batch, channels, height, width = shape
     if layout == "channels_last":
         return torch.randn(batch, height, width, channels).to(dtype).permute(0, 3, 1, 2)
@@ -128,9 +77,34 @@ def draw_map(shape: Sequence[int], dtype: torch.dtype, layout: str = "channels_l
         return torch.randn(batch, channels, height, width).to(dtype)
     if layout == "sliced":
         return torch.randn(batch, 2 * channels, height + 1, width + 1).to(dtype)[:, ::2, 1:, 1:]
-    if layout == "expanded":
-        return torch.randn(1, channels, height, width).to(dtype).expand(batch, -1, -1, -1)
-    raise ValueError(f"layout: got {layout!r}, allowed are {', '.join(LAYOUTS)}")
+    return torch.randn(1, channels, height, width).to(dtype).expand(batch, -1, -1, -1)
+
+
+def draw_case(
+    operation: str, shape: Sequence[int], dtype: torch.dtype, layout: str = "channels_last", **options: Any
+) -> Case:
+    """A call of an operation on a random input.
+
+    Args:
+        operation: one of `effformer.workload.OPERATIONS`.
+        shape: of the input.
+        dtype: of input and weights.
+        layout: of a map, one of `LAYOUTS`.
+        options: as in `effformer.workload.Work`, or what else `<operation>_case` takes.
+
+    Raises:
+        ValueError: for another operation or layout.
+    """
+    check_choice("operation", operation, OPERATIONS)
+    draw = globals()[f"{operation}_case"]
+    match OPERATIONS[operation]:
+        case "map":
+            case: Case = draw(draw_map(shape, dtype, layout), **options)
+        case "tokens":
+            case = draw(torch.randn(*shape).to(dtype), **options)
+        case _:
+            case = draw(*shape[:2], dtype, **options)
+    return case
 
 
 def draw_vector(size: int, low: float, high: float) -> Tensor:
@@ -234,11 +208,11 @@ def head_case(x: Tensor, classes: int | None = None) -> Case:
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every part of `model` that its initial values would hide, in place; returns `model`.
+    """Give `model` random weights in place, so that no broken part goes unnoticed; returns `model`.
 
-    Layer scales 0.2 to 0.8 (they start at 1e-5: a broken block would hardly move the output), normalisation weights
-    0.5 to 1.5 with biases and running statistics to match, bias tables from a normal distribution. Linear and
-    convolution weights are drawn so that activations stay near 1. The same seed gives the same values on any device.
+    Layer scales become 0.2 to 0.8: with their initial 1e-5 a broken block would hardly change the output.
+    Normalisation weights become 0.5 to 1.5, with biases and running statistics to match, and bias tables normal.
+    Linear and convolution weights keep activations near 1. The same seed gives the same values on any device.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -276,7 +250,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 @contextlib.contextmanager
 def float32_as_such() -> Iterator[None]:
-    """No TF32, which PyTorch's convolutions take by default: its errors are a thousand times those of float32."""
+    """Turn off TF32, which PyTorch's convolutions use by default and whose errors are a thousand times larger."""
     flags = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = [flag.fp32_precision for flag in flags]
     try:
@@ -290,11 +264,11 @@ def float32_as_such() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unwritten_is_nan() -> Iterator[None]:
-    """New tensors are filled with NaN, and what PyTorch itself computes between the kernels is repeatable."""
+    """Fill new tensors with NaN, and have PyTorch's own operations give the same bits each time."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     with warnings.catch_warnings():
-        # NumPy's, where the interpreter meets the NaN of a masked element.
+        # NumPy warns where the interpreter meets the NaN of a masked element.
         warnings.filterwarnings("ignore", ".*encountered", RuntimeWarning, "triton")
         try:
             torch.use_deterministic_algorithms(True, warn_only=True)

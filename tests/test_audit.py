@@ -78,7 +78,7 @@ def test_l1_on_hopper(tmp_path: Path) -> None:
 
 BAD = """
 import json, sys
-from effformer.bench import audit
+from effformer.bench.offline import audit
 from effformer.kernels.tiling.table import read_entry
 config = {"operation": "meta4d", "dtype": "float16", "where": {}}
 found = []

@@ -14,6 +14,7 @@ from effformer.bench.offline.audit import TARGETS, jobs
 from effformer.kernels.tiling import choose as config
 from effformer.kernels.tiling.choose import (
     SHIPPED,
+    Question,
     answer,
     linear_config,
     mlp_config,
@@ -28,6 +29,7 @@ from effformer.kernels.tiling.table import DTYPES, Entry, LinearConfig, MlpConfi
 
 from effformer import list_models
 
+AUDITED = Path(__file__).parents[1] / "bench/results/audit.jsonl"
 ENTRY: dict[str, Any] = {
     "operation": "meta4d",
     "device": "sm_90",
@@ -36,6 +38,7 @@ ENTRY: dict[str, Any] = {
     "use": {"block_m": 128, "block_h": 64, "reload": False, "num_warps": 8, "num_stages": 1},
 }
 H200 = Device(90, 232_448, "NVIDIA H200")
+QUESTION = Question("meta4d", torch.float16, (48, 9))
 
 
 # --- devices --------------------------------------------------------------------------------------------------------------
@@ -74,26 +77,39 @@ def test_a_device_without_room_is_named() -> None:
 
 
 def test_every_launch_has_an_answer_and_every_entry_a_launch() -> None:
-    """For all published shapes, dtypes and device classes, at large batches and small."""
+    """For all published shapes, dtypes and device classes, at large batches and small; all of them were audited."""
     found, missing = jobs(list_models(), list(TARGETS), list(DTYPES))
     assert missing == []
     assert len(found) > 1000
 
+    def key(operation: str, kernel: str, shapes: list[str], dtype: str, target: str, tiles: dict[str, Any]) -> str:
+        return json.dumps([operation, kernel, shapes, dtype, target, tiles])
+
+    wanted = [
+        key(job.operation, job.kernel, job.shapes, job.dtype, f"sm_{job.device.capability}", job.configuration)
+        for job in found
+    ]
+    names = ("operation", "kernel", "shapes", "dtype", "target", "configuration")
+    records = [json.loads(line) for line in AUDITED.read_text().splitlines()]
+    assert [key(*(record[name] for name in names)) for record in records] == wanted, "`make audit` is due"
+
 
 def test_tuned_entries_do_not_make_others_superfluous() -> None:
     """What was tuned in place hides general entries from the published shapes; other networks get them."""
-    question = "meta4d", torch.float16, (48, 256 * 56 * 56)
+    question = Question("meta4d", torch.float16, (48, 256 * 56 * 56))
     tuned = [entry(where={"channels": 48}, use=vars(MlpConfig(64, 32, True, 4, 1)))]
     found, missing = jobs(list_models(), [90], ["float16"], extra=tuned)
     assert missing == []
     tiles = {
-        job.configuration["BLOCK_M"]
+        (job.configuration["BLOCK_M"], job.configuration["BLOCK_H"])
         for job in found
         if job.operation == "meta4d" and job.source.constants.get("C") == 48
     }
-    assert tiles == {64, 128}, "both are audited"
+    shipped = answer(question, HOPPER)
+    assert tiles == {(64, 32), (shipped.block_m, shipped.block_h)}, "both are audited"
+    assert len(tiles) == 2
     with preferring(*tuned):
-        assert answer(*question[:2], HOPPER, *question[2]).block_m == 64
+        assert answer(question, HOPPER).block_h == 32
     unused = entry(where={"channels": 7})
     _, missing = jobs(list_models(), [90], ["float16"], extra=[unused])
     assert missing == ["sm_90: here (float16): no audited shape uses it"]
@@ -107,8 +123,8 @@ def test_a_users_file_that_cannot_be_used_is_a_warning(tmp_path: Path, monkeypat
     config._tuned_table.cache_clear()
     try:
         with pytest.warns(UserWarning, match="the configurations tuned on this machine are not used: .*no JSON"):
-            found = answer("meta4d", torch.float16, H200, 48, 9)
-        assert found == answer("meta4d", torch.float16, HOPPER, 48, 9)
+            found = answer(QUESTION, H200)
+        assert found == answer(QUESTION, HOPPER)
     finally:
         config._tuned_table.cache_clear()
 
@@ -144,26 +160,28 @@ def test_the_first_entry_that_holds_counts() -> None:
     first = entry(where={"channels": ["<= 96", "multiple of 32"], "rows": "<= 1000"}, use=vars(narrow))
     second = entry(where={"channels": 40}, use=None)
     with preferring(first, second):
-        assert mlp_config("meta4d", 64, 1000, torch.float16, HOPPER) == narrow
+        assert mlp_config(Question("meta4d", torch.float16, (64, 1000)), HOPPER) == narrow
         for other in (
-            mlp_config("meta4d", 64, 1001, torch.float16, HOPPER),
-            mlp_config("meta4d", 48, 1000, torch.float16, HOPPER),
-            mlp_config("meta4d", 128, 1000, torch.float16, HOPPER),
-            mlp_config("conv_mlp", 64, 1000, torch.float16, HOPPER),
-            mlp_config("meta4d", 64, 1000, torch.bfloat16, HOPPER),
-            mlp_config("meta4d", 64, 1000, torch.float16, AMPERE),
+            mlp_config(Question("meta4d", torch.float16, (64, 1001)), HOPPER),
+            mlp_config(Question("meta4d", torch.float16, (48, 1000)), HOPPER),
+            mlp_config(Question("meta4d", torch.float16, (128, 1000)), HOPPER),
+            mlp_config(Question("conv_mlp", torch.float16, (64, 1000)), HOPPER),
+            mlp_config(Question("meta4d", torch.bfloat16, (64, 1000)), HOPPER),
+            mlp_config(Question("meta4d", torch.float16, (64, 1000)), AMPERE),
         ):
             assert other not in (None, narrow)
-        assert mlp_config("meta4d", 40, 7, torch.float16, HOPPER) is None
-    assert mlp_config("meta4d", 64, 1000, torch.float16, HOPPER) != narrow
+        assert mlp_config(Question("meta4d", torch.float16, (40, 7)), HOPPER) is None
+    assert mlp_config(Question("meta4d", torch.float16, (64, 1000)), HOPPER) != narrow
 
 
 def test_tiles_shrink_to_the_shape() -> None:
     wide = {"block_m": 128, "widths": [128, 64, 32], "block_k": 64, "num_warps": 8, "num_stages": 3}
     with preferring(entry(operation="linear", where={}, use=wide)):
-        assert linear_config(224, 100, 9, torch.float16, HOPPER).widths == (128, 64, 32)
-        assert linear_config(223, 100, 9, torch.float16, HOPPER).widths == (256,)
-        assert linear_config(20, 30, 9, torch.float16, HOPPER) == LinearConfig(128, (32,), 32, 8, 3)
+        assert linear_config(Question("linear", torch.float16, (224, 100, 9)), HOPPER).widths == (128, 64, 32)
+        assert linear_config(Question("linear", torch.float16, (223, 100, 9)), HOPPER).widths == (256,)
+        assert linear_config(Question("linear", torch.float16, (20, 30, 9)), HOPPER) == LinearConfig(
+            128, (32,), 32, 8, 3
+        )
 
 
 # --- a user's file --------------------------------------------------------------------------------------------------------
@@ -176,14 +194,13 @@ def test_what_was_tuned_counts_on_that_card_alone(tmp_path: Path, monkeypatch: p
     assert user_file().is_relative_to(tmp_path)
     config._tuned_table.cache_clear()
     try:
-        question = "meta4d", torch.float16
-        assert answer(*question, H200, 48, 9) == tuned
-        shipped = shipped_table().find(*question, HOPPER, 48, 9).use
+        assert answer(QUESTION, H200) == tuned
+        shipped = shipped_table().find(*QUESTION[:2], HOPPER, *QUESTION.sizes).use
         assert shipped != tuned
-        assert answer(*question, Device(90, 232_448, "NVIDIA H100"), 48, 9) == shipped
-        assert answer(*question, HOPPER, 48, 9) == shipped, "what stands in for a GPU is not that card"
+        assert answer(QUESTION, Device(90, 232_448, "NVIDIA H100")) == shipped
+        assert answer(QUESTION, HOPPER) == shipped, "what stands in for a GPU is not that card"
         with preferring():
-            assert answer(*question, H200, 48, 9) == shipped
+            assert answer(QUESTION, H200) == shipped
     finally:
         config._tuned_table.cache_clear()
 

@@ -1,35 +1,36 @@
-"""FLOPs and bytes against PyTorch's own count, against the tensors of real calls, and by hand."""
+"""FLOPs and bytes of operations by hand; those of networks against PyTorch's count of the whole."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from effformer.bench.measure.roofline import OPERATIONS, Ceilings, Part, cost, network_floor, network_parts
+from effformer.bench.measure.roofline import Ceilings, Part, cost, network_least_time, network_parts
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from effformer import create_model, list_models
-from effformer.apps import verify as verification
-from effformer.apps.verify import checks, draw
+from effformer.apps.verify import checks
 from effformer.config import PRESETS
 from effformer.model.blocks import Attention, Downsample, Meta4D
-from effformer.testing import Case
+from effformer.testing import draw_case
+from effformer.workload import OPERATIONS, halved, network_work
 
 H200 = Ceilings(788e12, 4.3e12)
 
 
-def floors(name: str) -> dict[str, float]:
+def least_times(name: str) -> dict[str, float]:
     """Microseconds of all equal parts, at batch 256, 224x224, in 16 bit."""
     parts = network_parts(PRESETS[name], 256, (224, 224), torch.bfloat16)
-    return {part.name: 1e6 * part.count * part.floor(H200) for part in parts}
+    return {part.name: 1e6 * part.count * part.least_time(H200) for part in parts}
 
 
-def test_floors_of_l1() -> None:
-    """The floors that the kernels were designed for; they are of the network before its head."""
-    found = floors("efficientformer_l1")
+def test_least_times_of_l1() -> None:
+    """Those that the kernels were designed for, of the network before its head."""
+    found = least_times("efficientformer_l1")
     assert found["stem, 1st"] + found["stem, 2nd"] == pytest.approx(108, abs=0.5)
     assert found["stage 1, 4D"] == pytest.approx(3 * 37.6, abs=0.15)
     assert found["stage 2, 4D"] == pytest.approx(2 * 37.6, abs=0.1)
@@ -42,17 +43,17 @@ def test_floors_of_l1() -> None:
 
 
 @pytest.mark.parametrize(("name", "ms"), [("efficientformer_l3", 2.63), ("efficientformer_l7", 6.68)])
-def test_floors_of_the_others(name: str, ms: float) -> None:
-    found = floors(name)
+def test_least_times_of_the_others(name: str, ms: float) -> None:
+    found = least_times(name)
     assert (sum(found.values()) - found["head"]) / 1e3 == pytest.approx(ms, abs=0.005)
-    floor = network_floor(PRESETS[name], 256, (224, 224), torch.bfloat16, H200)
-    assert 1e6 * floor == pytest.approx(sum(found.values()))
+    least = network_least_time(PRESETS[name], 256, (224, 224), torch.bfloat16, H200)
+    assert 1e6 * least == pytest.approx(sum(found.values()))
 
 
-def test_a_floor_is_the_higher_of_two() -> None:
+def test_the_slower_of_two_counts() -> None:
     part = Part("", "conv_mlp", (1,), 5, flops=6.0, bytes=2.0)
-    assert part.floor(Ceilings(3.0, 2.0)) == 2.0, "of one of them"
-    assert part.floor(Ceilings(3.0, 0.5)) == 4.0
+    assert part.least_time(Ceilings(3.0, 2.0)) == 2.0, "of one of them"
+    assert part.least_time(Ceilings(3.0, 0.5)) == 4.0
 
 
 # --- FLOPs --------------------------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def test_parts_are_those_of_the_network(name: str, size: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize("name", list_models())
 def test_parts_are_measured(name: str) -> None:
-    """Each is a cell of the kernel benchmark, by operation, shape and options."""
+    """The kernel benchmark has each, by operation, shape and options."""
     parts = network_parts(PRESETS[name], 2, (97, 190), torch.float16)
     found = checks([name], {part.op for part in parts}, [torch.float16], size=(97, 190), batch_size=2)
     measured = [(check.operation, check.shape, check.options) for check in found]
@@ -101,41 +102,34 @@ def test_parts_are_measured(name: str) -> None:
 
 # --- FLOPs and bytes of an operation ------------------------------------------------------------------------------------
 
-CHECKS = checks(
-    ["efficientformer_l1"],
-    [name for name in verification.OPERATIONS if name != verification.NETWORK],
-    [torch.float16, torch.float32],
-    size=(72, 97),
-    batch_size=3,
-)
+HEADS = {"num_heads": 2, "key_dim": 4, "value_dim": 5}  # 26 channels of queries, keys and values
+BY_HAND: list[tuple[str, tuple[int, ...], dict[str, Any], torch.dtype, int, int]] = [
+    ("pool_mixer", (2, 5, 4, 3), {}, torch.float16, 0, 2 * (120 + 120) + 4 * 5),
+    # 24 pixels; two weights of 7 x 5; scale and shift of both products
+    ("conv_mlp", (2, 5, 4, 3), {"hidden": 7}, torch.float16,
+     2 * 24 * (35 + 35), 2 * (120 + 120 + 35 + 35) + 4 * (7 + 7 + 5 + 5)),
+    ("meta4d", (2, 5, 4, 3), {"hidden": 7}, torch.bfloat16,
+     2 * 24 * (35 + 35), 2 * (120 + 120 + 35 + 35) + 4 * (5 + 7 + 7 + 5 + 5)),
+    # 2 images of 4 x 3 pixels -> 2 x 2; 45 weights an output, 7 outputs; scale and shift
+    ("conv_norm", (2, 5, 4, 3), {"outputs": 7}, torch.float16,
+     2 * 2 * 4 * 45 * 7, 2 * (120 + 315 + 2 * 4 * 7) + 4 * 14),
+    ("conv_norm", (2, 5, 4, 3), {"outputs": 7}, torch.float32,
+     2 * 2 * 4 * 45 * 7, 4 * (120 + 315 + 2 * 4 * 7 + 14)),
+    ("bias_attention", (2, 6, 26), HEADS, torch.float16,
+     2 * 2 * 2 * 36 * (4 + 5), 2 * (2 * 6 * 26 + 2 * 6 * 10) + 4 * 2 * 36),
+    # the attention and both its projections; norm, bias of the first, layer scale and shift of the second
+    ("attention_mixer", (2, 6, 3), HEADS, torch.float16,
+     2 * 2 * 2 * 36 * (4 + 5) + 2 * 12 * 3 * (26 + 10),
+     2 * (2 * 36 + 3 * (26 + 10)) + 4 * (2 * 36 + 3 + 3 + 26 + 3 + 3)),
+    # 12 rows; norm, the first shift, the second scale and shift
+    ("linear_mlp", (2, 6, 3), {"hidden": 7}, torch.float16,
+     2 * 12 * (21 + 21), 2 * (36 + 36 + 21 + 21) + 4 * (3 + 3 + 7 + 3 + 3)),
+    ("head", (2, 6, 5), {"classes": 7}, torch.float16, 2 * 2 * 35, 2 * (60 + 35 + 14) + 4 * (10 + 7)),
+    ("head", (2, 6, 5), {"classes": None}, torch.float32, 0, 4 * (60 + 10 + 10)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=str)
-def test_cost_of_an_operation(check: verification.Check) -> None:
-    """FLOPs as PyTorch counts them; bytes of the tensors that go in and come out."""
-    case = draw(check, torch.device("cpu")).to(torch.device("meta"))
-    assert isinstance(case, Case)
-    with FlopCounterMode(display=False) as counter:
-        out = case.run("eager")
-    flops, traffic = cost(check.operation, check.shape, check.options, check.dtype)
-    assert flops == counter.get_total_flops()
-    assert traffic == sum(tensor.nbytes for tensor in (*case.arguments, out))
-
-
-@pytest.mark.parametrize(
-    ("op", "shape", "options", "dtype", "flops", "traffic"),
-    [
-        # 2 images of 4 x 3 pixels -> 2 x 2; 45 weights an output, 7 outputs; float32 scale and shift
-        ("conv_norm", (2, 5, 4, 3), {"outputs": 7}, torch.float16,
-         2 * 2 * 4 * 45 * 7, 2 * (120 + 315 + 2 * 4 * 7) + 4 * 14),
-        ("conv_norm", (2, 5, 4, 3), {"outputs": 7}, torch.float64,
-         2 * 2 * 4 * 45 * 7, 8 * (120 + 315 + 2 * 4 * 7 + 14)),
-        ("head", (2, 6, 5), {"classes": 7}, torch.float16, 2 * 2 * 35, 2 * (60 + 35 + 14) + 4 * (10 + 7)),
-        ("head", (2, 6, 5), {"classes": None}, torch.float32, 0, 4 * (60 + 10 + 10)),
-        ("bias_attention", (2, 6, 2 * 13), {"num_heads": 2, "key_dim": 4, "value_dim": 5}, torch.float16,
-         2 * 2 * 2 * 36 * (4 + 5), 2 * (2 * 6 * 26 + 2 * 6 * 10) + 4 * 2 * 36),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("op", "shape", "options", "dtype", "flops", "traffic"), BY_HAND, ids=str)
 def test_cost_by_hand(
     op: str, shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype, flops: int, traffic: int
 ) -> None:
@@ -143,8 +137,49 @@ def test_cost_by_hand(
 
 
 def test_every_operation_has_a_cost() -> None:
-    assert {name for name in verification.OPERATIONS if name != verification.NETWORK} <= set(OPERATIONS)
-    with pytest.raises(ValueError, match=r"op: got 'mean' \(str\), allowed is one of pool_mixer"):
+    assert {op for op, *_ in BY_HAND} == set(OPERATIONS)
+    with pytest.raises(ValueError, match=r"operation: got 'mean' \(str\), allowed is one of pool_mixer"):
         cost("mean", (1, 2, 3), {}, torch.float16)
     with pytest.raises(ValueError, match="size: got 0"):
         network_parts(PRESETS["efficientformer_l1"], 1, (32, 0), torch.float16)
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        network_parts(PRESETS["efficientformer_l1"], 0, (32, 32), torch.float16)
+
+
+def test_pooled_features_have_no_weights() -> None:
+    *_, head = network_parts(PRESETS["efficientformer_l1"], 2, (224, 224), torch.float16, num_classes=0)
+    assert (head.name, head.flops, head.bytes) == ("head", 0, 2 * (2 * 49 + 2) * 448 + 4 * 2 * 448)
+
+
+# --- the description of a network -----------------------------------------------------------------------------------------
+
+
+def test_work_of_other_networks() -> None:
+    """Without 3D blocks, without 4D blocks in the last stage, and with another activation."""
+    config = dataclasses.replace(PRESETS["efficientformer_l1"], num_vit=0, act="silu")
+    without = list(network_work(config, 2, (224, 224)))
+    assert not {work.operation for work in without} & {"attention_mixer", "bias_attention", "linear_mlp"}
+    assert [work.count for work in without if work.operation == "meta4d"] == [3, 2, 6, 4]
+    options = {"hidden": 1792, "activation": "silu"}
+    assert [work.options for work in without if work.shape == (2, 448, 7, 7)] == [options, options, {}]
+    case = draw_case("meta4d", (1, 8, 2, 2), torch.float32, hidden=9, activation="silu")
+    assert case.options["activation"] == "silu"
+    last = [work for work in network_work(PRESETS["efficientformer_l7"], 2, (224, 224)) if work.where == "stage 4"]
+    counts = {work.operation: work.count for work in last}
+    assert counts == {"conv_norm": 1, "attention_mixer": 8, "bias_attention": 0, "linear_mlp": 8, "head": 1}
+
+
+def test_cases_have_the_shape_and_layout_asked_for() -> None:
+    for operation, shape, options, dtype, *_ in BY_HAND:
+        case = draw_case(operation, shape, dtype, **options)
+        assert (case.operation, case.arguments[0].shape, case.arguments[0].dtype) == (operation, shape, dtype)
+    assert draw_case("pool_mixer", (2, 5, 4, 3), torch.float16).arguments[0].stride(1) == 1
+    assert draw_case("pool_mixer", (2, 5, 4, 3), torch.float16, "contiguous").arguments[0].is_contiguous()
+    with pytest.raises(ValueError, match=r"layout: got 'dense' \(str\), allowed is one of channels_last, cropped"):
+        draw_case("pool_mixer", (2, 5, 4, 3), torch.float16, "dense")
+
+
+def test_halved_is_what_the_convolution_does() -> None:
+    convolution = nn.Conv2d(1, 1, 3, stride=2, padding=1, device="meta")
+    for side in range(1, 9):
+        assert convolution(torch.empty(1, 1, side, side, device="meta")).shape[2] == halved(side)

@@ -6,8 +6,7 @@ import ast
 import shutil
 from pathlib import Path
 
-from effformer.bench.measure import profile as evidence
-from effformer.bench.measure import resume
+from effformer.bench.measure import profile, records
 from effformer.kernels.tiling import choose as config
 
 
@@ -34,15 +33,15 @@ def test_a_change_at_any_depth_ends_tuned_tiles(tmp_path: Path) -> None:
 
 
 def test_a_change_at_any_depth_ends_figures(tmp_path: Path) -> None:
-    assert {folder.name for folder in resume.CODE} == {"effformer", "kernels", "bench"}
-    for number, folder in enumerate(resume.CODE):
+    assert {folder.name for folder in records.CODE} == {"effformer", "kernels", "bench"}
+    for number, folder in enumerate(records.CODE):
         copy = copy_of(folder, tmp_path / str(number))
-        before = resume.sources(copy)
-        resume.sources.cache_clear()
-        assert before == resume.sources(copy)
+        before = records.sources(copy)
+        records.sources.cache_clear()
+        assert before == records.sources(copy)
         changed(copy)
-        resume.sources.cache_clear()
-        assert before != resume.sources(copy)
+        records.sources.cache_clear()
+        assert before != records.sources(copy)
 
 
 def test_every_kernel_counts_as_ours() -> None:
@@ -53,4 +52,4 @@ def test_every_kernel_counts_as_ours() -> None:
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
     assert defined
-    assert evidence.own_kernels() == defined
+    assert profile.own_kernels() == defined

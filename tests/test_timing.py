@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from effformer.bench.measure import timing
-from effformer.bench.measure.timing import DeviceClock, Rotation, Timing, device_time, kernel_time, measure
+from effformer.bench.measure.timing import Rotation, Timing, device_time, kernel_time, measure
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -33,6 +34,16 @@ def test_wall_time_of_a_cpu() -> None:
     assert calls == 2 + 7
     assert 20 <= found.p20 <= found.p50 <= found.p80 <= found.p99
     assert kernel_time(call, CPU) >= 20
+
+
+def test_garbage_is_not_collected_while_the_clock_runs() -> None:
+    seen = []
+    measure(lambda: seen.append(gc.isenabled()), CPU, least_repeats=3, least_seconds=0.0)
+    assert seen == [True, True, False, False, False]
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        measure(lambda: seen.append(1) if len(seen) < 8 else 1 / 0, CPU)
+    assert gc.isenabled()
 
 
 def counted() -> tuple[Callable[[], Callable[[], Any]], list[int]]:
@@ -167,13 +178,3 @@ def test_one_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(testing, "do_bench", do_bench)
     assert kernel_time(gpu.called, CUDA) == 0.5
     assert (gpu.warm, gpu.in_graph) == (True, 1)
-
-
-def test_a_clock_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu(monkeypatch, cost=0.25, cache=1000)
-    rotation = Rotation(lambda: gpu.called, CUDA, 1000)
-    clock = DeviceClock()
-    assert clock() == 0.0
-    for _ in range(3):
-        clock.run(rotation)
-    assert clock() == pytest.approx(3 * 0.25e-3), "seconds of one call each, whatever else takes time"

@@ -14,12 +14,16 @@ from typing import Any
 import pytest
 import torch
 from effformer.kernels import launch
+from effformer.kernels.tiling.choose import Question, mlp_config
+from effformer.kernels.tiling.device import HOPPER
+from effformer.kernels.tiling.table import MlpConfig
 from torch import Tensor
 
 from effformer import backend, create_model, list_models, ops, reference
 from effformer.apps import verify as verification
-from effformer.apps.verify import DTYPES, NETWORK, OPERATIONS, checks, verify, why_not_verified
+from effformer.apps.verify import CHECKED, NETWORK, checks, verify, why_not_verified
 from effformer.apps.verify_report import Check
+from effformer.backend import TRITON_DTYPES
 from effformer.cli import main
 from effformer.config import PRESETS, EfficientFormerConfig
 from effformer.testing import Case, draw_map, pool_mixer_case
@@ -78,7 +82,7 @@ def test_every_shape_that_a_network_has(name: str, size: tuple[int, int], monkey
         network(torch.empty(2, 3, *size, device="meta"))
 
     found = checks([name], dtypes=[torch.float16], size=size, batch_size=2)
-    drawn: dict[str, list[tuple[int, ...]]] = {operation: [] for operation in OPERATIONS}
+    drawn: dict[str, list[tuple[int, ...]]] = {operation: [] for operation in CHECKED}
     for check in found:
         case = verification.draw(check, CPU) if check.operation != NETWORK and size == (65, 130) else None
         if case is None:
@@ -114,21 +118,21 @@ def test_options_choose(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         asked.append(todo)
         return []
 
-    monkeypatch.setattr("effformer.commands.verify.verify", nothing)
+    monkeypatch.setattr("effformer.apps.verify.verify", nothing)
     run(capsys)
-    assert {check.operation for check in asked[-1]} == set(OPERATIONS)
+    assert {check.operation for check in asked[-1]} == set(CHECKED)
     assert {check.dtype for check in asked[-1]} == {torch.float16, torch.bfloat16, torch.float32}
     assert {where.split()[0] for check in asked[-1] for where in check.where} == {"efficientformer_l1"}
     assert asked[-1][-1].shape[2:] == (224, 224)
-    operations, models = ("--op", "network", "--op", "meta4d"), ("--model", L1, "--model", L7)
-    options = (*operations, *models, "--dtype", "float16", "--dtype", "float32")
+    operations, models = ("--op", "network", "meta4d"), ("--model", "l1", L7)
+    options = (*operations, *models, "--dtype", "half", "fp32")
     run(capsys, *options, "--size", "32x48", "--batch-size", "5")
     assert [check.operation for check in asked[-1]].count(NETWORK) == 4
     assert {check.operation for check in asked[-1]} == {NETWORK, "meta4d"}
     assert {check.dtype for check in asked[-1]} == {torch.float16, torch.float32}
     assert asked[-1][-1].shape == (5, 3, 32, 48)
     run(capsys, "--model", "all", "--op", "all", "--dtype", "all")
-    assert set(asked[-1]) == set(checks(PRESETS, OPERATIONS, DTYPES))
+    assert set(asked[-1]) == set(checks(PRESETS, CHECKED, TRITON_DTYPES))
     with pytest.raises(ValueError, match="batch_size: got 0"):
         checks(batch_size=0)
     with pytest.raises(ValueError, match="operations: got 'softmax'"):
@@ -139,7 +143,7 @@ def test_options_choose(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
 
 def test_all_of_l1(capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = report(capsys, *SMALL, "--seed", "3", "--dtype", "bfloat16")
+    status, found = report(capsys, *SMALL, "bf16", "--seed", "3")
     assert status == 0
     assert found["passed"] is True
     assert found["counts"] == {"pass": 22, "fail": 0, "skipped": 22}
@@ -196,13 +200,17 @@ def test_the_numbers_are_those_of_the_drawn_arguments(capsys: pytest.CaptureFixt
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out = run(capsys, *SMALL, "--op", "meta4d", "--dtype", "bfloat16")
+    status, out = run(capsys, *SMALL, "bfloat16", "--op", "meta4d")
     assert status == 0
     lines = out.splitlines()
     assert lines[-1] == "4 of 4 pass; 4 not run: Triton's interpreter does not compute torch.bfloat16"
     (line,) = (line for line in lines if "1x48x8x16" in line)
     assert line.split()[:3] == ["meta4d", "1x48x8x16", "float16"]
-    assert line.split()[8:] == ["pass", "triton", "mlp", "M=128", "H=64", "widths=32+16", "warps=8", "stages=1"]
+    tiles = mlp_config(Question("meta4d", torch.float16, (48, 128)), HOPPER)
+    assert isinstance(tiles, MlpConfig)
+    warps, stages = f"warps={tiles.num_warps}", f"stages={tiles.num_stages}"
+    words = ["mlp", f"M={tiles.block_m}", f"H={tiles.block_h}", "widths=32+16", warps, stages]
+    assert line.split()[8:] == ["pass", "triton", *words]
     assert len([line for line in lines if line.startswith("meta4d")]) == 4
 
 
@@ -238,7 +246,7 @@ def test_where_triton_was_imported_to_compile(
     monkeypatch.setattr(launch, "INTERPRETED", False)
     status, out = run(capsys, "--device", "cpu")
     assert status == 1
-    assert "no kernel was verified: 'cpu' is no NVIDIA GPU, and Triton interprets only" in out.splitlines()[-1]
+    assert "no kernel was verified: 'cpu' is not an NVIDIA GPU, and Triton interprets only" in out.splitlines()[-1]
 
 
 def test_only_what_the_interpreter_cannot_do(capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,7 +366,7 @@ class OutOfMemory:
 
 def test_an_error_is_one_checks_outcome(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, lambda one: replace(one, kernel=OutOfMemory()) if "bias" in one.kernel.__name__ else one)
-    operations = ("--op", "bias_attention", "--op", "linear_mlp")
+    operations = ("--op", "bias_attention", "linear_mlp")
     status, found = report(capsys, *NARROW, *operations)
     assert status == 1
     first, second = found["checks"]

@@ -1,4 +1,4 @@
-"""What the device at hand reaches at best: a large matrix product, and a copy of more than any cache holds."""
+"""The best that a device reaches: by a large matrix product, and a copy of more than any cache holds."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ GPU_BYTES, CPU_BYTES = 2**30, 2**28  # that are copied
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Ceilings, and what they were measured by: `product` of two [side, side] matrices, `copy` of `copied` bytes."""
+class CeilingTimes:
+    """Times of the product of two [side, side] matrices and of the copy of `copied` bytes, and ceilings by them."""
 
     dtype: torch.dtype
     side: int
@@ -33,7 +33,7 @@ class Measured:
 
     @property
     def ceilings(self) -> Ceilings:
-        """From the medians; a copy counts what it reads and what it writes."""
+        """From the medians; a copy counts bytes read and bytes written."""
         return Ceilings(1e3 * self.flops / self.product.p50, 1e3 * 2 * self.copied / self.copy.p50)
 
     def records(self, machine: Machine) -> list[Record]:
@@ -55,16 +55,16 @@ def measure_ceilings(
     side: int | None = None,
     copied: int | None = None,
     timer: Callable[[Callable[[], Callable[[], object]], torch.device, int], Timing] = device_time,
-) -> Measured:
+) -> CeilingTimes:
     """Measure a device, in `dtype`: on normally distributed numbers, since a GPU is faster on zeros.
 
     float32 products are float32's own (no TF32).
 
     Args:
         device: a GPU or a CPU.
-        dtype: of the matrices, and of what is copied.
+        dtype: of the matrices and of the copied elements.
         side: of the matrices; by default large, on a CPU smaller.
-        copied: bytes that are copied, a multiple of the dtype's; by default far more than a cache holds.
+        copied: bytes, a multiple of the dtype's; by default far more than a cache holds.
         timer: `device_time`.
     """
     on_gpu = device.type == "cuda"
@@ -82,7 +82,7 @@ def measure_ceilings(
 
     with torch.no_grad(), float32_as_such():
         of_product = timer(product, device, 3 * side**2 * dtype.itemsize)
-        return Measured(dtype, side, of_product, copied, timer(copy, device, 2 * copied))
+        return CeilingTimes(dtype, side, of_product, copied, timer(copy, device, 2 * copied))
 
 
 def speed(amount: float, timing: Timing) -> tuple[float, float, float]:

@@ -1,7 +1,7 @@
-"""The rungs of the ladder: who is measured on a whole network, from timm as it is to ours frozen.
+"""Providers of whole networks, from timm as it is to ours frozen.
 
-All get the same weights and the same images, those of `Cell.dtype` once and for all: what differs between rungs is the
-computing. Each is built as whoever wants it fast would build it.
+All get the same weights and the same images, rounded to the measurement's dtype: only the computing differs. Each is
+built to be fast.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,13 +22,15 @@ from ...factory import create_model
 from ...serving.frozen import Frozen, freeze
 from ...serving.graphs import capture_graph
 from ...testing import randomise
+from .records import Key, Machine, Record, key_of
 from .timm_model import fold_batch_norm, import_timm
 
 TIMM_SIZE = (224, 224)  # its attention bias is for 7x7 tokens alone
+NO_TIMM = "timm is not installed (pip install 'effformer[timm]')"
 
 
-class Cell(NamedTuple):
-    """What is measured and resumed as one: a network at one batch size, dtype and image size."""
+class Measurement(NamedTuple):
+    """A network at one batch size, dtype and image size."""
 
     model: str
     batch: int
@@ -47,10 +50,18 @@ class Cell(NamedTuple):
     def shape(self) -> tuple[int, int, int, int]:
         return self.batch, 3, self.height, self.width
 
+    @property
+    def key(self) -> Key:
+        return key_of(self.model, self.dtype, self.shape)
+
+    def begun(self, provider: NetworkProvider, machine: Machine) -> Record:
+        """The record that says that a provider was started."""
+        return Record(self.model, provider.name, "forward", self.dtype, self.shape, "begun", math.nan, machine)
+
 
 @dataclass(frozen=True)
-class Provider:
-    """One rung.
+class NetworkProvider:
+    """One way to compute a network.
 
     Attributes:
         name: as in the records.
@@ -58,7 +69,7 @@ class Provider:
         channels_last: of weights and images.
         folded: BatchNorm is folded into the convolutions.
         options: of torch.compile; None for no compiling.
-        captured: its calls are in a CUDA graph as ours frozen are, and pass by all that torch.compile asks of a call.
+        captured: its calls are in a CUDA graph, as those of ours frozen are, without the checks of torch.compile.
         backend: of our live network.
     """
 
@@ -76,8 +87,8 @@ class Provider:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Within it the first calls are made: Dynamo asks the global configuration, not the options of a compilation,
-        whether weights are to be frozen, and otherwise hands them to Inductor as inputs.
+        """Make the first calls within it. Dynamo asks the global configuration, not the options of a compilation,
+        whether to freeze weights, and else hands them to Inductor as inputs.
         """
         if self.options is None:
             yield
@@ -88,29 +99,29 @@ class Provider:
             yield
 
     @property
-    def is_rival(self) -> bool:
-        """Whether it may be the baseline: the fastest of a cell's is."""
+    def is_baseline(self) -> bool:
+        """Whether it may be the baseline of a measurement, which is the fastest of these."""
         return self.whose == "timm" or self.options is not None
 
-    def unavailable(self, cell: Cell, device: torch.device) -> str | None:
-        """Why it is not run; None if it is."""
+    def why_not(self, measurement: Measurement, device: torch.device) -> str | None:
+        """Why it cannot be run, None if it can."""
         if self.whose == "timm":
             if importlib.util.find_spec("timm") is None:
-                return "timm is not installed (pip install effformer[timm])"
-            if (cell.height, cell.width) != TIMM_SIZE:
+                return NO_TIMM
+            if (measurement.height, measurement.width) != TIMM_SIZE:
                 return "timm's network takes images of 224x224 alone"
         if self.captured and device.type == "cpu":
             return "no GPU; there are no graphs"
         if self.backend == "triton" and device.type == "cpu":
-            return "no GPU; what Triton's interpreter takes says nothing"
+            return "no GPU; times of Triton's interpreter mean nothing"
         if self.backend == "triton":
-            return why_not_triton(device, cell.torch_dtype)
+            return why_not_triton(device, measurement.torch_dtype)
         return None
 
 
-# What mode="max-autotune" stands for, which torch.compile does not take beside other options; and freezing. Where
-# products are tuned, Inductor makes products of channels_last 1x1 convolutions whatever conv_1x1_as_mm says: that acts
-# where they are left to the libraries, and all else is tuned.
+# The options of mode="max-autotune", which torch.compile does not take beside others, and freezing. Where Inductor
+# tunes products, it turns channels_last 1x1 convolutions into products in any case: conv_1x1_as_mm acts only where
+# products are left to the libraries.
 _GRAPHS = {"triton.cudagraphs": True, "coordinate_descent_tuning": True, "freezing": True}
 _MOST = {"max_autotune": True, **_GRAPHS}
 _UNGRAPHED = {**_MOST, "triton.cudagraphs": False}
@@ -118,8 +129,8 @@ _CONVOLVED = {"max_autotune_pointwise": True, **_GRAPHS, "conv_1x1_as_mm": False
 _MULTIPLIED = {**_CONVOLVED, "conv_1x1_as_mm": True}
 
 
-def _compiled(name: str, whose: str, folded: bool) -> Iterator[Provider]:
-    of = functools.partial(Provider, whose=whose, folded=folded)
+def _compiled(name: str, whose: str, folded: bool) -> Iterator[NetworkProvider]:
+    of = functools.partial(NetworkProvider, whose=whose, folded=folded)
     yield of(f"{name} torch.compile", options={})
     yield of(f"{name} torch.compile max-autotune", options=_MOST)
     yield of(f"{name} torch.compile max-autotune-pointwise", options=_CONVOLVED)
@@ -128,35 +139,34 @@ def _compiled(name: str, whose: str, folded: bool) -> Iterator[Provider]:
 
 
 PROVIDERS = (
-    Provider("timm eager", "timm", channels_last=False),
-    Provider("timm eager, channels_last", "timm"),
-    Provider("timm eager + BN folded", "timm", channels_last=False, folded=True),
-    Provider("timm eager, channels_last + BN folded", "timm", folded=True),
+    NetworkProvider("timm eager", "timm", channels_last=False),
+    NetworkProvider("timm eager, channels_last", "timm"),
+    NetworkProvider("timm eager + BN folded", "timm", channels_last=False, folded=True),
+    NetworkProvider("timm eager, channels_last + BN folded", "timm", folded=True),
     *_compiled("timm", "timm", folded=True),
-    Provider("ours eager", "ours"),
-    Provider("ours triton", "ours", backend="triton"),
-    Provider("ours frozen", "frozen"),
+    NetworkProvider("ours eager", "ours"),
+    NetworkProvider("ours triton", "ours", backend="triton"),
+    NetworkProvider("ours frozen", "frozen"),
 )
 # Where timm cannot run: our own eager network in its place.
 STAND_INS = tuple(_compiled("ours eager,", "ours", folded=False))
 BY_NAME = {provider.name: provider for provider in (*PROVIDERS, *STAND_INS)}
 
 
-def rungs(cell: Cell) -> tuple[Provider, ...]:
-    """The providers of a cell."""
-    return PROVIDERS if (cell.height, cell.width) == TIMM_SIZE else PROVIDERS + STAND_INS
+def providers_of(measurement: Measurement) -> tuple[NetworkProvider, ...]:
+    return PROVIDERS if (measurement.height, measurement.width) == TIMM_SIZE else PROVIDERS + STAND_INS
 
 
-def strongest(cell: Cell) -> list[str]:
-    """The rungs without which nobody knows the baseline: whatever is compiled, where it can run."""
-    compiled = PROVIDERS if rungs(cell) == PROVIDERS else STAND_INS
+def strongest(measurement: Measurement) -> list[str]:
+    """The compiled baselines: unless all of them were measured, a faster one may exist."""
+    compiled = PROVIDERS if providers_of(measurement) == PROVIDERS else STAND_INS
     return [provider.name for provider in compiled if provider.options is not None]
 
 
 def draw_weights(name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """A network's weights in float32, by `effformer.testing.randomise`; rounded to `dtype`, if one is given.
 
-    With weights that `dtype` holds exactly, a rung that keeps some of them in float32 has no better ones.
+    `dtype` then holds them exactly: a provider that keeps some in float32 has no advantage.
     """
     state = randomise(_ours(name, "eager")).state_dict()
     if dtype is None:
@@ -164,20 +174,20 @@ def draw_weights(name: str, dtype: torch.dtype | None = None) -> dict[str, Tenso
     return {key: value.to(dtype).float() if value.is_floating_point() else value for key, value in state.items()}
 
 
-def draw_images(cell: Cell, count: int) -> Tensor:
-    """Normally distributed images [count, 3, H, W] in the cell's dtype, on the CPU; the same in every process."""
+def draw_images(measurement: Measurement, count: int) -> Tensor:
+    """Normally distributed images [count, 3, H, W] in the measurement's dtype, on the CPU, alike in every process."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(count, 3, cell.height, cell.width, generator=generator, device="cpu")
-    return images.to(cell.torch_dtype)
+    images = torch.randn(count, 3, measurement.height, measurement.width, generator=generator, device="cpu")
+    return images.to(measurement.torch_dtype)
 
 
 @dataclass(frozen=True)
 class Built:
-    """A rung, ready to be called.
+    """A provider, ready to be called.
 
     Attributes:
         call: images [B, 3, H, W] -> logits.
-        model: the modules that it runs, None for the frozen form.
+        model: its modules, None for the frozen form.
         frozen: the frozen form.
     """
 
@@ -213,10 +223,10 @@ class Captured:
 
 
 @torch.no_grad()
-def build(provider: Provider, cell: Cell, device: torch.device) -> Built:
-    """A rung with the weights of `draw_weights`, on `device`; what it compiles, it compiles within `compiling`."""
-    state, dtype = draw_weights(cell.model, cell.torch_dtype), cell.torch_dtype
-    model = _timm(cell.model) if provider.whose == "timm" else _ours(cell.model, provider.backend)
+def build(provider: NetworkProvider, measurement: Measurement, device: torch.device) -> Built:
+    """A provider with the weights of `draw_weights`, on `device`. Its first calls belong within `compiling`."""
+    state, dtype = draw_weights(measurement.model, measurement.torch_dtype), measurement.torch_dtype
+    model = _timm(measurement.model) if provider.whose == "timm" else _ours(measurement.model, provider.backend)
     model.load_state_dict(state, strict=True)
     model.eval()
     if provider.folded:
@@ -229,16 +239,16 @@ def build(provider: Provider, cell: Cell, device: torch.device) -> Built:
     call = model
     for module in model.modules():
         if fill := getattr(module, "get_attention_biases", None):
-            fill(device)  # timm's cache: filled later, it would have all compiled twice
+            fill(device)  # timm's cache: filling it later would mean compiling twice
     if provider.options is not None:
         call = torch.compile(model, fullgraph=True, dynamic=False, options=dict(provider.options))  # type: ignore[assignment]
     return Built(Captured(call) if provider.captured else call, model)
 
 
-def exact_network(cell: Cell, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Our eager network in float64 with the rungs' weights, or in float32 with those that they were rounded from."""
-    model = _ours(cell.model, "eager")
-    model.load_state_dict(draw_weights(cell.model, cell.torch_dtype if dtype == torch.float64 else None))
+def exact_network(measurement: Measurement, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Our eager network in float64 with the providers' weights, or in float32 with these before they were rounded."""
+    model = _ours(measurement.model, "eager")
+    model.load_state_dict(draw_weights(measurement.model, measurement.torch_dtype if dtype == torch.float64 else None))
     return model.eval().to(device, dtype)
 
 

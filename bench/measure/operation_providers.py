@@ -1,7 +1,7 @@
-"""Who computes the fused operations in `effformer bench kernels`: our kernels, and what one could take instead.
+"""Providers of the fused operations in `effformer bench kernels`: our kernels, eager PyTorch, torch.compile, libraries.
 
-A form of a provider turns a case into a call. What does not depend on the input is prepared before the call, as it
-would be in serving: a mask is padded, weights are folded. A provider with several forms is as fast as its fastest.
+A form of a provider turns a case into a call. Padded masks and folded weights do not depend on the input and are
+prepared before the call, as in serving. A provider with several forms is as fast as its fastest.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def _runs_anywhere(device: torch.device, dtype: torch.dtype) -> None:
 
 
 @dataclass(frozen=True)
-class Provider:
-    """One who computes.
+class OperationProvider:
+    """One way to compute fused operations.
 
     Attributes:
-        name: as it is recorded.
+        name: as in the records.
         forms: name -> form, for a device; built anew for each case.
         operations: that it computes; None for all.
-        why_not: why it cannot be timed on a device in a dtype, None where it can.
+        why_not: the reason why it cannot be timed on a device in a dtype, None where it can.
     """
 
     name: str
@@ -80,8 +80,8 @@ def _compiled(device: torch.device) -> dict[str, Form]:
 
 
 def _sdpa(device: torch.device) -> dict[str, Form]:
-    """F.scaled_dot_product_attention with the bias as its mask, whose lines are padded to a multiple of 8: what the
-    efficient kernels want.
+    """F.scaled_dot_product_attention with the bias as its mask, in lines padded to a multiple of 8 for its efficient
+    kernels.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -208,11 +208,11 @@ def _convolutions(device: torch.device) -> dict[str, Form]:
 
 
 PROVIDERS = (
-    Provider(OURS, _of_backend("triton"), why_not=_why_not_ours),
-    Provider("eager", _of_backend("eager")),
-    Provider("torch.compile", _compiled),
-    Provider("SDPA", _sdpa, ("bias_attention",)),
-    Provider("FlexAttention", _flex, ("bias_attention",)),
-    Provider("cuBLAS epilogue", _epilogues, ("conv_mlp", "meta4d", "linear_mlp")),
-    Provider("folded convolution", _convolutions, ("conv_norm",)),
+    OperationProvider(OURS, _of_backend("triton"), why_not=_why_not_ours),
+    OperationProvider("eager", _of_backend("eager")),
+    OperationProvider("torch.compile", _compiled),
+    OperationProvider("SDPA", _sdpa, ("bias_attention",)),
+    OperationProvider("FlexAttention", _flex, ("bias_attention",)),
+    OperationProvider("cuBLAS epilogue", _epilogues, ("conv_mlp", "meta4d", "linear_mlp")),
+    OperationProvider("folded convolution", _convolutions, ("conv_norm",)),
 )

@@ -1,4 +1,4 @@
-"""A rung in a process of its own."""
+"""A provider of a network in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from pathlib import Path
 import torch
 
 from ...kernels.tiling.choose import user_file
-from .network_providers import Cell, Provider
+from .network_providers import Measurement, NetworkProvider
 from .network_run import Figures
+from .resume import FailedError
+
+LIMIT = 400.0  # seconds that a provider may take
 
 
-class FailedError(RuntimeError):
-    """A rung raised, crashed or took too long; the message is the reason."""
-
-
-def cache_folder() -> Path:
-    """Where what was compiled is kept between runs."""
-    return user_file().with_name("inductor")
-
-
-def in_process(provider: Provider, cell: Cell, speed_alone: bool, seconds: float, *, device: torch.device) -> Figures:
-    """Measure a rung in a process of its own, that is ended, with all that it started, when its time is over.
+def in_process(
+    provider: NetworkProvider,
+    measurement: Measurement,
+    speed_alone: bool,
+    *,
+    device: torch.device,
+    seconds: float = LIMIT,
+) -> Figures:
+    """Measure a provider in a process of its own. After `seconds` that ends, with all that it started.
 
     Raises:
         TimeoutError: after `seconds`.
-        FailedError: with the last line that the process wrote, if it ends otherwise than well.
+        FailedError: with the last line that the process wrote, if it fails.
     """
-    facts = {"provider": provider.name, "cell": cell, "device": str(device), "speed_alone": speed_alone}
+    facts = {"provider": provider.name, "measurement": measurement, "device": str(device), "speed_alone": speed_alone}
     job = {**facts, "parent": os.getpid()}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_file().with_name("inductor")))  # kept between runs
     with tempfile.TemporaryDirectory() as scratch:
         target, log = Path(scratch, "figures.json"), Path(scratch, "log")
         command = [sys.executable, "-P", "-m", f"{__package__}.network_run", json.dumps(job), str(target)]

@@ -1,4 +1,4 @@
-"""What shows that a rung's options acted: what ran, and what the compiler was given."""
+"""Details of a provider's run, which show whether its options acted: kernels, layouts, frozen weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 
 from ... import kernels
-from .network_providers import Built, Provider
+from .network_providers import Built, NetworkProvider
 
 BATCH_NORM = re.compile(r"batch_?norm|\bbn_fw", re.IGNORECASE)
 LAYOUT = re.compile(r"nchw_?to_?nhwc|nhwc_?to_?nchw", re.IGNORECASE)  # cuDNN's, where a map is in the other layout
@@ -48,7 +48,7 @@ def profile(call: Callable[[], object], device: torch.device) -> Profile:
 
 
 def read_profile(events: Any, on_gpu: bool) -> Profile:
-    """A `Profile` from the profiler's events. Copies, fills and annotations are no kernels."""
+    """A `Profile` from the profiler's events, without copies, fills and annotations."""
     if on_gpu:
         on_device = [event for event in events if event.device_type == DeviceType.CUDA]
         ran = [
@@ -77,11 +77,11 @@ def own_kernels() -> frozenset[str]:
 
 
 @dataclass
-class Frozen:
-    """What Inductor froze.
+class Freezing:
+    """Traces of Inductor's freezing.
 
     Attributes:
-        inputs: that are left to its graph, which should be the images alone; None if it froze nothing.
+        inputs: of the frozen graph, which should be the images alone; None if nothing was frozen.
         batch_norms: operators left in it.
         channels_last: of the weights of all its convolutions.
     """
@@ -92,11 +92,11 @@ class Frozen:
 
 
 @contextlib.contextmanager
-def watched_freezing() -> Iterator[Frozen]:
-    """What Inductor freezes within it."""
+def watched_freezing() -> Iterator[Freezing]:
+    """Watch Inductor's freezing within it."""
     from torch._inductor import freezing
 
-    found, freeze = Frozen(), freezing.freeze
+    found, freeze = Freezing(), freezing.freeze
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         graph, inputs = freeze(*args, **kwargs)
@@ -112,13 +112,13 @@ def watched_freezing() -> Iterator[Frozen]:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    # oneDNN's own layouts have no strides, and are neither.
+    # oneDNN's own layouts have no strides, and count as such.
     return x.layout != torch.strided or x.is_contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
 def maps_are_channels_last(model: nn.Module, images: Tensor) -> bool:
-    """Whether the results of the stem and of the downsamplings are, in a call of an eager network."""
+    """Whether the stem and the downsamplings of an eager network give channels_last maps."""
     kept: list[bool] = []
 
     def look(module: nn.Module, inputs: Any, result: Tensor) -> None:
@@ -134,16 +134,16 @@ def maps_are_channels_last(model: nn.Module, images: Tensor) -> bool:
     return bool(kept) and all(kept)
 
 
-def evidence(provider: Provider, built: Built, images: Tensor, frozen: Frozen) -> dict[str, Any]:
-    """The evidence of a rung that has been called with `images`.
+def details_of(provider: NetworkProvider, built: Built, images: Tensor, freezing: Freezing) -> dict[str, Any]:
+    """Details of a provider that has been called with `images`.
 
     "kernels" in one call, among them "batch_norm", "layout" (conversions between NCHW and NHWC) and "triton" (ours);
-    "graph": whether one was replayed; "channels_last": of the maps, or of what Inductor compiled; "freezing".
+    "graph": whether one was replayed; "channels_last": of the maps, or of all that Inductor compiled; "freezing".
     """
     seen = profile(lambda: built.call(images), images.device)
     found: dict[str, Any] = {
         "kernels": len(seen.kernels),
-        "batch_norm": seen.count(BATCH_NORM) + frozen.batch_norms,
+        "batch_norm": seen.count(BATCH_NORM) + freezing.batch_norms,
         "layout": seen.count(LAYOUT),
         "triton": sum(name in own_kernels() for name in seen.kernels),
         "graph": seen.graphs > 0,
@@ -157,14 +157,14 @@ def evidence(provider: Provider, built: Built, images: Tensor, frozen: Frozen) -
     weights = [module.weight for module in built.model.modules() if isinstance(module, nn.Conv2d)]
     given = all(map(_is_channels_last, [images, *weights]))
     return found | {
-        "channels_last": given and frozen.channels_last,
-        "freezing": frozen.inputs == 1,
-        "options": dict(provider.options),
+        "channels_last": given and freezing.channels_last,
+        "freezing": freezing.inputs == 1,
+        "compile options": dict(provider.options),
     }
 
 
-def doubts(provider: Provider, found: dict[str, Any], device: torch.device) -> list[str]:
-    """Which of a rung's options did not act, in words."""
+def doubts(provider: NetworkProvider, found: dict[str, Any], device: torch.device) -> list[str]:
+    """Which of a provider's options did not act by its details, in words."""
     on_gpu = device.type == "cuda"
     of_timm = provider.whose == "timm"
     options = provider.options or {}

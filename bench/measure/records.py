@@ -1,4 +1,4 @@
-"""Records of what was measured: one JSON object a line, the same for kernels and whole backbones.
+"""Records of measurements: one JSON object a line, the same for operations and networks.
 
 They are kept in bench/results/<gpu>/ (`folder`), where the report and the README's table read them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,8 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -23,11 +25,17 @@ from typing import Any
 
 import torch
 
-from ...config import check_choice
+from ...checks import check_choice
+from ...kernels.tiling.choose import KERNELS, digest_of, user_file
+from ...version import __version__
 
 RESULTS = Path("bench/results")
+_PACKAGE = Path(sys.modules[__package__.partition(".")[0]].__path__[0])
+CODE = (_PACKAGE, KERNELS, Path(__file__).parents[1])  # the package, the kernels with their table, the benchmarks
+Key = tuple[str, str, str, tuple[int, ...], str]
 
-# What is measured, with its unit. "max error" and "mean error" are relative to the largest of the float64 result.
+# Each with its unit. "max error" and "mean error" are relative to the largest value of the float64 result. Two have no
+# figure: "begun" says that a provider was started, "not run" that it gave no result.
 METRICS = (
     "ms",
     "img/s",
@@ -40,19 +48,21 @@ METRICS = (
     "top-1 agreement",
     "compile s",
     "first call s",
+    "begun",
     "not run",
 )
 MODES = ("forward", "backward", "full")
-CUT_OFF = "cut off"  # evidence of what is not all that was to be measured together: the time was over
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and with what something was measured.
+    """The machine, the versions and the code that figures are of.
 
     Attributes:
         gpu: its name; for a run on a CPU "cpu: " and the CPU's name.
         driver: of the GPU, "none" without one.
+        torch, triton, timm: versions, "none" for one that is not installed.
+        sources: a digest of the code, see `sources`.
         commit: of the checkout that is the working directory, "-dirty" where it was changed (results apart); the
             package's version outside of one; EFFFORMER_COMMIT in the environment names another.
         date: UTC, ISO 8601.
@@ -62,12 +72,19 @@ class Machine:
     driver: str
     torch: str
     triton: str
+    timm: str
+    sources: str
     commit: str
     date: str
 
     @property
     def is_gpu(self) -> bool:
         return not self.gpu.startswith("cpu")
+
+    @property
+    def setup(self) -> Machine:
+        """The same without date and commit, which committing results changes. Figures of one setup are comparable."""
+        return dataclasses.replace(self, commit="", date="")
 
 
 @dataclass(frozen=True)
@@ -76,16 +93,17 @@ class Record:
 
     Attributes:
         op: operation, such as "meta4d", or network, such as "efficientformer_l1".
-        provider: who computed: "timm eager", "ours frozen", ...
+        provider: such as "timm eager" or "ours frozen".
         mode: of `MODES`.
         dtype: "bfloat16", ...
         shape: of the input, a network's being that of its images.
         metric: of `METRICS`.
-        p50: the figure; the median where it was measured several times. NaN with the metric "not run".
-        p20, p80: percentiles of what was measured several times.
-        roofline: fraction of the floor's speed, 1 being the floor.
-        why: with the metric "not run" the reason; else a remark.
-        evidence: what shows that the provider's options acted, such as {"kernels": 31, "graph": true}.
+        p50: the figure, or the median of several; NaN with the metrics "begun" and "not run".
+        p20, p80: percentiles of several figures.
+        roofline: the speed as a fraction of the roofline's, which is 1.
+        why: the reason with the metric "not run", else a remark.
+        details: of the run, such as {"kernels": 31, "graph": true}. "options" are an operation's own beside its shape,
+            "failed" is a list of errors.
         machine: where.
     """
 
@@ -101,19 +119,31 @@ class Record:
     p80: float | None = None
     roofline: float | None = None
     why: str | None = None
-    evidence: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_choice("metric", self.metric, METRICS)
         check_choice("mode", self.mode, MODES)
 
+    @property
+    def key(self) -> Key:
+        """The measurement that the record belongs to."""
+        return key_of(self.op, self.dtype, self.shape, self.details.get("options", {}), self.mode)
+
     def as_json(self) -> str:
-        """The record's line. NaN is null there, which JSON knows."""
+        """The record's line, in which NaN is null."""
         found = {**dataclasses.asdict(self), **dataclasses.asdict(self.machine)}
         del found["machine"]
         if math.isnan(self.p50):
             found["p50"] = None
         return json.dumps(found, allow_nan=False)
+
+
+def key_of(
+    op: str, dtype: str, shape: tuple[int, ...], options: Mapping[str, Any] | None = None, mode: str = "forward"
+) -> Key:
+    """The key of a measurement; its records differ in provider and metric. Options become JSON."""
+    return op, mode, dtype, shape, json.dumps(dict(options or {}), sort_keys=True)
 
 
 def read_record(line: str, source: str) -> Record:
@@ -127,7 +157,7 @@ def read_record(line: str, source: str) -> Record:
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{source}: no JSON ({error})") from error
+        raise ValueError(f"{source}: not JSON ({error})") from error
     if not isinstance(found, dict) or set(found) != own_fields | machine_fields:
         raise ValueError(f"{source}: got {line[:80]!r}, allowed are exactly the fields of a record")
     machine = Machine(**{name: found.pop(name) for name in machine_fields})
@@ -140,7 +170,7 @@ def read_record(line: str, source: str) -> Record:
 
 
 def read_records(path: Path) -> list[Record]:
-    """All records of a file; none if it does not exist. A last line that was cut off is left out."""
+    """All records of a file, none if it does not exist. An incomplete last line is left out."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
@@ -149,7 +179,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Add records to a file, all of them in one write."""
+    """Add records to a file in one write, after removing an incomplete last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(record.as_json() + "\n" for record in records)
     if path.exists() and not (before := path.read_text(encoding="utf-8")).endswith("\n"):
@@ -159,7 +189,7 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def folder(machine: Machine, results: Path = RESULTS) -> Path:
-    """Where a machine's records are kept: results/nvidia-h200, or results/cpu."""
+    """The folder of a machine's records: results/nvidia-h200, or results/cpu."""
     return results / (re.sub(r"[^a-z0-9]+", "-", machine.gpu.lower()).strip("-") if machine.is_gpu else "cpu")
 
 
@@ -168,11 +198,23 @@ def machine_of(device: torch.device) -> Machine:
     gpu, driver = _processor(), "none"
     if device.type == "cuda":
         gpu, driver = torch.cuda.get_device_name(device), _driver()
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return Machine(gpu, driver, torch.__version__, _version("triton"), _version("timm"), sources(), _commit(), date)
+
+
+@functools.cache
+def sources(*folders: Path) -> str:
+    """A digest of the code in `folders` (default: `CODE`), and of the tiles that were tuned on this machine."""
+    tuned = user_file().read_bytes() if user_file().is_file() else b""
+    parts = (digest_of(folder, "*.py", "*.json").encode() for folder in folders or CODE)
+    return hashlib.sha256(b"".join(parts) + tuned).hexdigest()[:16]
+
+
+def _version(package: str) -> str:
     try:
-        triton = metadata.version("triton")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        triton = "none"
-    return Machine(gpu, driver, torch.__version__, triton, _commit(), datetime.now(UTC).isoformat(timespec="seconds"))
+        return "none"
 
 
 @functools.cache
@@ -198,7 +240,7 @@ def _commit() -> str:
         return named
     head = _output(["git", "rev-parse", "--short=12", "HEAD"]) if shutil.which("git") else ""
     if not head:
-        return metadata.version("effformer")
+        return __version__
     changed = _output(["git", "status", "--porcelain", "--", ".", ":!bench/results"])
     return head + ("-dirty" if changed else "")
 

@@ -1,61 +1,115 @@
-"""How a run goes on where another stopped: what figures hold for, and what was begun in vain."""
+"""The results file of one run: a provider that is recorded for this setup is not measured again."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import sys
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from ...kernels.tiling.choose import KERNELS, digest_of, user_file
-from .records import Machine
+from .records import Key, Machine, Record, append_records, read_records
 
-_PACKAGE = Path(sys.modules[__package__.partition(".")[0]].__path__[0])
-CODE = (_PACKAGE, KERNELS, Path(__file__).parents[1])
+MOST_ATTEMPTS = 2
 
 
-@functools.cache
-def sources(*folders: Path) -> str:
-    """A digest of the code that figures are of: the package, the kernels with their table, and the benchmarks.
-
-    The commit is in the records as well, but committing results changes that.
-    """
-    tuned = user_file().read_bytes() if user_file().is_file() else b""  # tiles tuned here count as code
-    parts = (digest_of(folder, "*.py", "*.json").encode() for folder in folders or CODE)
-    return hashlib.sha256(b"".join(parts) + tuned).hexdigest()[:16]
+class FailedError(RuntimeError):
+    """A provider gave no result; the message is the reason."""
 
 
-class Attempts:
-    """A file of attempts without an outcome, which outlives the process: whatever fails again and again is seen.
+class DeviceLostError(FailedError):
+    """A provider broke the device for this process. The outcome is recorded: the next run goes on without it."""
+
+
+class ResultsFile:
+    """The records of this setup (machine, versions, code) in a file, to which a run adds its own.
+
+    Each record is in the file as soon as it is there, so that the next run goes on where this one stopped.
 
     Args:
-        path: of the file.
-        machine: attempts on another, or with other versions, do not count.
-        code: what else they are of.
+        path: of the file; it need not exist. Records of other setups stay in it.
+        machine: the setup. Its date is that of all records of this run.
+        deadline: of `time.monotonic()`, after which no provider is started.
     """
 
-    def __init__(self, path: Path, machine: Machine, code: Any) -> None:
-        self.path, self.owner = path, [machine.gpu, machine.torch, machine.triton, code]
+    def __init__(self, path: Path, machine: Machine, deadline: float = math.inf) -> None:
+        self.path, self.machine, self.deadline = path, machine, deadline
+        self._known: dict[Key, list[Record]] = {}
+        self._take(record for record in read_records(path) if record.machine.setup == machine.setup)
 
-    def add(self, *what: Any) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(self._line(what) + "\n")
+    def records(self, key: Key) -> list[Record]:
+        """A measurement's results so far: of each provider and metric the last."""
+        found = {(r.provider, r.metric): r for r in self._known.get(key, ()) if r.metric != "begun"}
+        return list(found.values())
 
-    def count(self, *what: Any) -> int:
-        return self._lines().count(self._line(what))
+    def providers(self, key: Key) -> set[str]:
+        """The providers with a result: the last of their records, so that none is missing."""
+        return {record.provider for record in self.records(key) if record.metric in ("ms", "not run")}
 
-    def remove(self, *what: Any) -> None:
-        """Take one back: it had an outcome."""
-        lines, line = self._lines(), self._line(what)
-        if line in lines:  # else another process has rewritten the file meanwhile
-            lines.remove(line)
-            self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    def add(self, records: Iterable[Record]) -> None:
+        """Write records, a provider's time after its other figures."""
+        records = sorted(records, key=lambda record: record.metric == "ms")
+        append_records(self.path, records)
+        self._take(records)
 
-    def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+    def measure(self, begun: Record, run: Callable[[], list[Record]], why_not: str | None = None) -> bool:
+        """Record one provider's results, unless they are recorded; False if the time is over.
 
-    def _line(self, what: Any) -> str:
-        return json.dumps([self.owner, *what])
+        A provider that raises TimeoutError is started a second time, with the code that it has compiled. One that takes
+        the process down is started again by the next run. After two starts it is recorded as not run.
+
+        Args:
+            begun: the record that says that the provider was started, with the metric "begun".
+            run: measures it.
+            why_not: why it cannot be run.
+
+        Raises:
+            DeviceLostError: as `run` does.
+        """
+        if begun.provider in self.providers(begun.key):
+            return True
+        if why_not is not None:
+            self.add([replace(begun, metric="not run", why=why_not)])
+            return True
+        while self._attempts(begun) < MOST_ATTEMPTS:
+            if time.monotonic() > self.deadline:
+                return False
+            self.add([begun])
+            try:
+                self.add(run())
+            except TimeoutError:
+                continue
+            except FailedError as error:
+                self._fail(begun, str(error))
+                if isinstance(error, DeviceLostError):
+                    raise
+            except BaseException:  # such as Ctrl-C, which is not the provider's fault
+                self.add([replace(begun, why="stopped from outside")])
+                raise
+            return True
+        self._fail(begun, f"it was started {MOST_ATTEMPTS} times, and took too long or broke the process")
+        return True
+
+    def _attempts(self, begun: Record) -> int:
+        found = [r.why for r in self._known.get(begun.key, ()) if (r.provider, r.metric) == (begun.provider, "begun")]
+        return 2 * found.count(None) - len(found)
+
+    def _fail(self, begun: Record, reason: str) -> None:
+        details = {**begun.details, "failed": [reason]}
+        self.add([replace(begun, metric="not run", why=reason, details=details)])
+
+    def _take(self, records: Iterable[Record]) -> None:
+        for record in records:
+            self._known.setdefault(record.key, []).append(record)
+
+
+def failures(records: Iterable[Record]) -> list[str]:
+    """Errors of our own kernels and networks in these records, in words."""
+    found = []
+    for record in records:
+        name = f"{record.op} {'x'.join(map(str, record.shape))} {record.dtype}, {record.provider}"
+        if record.provider.startswith("ours") and record.metric == "not run" and "failed" in record.details:
+            found.append(f"{name}: {record.why}")
+        if record.provider.startswith("ours") and record.details.get("within the rule") is False:
+            found.append(f"{name}: inaccurate, see `effformer verify`")
+    return found

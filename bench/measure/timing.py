@@ -1,7 +1,8 @@
-"""Time of a callable: by the wall clock, or that of the device alone with nothing of an earlier call in its cache."""
+"""Time of a callable: by the wall clock, or of the device alone with a cold cache."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 import time
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 COLD = 3  # the arguments of a rotation are this many times as large as the cache
-LEAST_CALLS = 10  # in a graph, so that what it takes to start one hardly counts
+LEAST_CALLS = 10  # in a graph, so that the time to start one hardly counts
 CPU_CACHE = 64 * 2**20  # bytes: PyTorch does not know a CPU's
 
 
@@ -36,10 +37,10 @@ class Timing:
 def measure(
     call: Callable[[], object], device: torch.device, *, least_repeats: int = 5, least_seconds: float = 0.5
 ) -> Timing:
-    """Time `call`, each run from an idle device to an idle device.
+    """Time `call`, each run from an idle device to an idle device, without garbage collection.
 
     Args:
-        call: what to time; called twice before the clock starts.
+        call: is called twice before the clock starts.
         device: where it computes; a CUDA device is synchronised around each run.
         least_repeats, least_seconds: stop once both are reached.
     """
@@ -52,11 +53,18 @@ def measure(
         call()
     synchronise()
     times: list[float] = []
-    while len(times) < max(least_repeats, 2) or sum(times) < least_seconds:
-        start = time.perf_counter()
-        call()
-        synchronise()
-        times.append(time.perf_counter() - start)
+    total = 0.0
+    gc.collect()
+    gc.disable()
+    try:
+        while len(times) < max(least_repeats, 2) or total < least_seconds:
+            start = time.perf_counter()
+            call()
+            synchronise()
+            times.append(time.perf_counter() - start)
+            total += times[-1]
+    finally:
+        gc.enable()
     return Timing.of([1e3 * taken for taken in times])
 
 
@@ -68,9 +76,9 @@ def device_time(
     least_repeats: int = 5,
     least_seconds: float = 0.2,
 ) -> Timing:
-    """Device time of one call in a `Rotation`: of `make`, `device` and `footprint` see there.
+    """Device time of one call in a `Rotation`, which explains `make`, `device` and `footprint`.
 
-    On a GPU each measurement is the mean over one round of the rotation; launching from Python does not count.
+    On a GPU each time is the mean over one round of the rotation; launching from Python does not count.
     `least_repeats`, `least_seconds`: stop once both are reached.
     """
     rotation = Rotation(make, device, footprint)
@@ -83,7 +91,7 @@ def device_time(
 
 
 class Rotation:
-    """The same call on copies of its arguments, one after another: none finds in the cache what another one left.
+    """The same call on copies of its arguments, one after another, so that none finds its arguments in the cache.
 
     The copies are `COLD` times as large as the cache, two at least. On a GPU a round of them is captured in a CUDA
     graph, where every call writes its result to memory of its own.
@@ -125,19 +133,6 @@ class Rotation:
         return 1e3 * (time.perf_counter() - start)
 
 
-class DeviceClock:
-    """A clock that only advances by the time of a call in a rotation: a timer for who would else time the launch."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-    def run(self, rotation: Rotation) -> None:
-        self.seconds += rotation.times(1)[0] / 1e3
-
-
 def cache_size(device: torch.device) -> int:
     """Bytes of a GPU's L2 cache; `CPU_CACHE` for a CPU."""
     if device.type != "cuda":
@@ -148,13 +143,13 @@ def cache_size(device: torch.device) -> int:
 def captured(calls: Sequence[Callable[[], object]], total: int, device: torch.device) -> torch.cuda.CUDAGraph:
     """A CUDA graph of `total` calls, taken from `calls` in turns, after a first use of one of them.
 
-    A result keeps its memory until as many others were computed: none is written to lines that are still cached.
+    A result keeps its memory until as many others were computed, so that none is written to lines still in the cache.
     """
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            calls[0]()  # what is compiled or loaded at the first call is not for a graph
+            calls[0]()  # compiles and loads outside of the graph
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         results: deque[object] = deque(maxlen=len(calls))
@@ -165,7 +160,7 @@ def captured(calls: Sequence[Callable[[], object]], total: int, device: torch.de
 
 
 def kernel_time(call: Callable[[], object], device: torch.device) -> float:
-    """Median milliseconds of `call`, of which there is only one: on a GPU by CUDA events, L2 overwritten before each.
+    """Median milliseconds of `call`, on a GPU by CUDA events and with L2 overwritten before each.
 
     There `call` is captured in a CUDA graph, so that the time to launch does not count; it must not allocate.
     """

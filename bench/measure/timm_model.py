@@ -1,4 +1,4 @@
-"""timm's network, as whoever wants it fast would prepare it."""
+"""timm's network, prepared to be fast."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def import_torchvision() -> None:
         _KEPT.append(library)
 
 
-_KEPT: list[torch.library.Library] = []  # a library that is collected takes its operators with it
+_KEPT: list[torch.library.Library] = []  # garbage collection of a library would remove its operators
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:

@@ -1,8 +1,8 @@
-"""Compile every kernel with every shipped configuration for every GPU they are for, and hold the outcome to rules.
+"""Compile every kernel with every shipped configuration for every GPU type, and check the outcome by rules.
 
-`python -m effformer.bench.offline.audit` (`make audit`) prints a table, writes one JSON record a compiled kernel, and
+`python -m effformer.bench.offline.audit` (`make audit`) prints a table and writes a JSON record a compiled kernel. It
 fails on spills inside a loop, more shared memory than the GPU has, matrix products off the tensor cores, products that
-Hopper's compiler serialises, and configurations that are missing or were never compiled. It needs no GPU.
+Hopper's compiler serialises, and configurations that are missing or never compiled. It needs no GPU.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _PRODUCTS = ("conv_norm_kernel", "mlp_kernel", "split_mlp_kernel", "linear_kerne
 class Job:
     """One kernel to compile for a device, for all the shapes that share it.
 
-    `configuration` is the launch's; `hidden` the hidden elements that a program's hot loop makes in one round, 0 if it
-    makes none.
+    `configuration` is that of the launch. `hidden` counts the hidden elements that a program's hot loop makes in one
+    round: 0 for most kernels.
     """
 
     operation: str
@@ -75,14 +75,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Record:
-    """What a job became, and what is wrong with it; a line of `audit.jsonl`.
+    """The outcome of a job and its faults; a line of `audit.jsonl`.
 
     Attributes:
         shared_memory_limit: bytes that a program may have on the target.
-        tensor_core: of the target; `compiled.tensor_cores` counts what is there.
+        tensor_core: the instruction of the target; `compiled.tensor_cores` counts those in the kernel.
         instructions_per_hidden, mufu_per_hidden: instructions (of a thread) in the hot loop for each hidden element;
             None for kernels whose loop makes none.
-        faults: empty if all rules hold.
+        faults: the rules that do not hold.
     """
 
     operation: str
@@ -104,12 +104,11 @@ class Record:
 def jobs(
     models: Sequence[str], targets: Sequence[int], dtypes: Sequence[str], *, extra: Sequence[Entry] = ()
 ) -> tuple[list[Job], list[str]]:
-    """What to compile, and what is missing: shapes without a configuration, configurations without a shape.
+    """The jobs, and lines on shapes without a configuration and configurations without a shape.
 
-    Kernels that differ in nothing but which of their sizes are multiples of 16 count as one, the first met: the
-    published sizes, 256 images. Entries for one size alone hide general ones, which other networks get: what these give
-    is compiled as well. Unused configurations are looked for where all models are audited. `extra` entries come before
-    the shipped ones.
+    Kernels that differ only in the sizes that are multiples of 16 count as one: the first, with the published sizes and
+    256 images. Entries for a single size hide general ones, which other networks get: these are compiled as well.
+    Unused configurations are reported where all models are audited. `extra` entries come before the shipped ones.
     """
     found: dict[str, Job] = {}
     missing: list[str] = []
@@ -192,7 +191,7 @@ def _faults(job: Job, compiled: Compiled, limit: int, core: str) -> Iterator[str
     if compiled.shared_memory > limit:
         yield f"{compiled.shared_memory} bytes of shared memory, and the GPU has {limit}"
     if job.kernel in _PRODUCTS and job.dtype != "float32":
-        # Warpgroups and tensor memory work on 64 rows and more: smaller tiles are for the cores of old.
+        # Warpgroups and tensor memory work on 64 rows and more: smaller tiles take the older instruction.
         cores = (core,) if job.configuration["BLOCK_M"] >= 64 else (core, "HMMA")
         if not any(name in compiled.tensor_cores for name in cores):
             yield f"no {core}: its matrix products are not on the target's tensor cores"
@@ -201,17 +200,17 @@ def _faults(job: Job, compiled: Compiled, limit: int, core: str) -> Iterator[str
 
 
 def cores() -> int:
-    """Processor cores that this process may use, 16 at most: a compiler takes a gigabyte."""
+    """Processor cores that this process may use, 16 at most, since each compiler takes a gigabyte."""
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 @contextlib.contextmanager
 def compilers(workers: int) -> Iterator[Executor]:
-    """Processes that do not interpret, even where this one does. What is not done at the end is dropped."""
+    """Processes that do not interpret, even where this one does. Unfinished work is dropped at the end."""
     pool, others = ProcessPoolExecutor(workers, mp_context=get_context("spawn")), set(active_children())
     interpret = os.environ.pop("TRITON_INTERPRET", None)
     try:
-        # A task starts a process as long as none is idle; they inherit the environment.
+        # A task starts a process unless one is idle; processes inherit the environment.
         wait([pool.submit(os.getpid) for _ in range(workers)])
     finally:
         if interpret is not None:
@@ -235,7 +234,7 @@ def audit_all(jobs: Sequence[Job], workers: int, cache: Path | None) -> Iterator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the audit; 1 if there are faults."""
+    """Run the audit and return the exit status: 1 if there are faults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=sorted(PRESETS), choices=sorted(PRESETS), metavar="MODEL")
     parser.add_argument("--targets", nargs="+", type=int, default=list(TARGETS), choices=TARGETS, metavar="SM")
@@ -297,7 +296,7 @@ def _describe(record: Record) -> str:
 
 
 def _worst(records: Sequence[Record]) -> Iterator[str]:
-    """For each target and kernel the largest figures, each with the dtype and shape that it is of."""
+    """The largest figures of each target, each with its kernel, dtype and shape."""
     figures: dict[str, Callable[[Compiled], int]] = {
         "registers": lambda found: found.registers,
         "spills": lambda found: found.spills,

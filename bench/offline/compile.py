@@ -1,6 +1,6 @@
-"""Compile the kernels without a GPU and read what came out: registers, spills, shared memory, instructions.
+"""Compile the kernels without a GPU and count registers, spills, shared memory and instructions of the result.
 
-Compiling needs a process that does not interpret (no TRITON_INTERPRET); describing what to compile does not.
+Compiling needs a process that does not interpret (no TRITON_INTERPRET); describing a kernel does not.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)
 
 @dataclass(frozen=True)
 class Source:
-    """All that a compiled kernel depends on, beside its code: plain data.
+    """Everything beside its code that a compiled kernel depends on, as plain data.
 
     Attributes:
         kernel: "module:name".
-        types, constants, attributes: what Triton specialises it for; see `source_of`.
+        types, constants, attributes: as Triton specialises the kernel; see `source_of`.
         capability: of the target, 90 for sm_90.
     """
 
@@ -53,13 +53,13 @@ class Source:
 
     @property
     def without_attributes(self) -> str:
-        """What tells kernels apart whose arguments differ in divisibility alone: equal for those."""
+        """A key that is equal for kernels whose arguments differ only in divisibility."""
         return json.dumps([self.kernel, self.types, self.constants, self.num_warps, self.num_stages, self.capability])
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel became.
+    """A compiled kernel in numbers.
 
     Attributes:
         registers: a thread.
@@ -89,12 +89,12 @@ class Compiled:
 
     @property
     def serialised(self) -> bool:
-        """Whether ptxas waits for each asynchronous product of Hopper's before the next: two waits for one then."""
+        """Whether ptxas waits for each of Hopper's asynchronous products before the next, with two waits for each."""
         return self.waits > self.products
 
 
 def source_of(launch: Launch, capability: int) -> Source:
-    """What Triton would compile for this launch on sm_<capability>; pointers count as aligned."""
+    """The kernel that Triton would compile for this launch on sm_<capability>; pointers count as aligned."""
     types: dict[str, str] = {}
     constants, attributes = dict(launch.constants), dict[tuple[int, ...], list[list[Any]]]()
     function = launch.kernel.fn
@@ -119,12 +119,12 @@ def source_of(launch: Launch, capability: int) -> Source:
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
-    """Compile for sm_<capability>. Raises what Triton raises, where it cannot."""
+    """Compile for sm_<capability>. Triton's errors pass through."""
     return compile_source(source_of(launch, capability))
 
 
 def compile_source(source: Source, cache: Path | None = None) -> Compiled:
-    """Compile, or read what an earlier call found, from files in the folder `cache`. Raises what Triton raises."""
+    """Compile, or read the result of an earlier call from the folder `cache`. Triton's errors pass through."""
     module, _, name = source.kernel.partition(":")
     kernel = getattr(importlib.import_module(module), name)
     if cache is None:
@@ -178,9 +178,9 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def _loops(instructions: list[tuple[int, str, str]]) -> list[tuple[int, int]]:
-    """(first, last) address of every loop: what lies between a backward branch and its target.
+    """(first, last) address of every loop, which ends in a backward branch to its start.
 
-    What stands behind the last exit is waiting that takes longer than hoped for; from there a branch leads back.
+    Code behind the last exit only waits longer than usual, and branches back: these branches are not loops.
     """
     end = max((address for address, name, _ in instructions if name == "EXIT"), default=-1)
     loops = []

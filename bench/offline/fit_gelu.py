@@ -1,6 +1,6 @@
 """Derivation of the GELU approximations in `kernels/activation.py`: python -m effformer.bench.offline.fit_gelu
 
-They write gelu(x) = relu(x) - t(|x|) with the tail t(a) = a * Q(a), Q(a) = erfc(a / sqrt(2)) / 2, and fit
+The approximations write gelu(x) = relu(x) - t(|x|) with the tail t(a) = a * Q(a), Q(a) = erfc(a / sqrt(2)) / 2, and fit
 
     t(a) = b * 2**p(b), b = min(a, cap), p a polynomial of degree 2 to 5
 
@@ -31,14 +31,14 @@ class Fit:
 
 
 def tail(a: Array) -> Array:
-    """a * Q(a), what gelu(a) lacks to relu(a), for a >= 0."""
+    """a * Q(a) = relu(a) - gelu(a), for a >= 0."""
     return 0.5 * a * erfc(a / np.sqrt(2))
 
 
 def fit(degree: int, cap: float, steps: int = 24) -> Fit:
     """The best p at this cap.
 
-    For a given e the condition is linear in p: it lies between two logarithms. e is found by bisection.
+    For a given e the conditions are linear in p, which lies between two logarithms. Bisection finds e.
     """
     a = np.concatenate([np.linspace(1e-4, 1, 301), np.linspace(1, cap, 701)[1:]])
     matrix, wanted, allowed = np.stack([a**k for k in range(degree + 1)], axis=1), tail(a), np.minimum(a, 1)
@@ -66,7 +66,7 @@ def fit(degree: int, cap: float, steps: int = 24) -> Fit:
 
 
 def derive(degree: int) -> Fit:
-    """The best p, and the cap it is best with."""
+    """The best p, and its cap."""
     return min((fit(degree, float(cap)) for cap in np.arange(2.5, 5.51, 0.125)), key=lambda found: found.error)
 
 

@@ -1,174 +1,107 @@
-"""The launches of the published networks, described and not run: what is audited, tuned and measured."""
+"""The launches of the published networks, described and not run, for the audit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...config import PRESETS
-from ...kernels.attention_mixer import attention_mixer_launches
 from ...kernels.bias_attention import bias_attention_launch, new_values, prepare_bias
-from ...kernels.conv_mlp import conv_mlp_launches
-from ...kernels.conv_norm import conv_norm_launches, new_halved
-from ...kernels.head import head_launches, new_logits
-from ...kernels.launch import Launch
+from ...kernels.launch import Launch, recorded
 from ...kernels.layer_norm import layer_norm_launch
 from ...kernels.layout import token_rows
-from ...kernels.linear_mlp import linear_mlp_launches
-from ...kernels.meta4d import meta4d_launches
-from ...kernels.pool_mixer import pool_mixer_launch
+from ...kernels.operators import IMPLEMENTATIONS
 from ...kernels.tiling.device import Device, stand_in
+from ...testing import Case, bias_attention_case, conv_norm_case, draw_case, draw_map
+from ...workload import network_work
+
+Described = tuple[str, str, Launch]  # operation, shape of its input with anything unusual, launch
 
 
 def network_launches(
     name: str, dtype: torch.dtype, device: Device, *, batch: int = 256, size: tuple[int, int] = (224, 224)
-) -> Iterator[tuple[str, str, Launch]]:
-    """(operation, shape, launch) of all fused operations at each stage of a published network; nothing is allocated.
+) -> Iterator[Described]:
+    """The launches of a published network's work on `device`; nothing is allocated.
 
-    channels_last maps of [batch, C, height / 4, width / 4] and smaller, on `device`. At the stage of the 3D blocks
-    `bias_attention` is part of `attention_mixer`, and repeated with a prepared bias alone.
+    Maps are channels_last. Images come in the two layouts that users have: contiguous in `dtype`, and
+    [batch, height, width, 3] in uint8. `attention_mixer` contains `bias_attention`, which is described once more with
+    a prepared bias alone.
     """
-    config = PRESETS[name]
-    with stand_in(device):
-        for stage, width in enumerate(config.widths):
-            height, columns = (-(-side // (4 << stage)) for side in size)  # 3x3, stride 2, padding 1: rounded up
-            hidden = int(width * config.mlp_ratio)
-            yield from map_launches(width, hidden, (batch, height, columns), dtype, config.act)
-            if stage:
-                double = (batch, *(-(-side // (2 << stage)) for side in size))
-                yield from halving_launches(config.widths[stage - 1], width, double, dtype)
-            else:
-                yield from halving_launches(3, width // 2, (batch, *size), dtype, "relu")
-                yield from halving_launches(3, width // 2, (batch, *size), dtype, "relu", pixels=True)
-                yield from halving_launches(
-                    width // 2, width, (batch, *(-(-side // 2) for side in size)), dtype, "relu"
-                )
-        heads = (config.num_heads, config.key_dim, config.value_dim)
-        yield from token_launches(batch, height * columns, width, hidden, *heads, dtype)
-        yield from end_launches(batch, height * columns, width, 1000, dtype)
-
-
-def map_launches(
-    channels: int, hidden: int, size: tuple[int, int, int], dtype: torch.dtype, activation: str = "gelu"
-) -> Iterator[tuple[str, str, Launch]]:
-    """`network_launches` for maps [batch, channels, height, width], with size = (batch, height, width)."""
-    batch, height, width = size
-    x = _empty(batch, height, width, channels, of=dtype).permute(0, 3, 1, 2)
-    w1, w2 = _empty(hidden, channels, of=dtype), _empty(channels, hidden, of=dtype)
-    c, h, out = _empty(channels), _empty(hidden), torch.empty_like(x)
-    shape = f"[{batch}, {channels}, {height}, {width}]"
-    for launch in meta4d_launches(x, c, w1, h, h, w2, c, c, activation, out=out):
-        yield "meta4d", shape, launch
-    for launch in conv_mlp_launches(x, w1, h, h, w2, c, c, activation, out=out):
-        yield "conv_mlp", shape, launch
-    yield "pool_mixer", shape, pool_mixer_launch(x, c, out)
-
-
-def halving_launches(
-    channels: int,
-    outputs: int,
-    size: tuple[int, ...],
-    dtype: torch.dtype,
-    activation: str | None = None,
-    *,
-    pixels: bool = False,
-) -> Iterator[tuple[str, str, Launch]]:
-    """`network_launches` for a convolution of maps [batch, channels, height, width]; size = (batch, height, width).
-
-    Images, of 3 channels, are contiguous, and `pixels` (uint8) [batch, height, width, channels]: both as they come.
-    """
-    batch, height, width = size
-    x = _empty(batch, height, width, channels, of=torch.uint8 if pixels else dtype).permute(0, 3, 1, 2)
-    if channels == 3 and not pixels:
-        x = x.contiguous()
-    weight = _empty(outputs, 3, 3, channels, of=dtype).permute(0, 3, 1, 2)
-    o, border, out = _empty(outputs), _empty(channels, of=dtype) if pixels else None, new_halved(x, weight)
-    shape = f"[{batch}, {channels}, {height}, {width}]" + (", uint8" if pixels else "")
-    for launch in conv_norm_launches(x, weight, o, o, activation, border, out=out):
-        yield "conv_norm", shape, launch
-
-
-def token_launches(
-    batch: int, tokens: int, channels: int, hidden: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Launch]]:
-    """`network_launches` for tokens [batch, tokens, channels]."""
-    x, c, h = _empty(batch, tokens, channels, of=dtype), _empty(channels), _empty(hidden)
-    qkv, values = heads * (2 * key_dim + value_dim), heads * value_dim
-    weights = _empty(qkv, channels, of=dtype), _empty(channels, values, of=dtype)
-    bias, out = _empty(heads, tokens, tokens), torch.empty_like(x)
-    shape = f"[{batch}, {tokens}, {channels}]"
-    arguments = (c, c, weights[0], _empty(qkv), bias, weights[1], c, c)
-    for launch in attention_mixer_launches(x, *arguments, heads, key_dim, 1e-5, out=out):
-        yield "attention_mixer", shape, launch
-    yield prepared_launch(batch, tokens, heads, key_dim, value_dim, dtype)
-    w1, w2 = _empty(hidden, channels, of=dtype), _empty(channels, hidden, of=dtype)
-    for launch in linear_mlp_launches(x, c, c, w1, h, w2, c, c, "gelu", 1e-5, out=out):
-        yield "linear_mlp", shape, launch
-
-
-def prepared_launch(
-    batch: int, tokens: int, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
-) -> tuple[str, str, Launch]:
-    """`network_launches` for attention with a prepared bias."""
-    qkv = _empty(batch, tokens, heads * (2 * key_dim + value_dim), of=dtype)
-    bias = prepare_bias(_empty(heads, tokens, tokens), key_dim, value_dim, dtype)
-    launch = bias_attention_launch(qkv, bias, heads, key_dim, new_values(qkv, heads, key_dim), prepared=True)
-    return "bias_attention", f"[{batch}, {tokens}, {qkv.shape[2]}], prepared", launch
-
-
-def end_launches(
-    batch: int, tokens: int, channels: int, classes: int | None, dtype: torch.dtype
-) -> Iterator[tuple[str, str, Launch]]:
-    """`network_launches` for the network's end."""
-    x, c = _empty(batch, tokens, channels, of=dtype), _empty(channels)
-    weight, bias = (None, None) if classes is None else (_empty(classes, channels, of=dtype), _empty(classes))
-    for launch in head_launches(x, c, c, weight, bias, 1e-5, out=new_logits(x, weight)):
-        yield "head", f"[{batch}, {tokens}, {channels}]", launch
-
-
-def unusual_launches(dtype: torch.dtype, device: Device) -> Iterator[tuple[str, str, Launch]]:
-    """What no published network has and the table has entries for: odd channels, wide or few tokens, mixed dtypes."""
-    with stand_in(device):
-        for channels in (24, 80):
-            yield from map_launches(channels, 4 * channels, (8, 28, 28), dtype)
-        contiguous = _empty(8, 48, 28, 28, of=dtype)
-        yield "pool_mixer", "[8, 48, 28, 28], contiguous", pool_mixer_launch(contiguous, _empty(48), contiguous)
-        tokens_of_8192 = token_rows(_empty(8, 49, 8192, of=dtype))
-        norm = layer_norm_launch(tokens_of_8192, _empty(8192), _empty(8192), 1e-5, tokens_of_8192)
-        yield "layer_norm", "[8, 49, 8192]", norm
-        yield from end_launches(8, 49, 8192, None, dtype)
-        for tokens, key, value in ((12, 32, 128), (12, 48, 160), (49, 48, 160), (49, 320, 32)):
-            qkv, bias = _empty(8, tokens, 8 * (2 * key + value), of=dtype), _empty(8, tokens, tokens)
-            launch = bias_attention_launch(qkv, bias, 8, key, new_values(qkv, 8, key))
-            yield "bias_attention", f"[8, {tokens}, 8 * (2 * {key} + {value})]", launch
-            yield prepared_launch(8, tokens, 8, key, value, dtype)
-        if dtype == torch.float32:  # as under autocast: few rows, whose products alone are in 16 bit
-            for batch in (1, 8):
-                x, c, h = _empty(batch, 49, 448), _empty(448), _empty(1792)
-                w1, w2 = _empty(1792, 448, of=torch.float16), _empty(448, 1792, of=torch.float16)
-                for launch in linear_mlp_launches(x, c, c, w1, h, w2, c, c, "gelu", 1e-5, out=x):
-                    yield "linear_mlp", f"[{batch}, 49, 448], weights in float16", launch
-            yield from few_rows_launches(512, (2, 7, 7), dtype, weights=torch.float16)
+    for work in network_work(PRESETS[name], batch, size):
+        if work.operation == "bias_attention":
+            yield _prepared(batch, work.shape[1], dtype, device, **work.options)
+        elif work.part == "stem, 1st":
+            for images, note in (((dtype, "contiguous"), ""), ((torch.uint8,), ", uint8")):
+                draw = partial(_convolution, work.shape, *images, dtype=dtype, **work.options)
+                yield from _launches(draw, device, note)
         else:
-            for channels, size in ((224, (1, 14, 14)), (448, (8, 7, 7)), (512, (2, 7, 7)), (768, (1, 7, 7))):
-                yield from few_rows_launches(channels, size, dtype, weights=dtype, deterministic=False)
+            yield from _launches(partial(draw_case, work.operation, work.shape, dtype, **work.options), device)
 
 
-def few_rows_launches(
-    channels: int, size: tuple[int, int, int], dtype: torch.dtype, *, weights: torch.dtype, deterministic: bool = True
-) -> Iterator[tuple[str, str, Launch]]:
-    """Of a 4D block, with size = (batch, height, width), in ways that the networks do not take by themselves."""
-    batch, height, width = size
-    x = _empty(batch, height, width, channels, of=dtype).permute(0, 3, 1, 2)
-    c, h, out = _empty(channels), _empty(4 * channels), torch.empty_like(x)
-    w1, w2 = _empty(4 * channels, channels, of=weights), _empty(channels, 4 * channels, of=weights)
-    how = "in any order" if not deterministic else f"weights in {str(weights).removeprefix('torch.')}"
-    launches = meta4d_launches(x, c, w1, h, h, w2, c, c, "gelu", deterministic=deterministic, out=out)
-    for launch in launches:
-        yield "meta4d", f"[{batch}, {channels}, {height}, {width}], {how}", launch
+def unusual_launches(dtype: torch.dtype, device: Device) -> Iterator[Described]:
+    """Launches that no published network has, for entries of the table: odd channels, wide or few tokens, mixed dtypes.
+
+    They keep alive the entries that other networks, autocast and `deterministic=False` need.
+    """
+    for channels in (24, 80):
+        for operation in ("meta4d", "conv_mlp", "pool_mixer"):
+            mlp: dict[str, Any] = {} if operation == "pool_mixer" else {"hidden": 4 * channels}
+            yield from _launches(partial(draw_case, operation, (8, channels, 28, 28), dtype, **mlp), device)
+    pool = partial(draw_case, "pool_mixer", (8, 48, 28, 28), dtype, "contiguous")
+    yield from _launches(pool, device, ", contiguous")
+    with stand_in(device), torch.device("meta"):
+        rows, vector = token_rows(torch.empty(8, 49, 8192, dtype=dtype)), torch.empty(8192)
+        norm = layer_norm_launch(rows, vector, vector, 1e-5, rows)
+    yield "layer_norm", "[8, 49, 8192]", norm
+    yield from _launches(partial(draw_case, "head", (8, 49, 8192), dtype), device)
+    for tokens, key, value in ((12, 32, 128), (12, 48, 160), (49, 48, 160), (49, 320, 32)):
+        heads = {"num_heads": 8, "key_dim": key, "value_dim": value}
+        attention = partial(bias_attention_case, 8, tokens, dtype, **heads)
+        for operation, _, launch in _launches(attention, device):
+            yield operation, f"[8, {tokens}, 8 * (2 * {key} + {value})]", launch
+        yield _prepared(8, tokens, dtype, device, **heads)
+    if dtype == torch.float32:  # as under autocast: few rows, and the products alone are in 16 bit
+        few = ("linear_mlp", (1, 49, 448), 1792), ("linear_mlp", (8, 49, 448), 1792), ("meta4d", (2, 512, 7, 7), 2048)
+        for operation, shape, hidden in few:
+            draw = partial(_of_half_weights, operation, shape, hidden)
+            yield from _launches(draw, device, ", weights in float16")
+    else:
+        for maps in ((1, 224, 14, 14), (8, 448, 7, 7), (2, 512, 7, 7), (1, 768, 7, 7)):
+            draw = partial(draw_case, "meta4d", maps, dtype, hidden=4 * maps[1])
+            yield from _launches(draw, device, ", in any order", deterministic=False)
 
 
-def _empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=of, device="meta")
+def _launches(draw: Callable[[], Case], device: Device, note: str = "", **options: object) -> list[Described]:
+    """The launches of a call of an operation, with further options."""
+    with stand_in(device), torch.device("meta"), recorded(run=False) as launches:
+        case = draw()
+        # The operator itself would answer tensors on the meta device with its fake.
+        left = getattr(torch.ops.effformer, case.operation).default._schema.arguments[len(case.arguments) :]
+        given = case.options | options
+        IMPLEMENTATIONS[case.operation](*case.arguments, *(given.get(one.name, one.default_value) for one in left))
+    return [(case.operation, f"{list(case.arguments[0].shape)}{note}", launch) for launch in launches]
+
+
+def _convolution(shape: tuple[int, ...], images: torch.dtype, layout: str = "channels_last", **options: Any) -> Case:
+    return conv_norm_case(draw_map(shape, images, layout), **options)
+
+
+def _of_half_weights(operation: str, shape: tuple[int, ...], hidden: int) -> Case:
+    case = draw_case(operation, shape, torch.float32, hidden=hidden)
+    arguments = tuple(one.half() if one.ndim == 2 else one for one in case.arguments)
+    return Case(operation, arguments, case.options)
+
+
+def _prepared(
+    batch: int, tokens: int, dtype: torch.dtype, device: Device, *, num_heads: int, key_dim: int, value_dim: int
+) -> Described:
+    """Attention with a prepared bias."""
+    with stand_in(device), torch.device("meta"):
+        heads = {"num_heads": num_heads, "key_dim": key_dim, "value_dim": value_dim}
+        qkv, bias = bias_attention_case(batch, tokens, dtype, **heads).arguments
+        bias, out = prepare_bias(bias, key_dim, value_dim, dtype), new_values(qkv, num_heads, key_dim)
+        launch = bias_attention_launch(qkv, bias, num_heads, key_dim, out, prepared=True)
+    return "bias_attention", f"{list(qkv.shape)}, prepared", launch

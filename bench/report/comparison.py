@@ -1,12 +1,10 @@
-"""Who is faster than whom: the records of one run at one shape, side by side.
+"""Results side by side: all providers at one operation or network, dtype and shape, on one setup.
 
-A network's comparison is what was measured at one date: its rungs took turns on one machine. An operation's is what
-one machine measured of one state of the code. Figures of two runs are never set against each other.
+A setup is a machine with its versions and the code. Figures of two setups are never compared.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -16,47 +14,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..measure.network_providers import Cell, rungs, strongest
-from ..measure.records import CUT_OFF, Machine, Record, read_records
+from ..measure import networks, operations
+from ..measure.network_providers import BY_NAME, Measurement, providers_of, strongest
+from ..measure.operation_providers import OURS
+from ..measure.records import Key, Machine, Record, read_records
 from ..measure.roofline import Ceilings
 
-BACKBONES, KERNELS = "backbone.jsonl", "kernels.jsonl"
-OURS = {BACKBONES: "ours frozen", KERNELS: "ours"}
-# Whose fastest is the baseline: timm's rungs; our eager network compiled, which is measured where timm cannot run.
-RIVALS = {BACKBONES: ("timm", "ours eager, torch.compile"), KERNELS: ("",)}
+NETWORKS, OPERATIONS = networks.FILE, operations.FILE
 HIGHER_IS_BETTER = ("img/s", "GB/s", "TFLOP/s")
-DTYPES = ("bfloat16", "float16", "float32")
+FROZEN = "ours frozen"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one provider did: its records by metric."""
+    """The records of one provider, by metric."""
 
     provider: str
     records: dict[str, Record]
 
     @property
     def not_run(self) -> str | None:
-        """Why it was not; None if it was."""
+        """Why it was not run; None if it was."""
         record = self.records.get("not run")
         return None if record is None else record.why or "no reason was recorded"
 
     @property
-    def evidence(self) -> dict[str, Any]:
-        return {name: value for record in self.records.values() for name, value in record.evidence.items()}
+    def details(self) -> dict[str, Any]:
+        return {name: value for record in self.records.values() for name, value in record.details.items()}
 
     @property
     def roofline(self) -> float | None:
-        """Fraction of the floor's speed."""
+        """The fraction of the roofline's speed."""
         found = (record.roofline for record in self.records.values())
         return next((fraction for fraction in found if fraction is not None), None)
 
     @property
-    def remarks(self) -> list[str]:
-        """What was recorded beside the figures, such as a machine that drifted or an option that did not act."""
-        return list(
-            dict.fromkeys(record.why for record in self.records.values() if record.why and self.not_run is None)
-        )
+    def remarks(self) -> str:
+        """The reason why it was not run, or remarks such as a drift of the machine; else nothing."""
+        found = dict.fromkeys(record.why for record in self.records.values() if record.why)
+        return self.not_run or "; ".join(map(str, found))
 
     def value(self, metric: str) -> float | None:
         """The figure, which may be NaN; None where it was not measured."""
@@ -71,24 +67,40 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every provider's result at one operation or network, dtype and shape, from one run.
+    """Every provider's result at one operation or network, dtype and shape, on one setup.
 
     Attributes:
-        file: `BACKBONES` or `KERNELS`, which says who is ours and whose fastest is the baseline.
-        machine: the run; its date is that of the newest record.
+        key: of the measurement.
+        machine: the setup, with commit and date of the newest record.
+        results: by provider.
     """
 
-    file: str
-    op: str
-    dtype: str
-    shape: tuple[int, ...]
+    key: Key
     machine: Machine
     results: dict[str, Result]
 
     @property
+    def op(self) -> str:
+        op, mode = self.key[:2]
+        return op if mode == "forward" else f"{op}, {mode}"
+
+    @property
+    def name(self) -> str:
+        """The operation, or a network's short name such as "L1"."""
+        return self.op.removeprefix("efficientformer_").upper() if self.is_network else self.op
+
+    @property
+    def dtype(self) -> str:
+        return self.key[2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.key[3]
+
+    @property
     def options(self) -> dict[str, Any]:
-        """What an operation was given beside its input's shape."""
-        found: dict[str, Any] = next(iter(self.results.values())).evidence.get("options", {})
+        """An operation's options beside its input's shape."""
+        found: dict[str, Any] = json.loads(self.key[4])
         return found
 
     @property
@@ -101,86 +113,91 @@ class Comparison:
         return "x".join(map(str, self.shape[2:]))
 
     @property
-    def ours(self) -> Result | None:
-        return self.results.get(OURS[self.file])
+    def is_network(self) -> bool:
+        return self.op in networks.MODELS
 
     @property
-    def rivals(self) -> list[Result]:
-        found = (result for name, result in self.results.items() if name.startswith(RIVALS[self.file]))
-        return [result for result in found if result is not self.ours]
+    def ours(self) -> Result | None:
+        return self.results.get(FROZEN if self.is_network else OURS)
+
+    @property
+    def others(self) -> list[Result]:
+        """The results of which the fastest is the baseline; for a network timm's, or ours eager compiled."""
+        if not self.is_network:
+            return [result for name, result in self.results.items() if name != OURS]
+        return [result for name, result in self.results.items() if name in BY_NAME and BY_NAME[name].is_baseline]
 
     def baseline(self, metric: str) -> Result | None:
-        """The fastest rival by this metric."""
-        rivals = [rival for rival in self.rivals if rival.ran(metric)]
+        """The fastest of the others by this metric."""
         best = max if metric in HIGHER_IS_BETTER else min
-        return best(rivals, key=lambda rival: rival.value(metric) or math.nan, default=None)
+        others = [other for other in self.others if other.ran(metric)]
+        return best(others, key=lambda other: other.value(metric) or math.nan, default=None)
+
+    def ratio(self, result: Result | None, metric: str) -> float | None:
+        """How many times as fast as the baseline `result` is; NaN where its figure is. None if one is missing."""
+        baseline = self.baseline(metric)
+        if result is None or baseline is None or result.value(metric) is None:
+            return None
+        if not result.ran(metric):
+            return math.nan
+        ratio = (result.value(metric) or math.nan) / (baseline.value(metric) or math.nan)
+        return ratio if metric in HIGHER_IS_BETTER else 1 / ratio
 
     def speedup(self, metric: str) -> float | None:
-        """How many times as fast as the baseline ours is; NaN where our figure is none. None if one is missing."""
-        ours, baseline = self.ours, self.baseline(metric)
-        if ours is None or baseline is None or ours.value(metric) is None:
-            return None
-        if not ours.ran(metric):
-            return math.nan
-        ratio = (ours.value(metric) or math.nan) / (baseline.value(metric) or math.nan)
-        return ratio if metric in HIGHER_IS_BETTER else 1 / ratio
+        """How many times as fast as the baseline ours is."""
+        return self.ratio(self.ours, metric)
 
     @property
     def doubts(self) -> str:
-        """Remarks on ours and the baseline, which whoever reads the speed-up should know; else nothing."""
+        """Remarks on ours and the baseline, and compiled baselines without a figure: to know with the speed-up."""
         concerned = (self.ours, self.baseline("img/s"), self.baseline("ms"))
-        found = (f"{result.provider}: {remark}" for result in concerned if result for remark in result.remarks)
-        doubts = list(dict.fromkeys(found))
-        if self.file == BACKBONES and (missing := [name for name in strongest(self._cell) if not self._ran(name)]):
-            doubts.append(f"not measured, so that a rival may be faster yet: {', '.join(missing)}")
-        return "; ".join(doubts)
+        found = [f"{one.provider}: {one.remarks}" for one in concerned if one and one.remarks and not one.not_run]
+        if self.missing:
+            found.append(f"not measured, so that a baseline may be faster yet: {', '.join(self.missing)}")
+        return "; ".join(dict.fromkeys(found))
 
     @property
-    def _cell(self) -> Cell:
-        return Cell(self.op, self.batch, self.dtype, *self.shape[2:])
-
-    def _ran(self, provider: str) -> bool:
-        return provider in self.results and self.results[provider].ran("ms")
+    def missing(self) -> list[str]:
+        """The compiled baselines of a network without a figure."""
+        found = self.results
+        names = strongest(self._measurement) if self.is_network else []
+        return [name for name in names if name not in found or not found[name].ran("ms")]
 
     @property
-    def has_every_rung(self) -> bool:
-        """Whether the ladder was run to its end, and all that is compiled ran: else the baseline may be a weaker one.
+    def is_whole(self) -> bool:
+        """Whether every provider of a network was tried, all compiled baselines ran, and ours was measured again."""
+        names = {provider.name for provider in providers_of(self._measurement)}
+        drift = self.ours is not None and (self.ours.not_run is not None or "again" in self.ours.details)
+        return drift and names <= set(self.results) and not self.missing
 
-        What cannot run at an image size need not have.
-        """
-        listed = {rung.name for rung in rungs(self._cell)}
-        whole = listed <= set(self.results) and not any(CUT_OFF in result.evidence for result in self.results.values())
-        return whole and all(self._ran(name) for name in strongest(self._cell))
+    @property
+    def _measurement(self) -> Measurement:
+        return Measurement(self.op, self.batch, self.dtype, *self.shape[2:])
 
     @property
     def rank(self) -> tuple[bool, int, str]:
-        """Which of several runs counts: one that set ours against a rival, against most of them, the newest."""
-        return self.ours is not None and bool(self.rivals), len(self.results), self.machine.date
+        """Which of several setups counts: one with ours and a baseline, with the most providers, the newest."""
+        return self.ours is not None and bool(self.others), len(self.results), self.machine.date
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a folder of results holds.
+class ResultsFolder:
+    """The results of one GPU.
 
     Attributes:
-        backbones, kernels: one comparison for each network or operation, dtype and shape: the newest of those in which
-            most was set against ours.
-        ceilings: by dtype, the newest that were measured beside the kernels.
+        networks, operations: one comparison for each network or operation, dtype and shape: that of the highest rank.
+        ceilings: by dtype, the newest.
     """
 
     folder: Path
-    backbones: tuple[Comparison, ...]
-    kernels: tuple[Comparison, ...]
+    networks: tuple[Comparison, ...]
+    operations: tuple[Comparison, ...]
     ceilings: dict[str, Ceilings]
-
-    @property
-    def comparisons(self) -> tuple[Comparison, ...]:
-        return self.backbones + self.kernels
 
     @functools.cached_property
     def machines(self) -> list[Machine]:
         """Those of the comparisons, newest first."""
-        found = {comparison.machine for comparison in self.comparisons}
+        found = {comparison.machine for comparison in self.networks + self.operations}
         return sorted(found, key=lambda machine: machine.date, reverse=True)
 
     @property
@@ -188,59 +205,39 @@ class Measured:
         return all(machine.is_gpu for machine in self.machines)
 
 
-def measured(folder: Path) -> Measured:
-    """What `folder` holds.
+def read_folder(folder: Path) -> ResultsFolder:
+    """The results in `folder`.
 
     Raises:
         ValueError: if it holds no record, or one that cannot be read.
     """
-    backbones, kernels = read_records(folder / BACKBONES), read_records(folder / KERNELS)
-    if not backbones and not kernels:
-        raise ValueError(f"{folder}: got no record, allowed is a folder with {BACKBONES} or {KERNELS}, as "
+    of_networks, of_operations = read_records(folder / NETWORKS), read_records(folder / OPERATIONS)
+    if not of_networks and not of_operations:
+        raise ValueError(f"{folder}: got no record, allowed is a folder with {NETWORKS} or {OPERATIONS}, as "
                          "`effformer bench` and `effformer bench kernels` write them")  # fmt: skip
-    by_date = sorted(kernels, key=lambda record: record.machine.date)
+    by_date = sorted(of_operations, key=lambda record: record.machine.date)
     flops = {record.dtype: 1e12 * record.p50 for record in by_date if record.op == "matmul"}
     bandwidth = {record.dtype: 1e9 * record.p50 for record in by_date if record.op == "copy"}
     ceilings = {dtype: Ceilings(flops[dtype], bandwidth[dtype]) for dtype in flops.keys() & bandwidth.keys()}
-    operations = [record for record in kernels if record.op not in ("matmul", "copy")]
-    return Measured(folder, comparisons(BACKBONES, backbones), comparisons(KERNELS, operations), ceilings)
+    compared = [record for record in of_operations if record.op not in ("matmul", "copy")]
+    return ResultsFolder(folder, compare(of_networks), compare(compared), ceilings)
 
 
-def comparisons(file: str, records: Iterable[Record]) -> tuple[Comparison, ...]:
-    """One comparison for each network or operation, its options, dtype and shape, from the run of the highest rank."""
-    runs: dict[Any, dict[Any, list[Record]]] = defaultdict(lambda: defaultdict(list))
+def compare(records: Iterable[Record]) -> tuple[Comparison, ...]:
+    """One comparison for each measurement, of the setup of the highest rank. Later records replace earlier ones."""
+    measurements: dict[Key, dict[Machine, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        # The kernels' runs go on where they stopped: at other dates, when other results have been committed.
-        run: Any = record.machine
-        if file == KERNELS:
-            run = dataclasses.replace(record.machine, date="", commit=""), record.evidence.get("sources")
-        runs[name_of(record), options_of(record), record.dtype, record.shape][run].append(record)
+        if record.metric != "begun":
+            measurements[record.key][record.machine.setup].append(record)
     found = [
-        max((_comparison(file, run) for run in by_run.values()), key=lambda run: run.rank) for by_run in runs.values()
+        max((_comparison(key, run) for run in runs.values()), key=lambda one: one.rank)
+        for key, runs in measurements.items()
     ]
-    return tuple(sorted(found, key=lambda c: (c.op, _rank(c.dtype), c.shape[1:], c.shape[0])))
+    return tuple(sorted(found, key=lambda one: (one.op, networks.DTYPES.index(one.dtype), one.shape[1:], one.batch)))
 
 
-def options_of(record: Record) -> str:
-    """What beside its shape an operation was given."""
-    return json.dumps(record.evidence.get("options", {}), sort_keys=True)
-
-
-def name_of(record: Record) -> str:
-    return record.op if record.mode == "forward" else f"{record.op}, {record.mode}"
-
-
-def _rank(dtype: str) -> tuple[int, str]:
-    return (DTYPES.index(dtype) if dtype in DTYPES else len(DTYPES)), dtype
-
-
-def _comparison(file: str, run: list[Record]) -> Comparison:
-    dates: dict[str, str] = {}
-    for record in run:
-        dates[record.provider] = max(dates.get(record.provider, ""), record.machine.date)
+def _comparison(key: Key, run: list[Record]) -> Comparison:
     results: dict[str, Result] = {}
     for record in run:
-        if record.machine.date == dates[record.provider]:
-            results.setdefault(record.provider, Result(record.provider, {})).records[record.metric] = record
-    newest = max(run, key=lambda record: record.machine.date)
-    return Comparison(file, name_of(newest), newest.dtype, newest.shape, newest.machine, results)
+        results.setdefault(record.provider, Result(record.provider, {})).records[record.metric] = record
+    return Comparison(key, max((record.machine for record in run), key=lambda machine: machine.date), results)

@@ -1,4 +1,4 @@
-"""A check of the kernels, and what came of it: as data, as a line of a table, as JSON."""
+"""Checks of the kernels and their outcomes: as data, as lines of a table, as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..testing import Accuracy
+from ..accuracy import Accuracy
 
 NETWORK = "network"
 VERDICTS = ("pass", "fail", "skipped")
@@ -17,13 +17,13 @@ VERDICTS = ("pass", "fail", "skipped")
 
 @dataclass(frozen=True)
 class Check:
-    """One fused operation, or a whole network, on drawn arguments.
+    """One fused operation, or a whole network, on random arguments.
 
     Attributes:
         operation: a function of `effformer.ops`, or "network".
         shape: of its input: maps [B, C, H, W], tokens [B, N, channels], images [B, 3, H, W].
         dtype: of input and weights.
-        options: what else there is to say: hidden channels, heads, or the name of the network.
+        options: as in `effformer.workload.Work`; of a network its "name".
         where: the parts of networks that have this operation at this shape.
     """
 
@@ -71,14 +71,14 @@ class Ran:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a check.
+    """The outcome of a check.
 
     Attributes:
         accuracy: errors of kernels and eager PyTorch; None if the check was skipped, or raised.
-        repeated: how often the kernels ran again on the same arguments.
-        differing: how many of these gave other bits than the first run.
+        repeated: further runs of the kernels on the same arguments.
+        differing: those of them that gave other bits than the first run.
         ran: the kernels that were launched, in the order of their first launch.
-        skipped: why no kernel computes this here.
+        skipped: the reason why no kernel computes this here.
         raised: the error that ended the check.
     """
 
@@ -92,7 +92,7 @@ class Outcome:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Why the check fails: nothing where it passes, or was skipped."""
+        """The reasons why the check fails; empty where it passes or was skipped."""
         problems = []
         if self.raised:
             problems.append(self.raised)
@@ -111,21 +111,21 @@ class Outcome:
 
     @property
     def backend(self) -> str:
-        """Who computes this here when the kernels are asked for: "triton", or "eager" because of `skipped`."""
+        """The backend that computes this here: "triton", or "eager" because of `skipped`."""
         return "eager" if self.skipped else "triton"
 
     @property
     def ratio(self) -> float | None:
-        """Largest error divided by eager's; None where that is 0, or there are none."""
+        """Largest error divided by eager's; None without errors, or where eager's is 0."""
         return None if self.accuracy is None else _ratio(self.accuracy.max_error, self.accuracy.eager_max_error)
 
     @property
     def mean_ratio(self) -> float | None:
-        """Mean error divided by eager's; None where that is 0, or there are none."""
+        """Mean error divided by eager's; None without errors, or where eager's is 0."""
         return None if self.accuracy is None else _ratio(self.accuracy.mean_error, self.accuracy.eager_mean_error)
 
     def facts(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it; every key is always there."""
+        """The outcome as JSON holds it; every key is always there."""
         errors = dict.fromkeys(Accuracy.__dataclass_fields__) if self.accuracy is None else asdict(self.accuracy)
         return {
             "operation": self.check.operation,
@@ -154,21 +154,21 @@ def _ratio(error: float, eager: float) -> float | None:
 # --- as text ----------------------------------------------------------------------------------------------------------
 
 
-class Table:
-    """Lines about outcomes, in columns wide enough for all of `checks`."""
+class Columns:
+    """Lines for outcomes, in columns wide enough for all of `checks`."""
 
     def __init__(self, checks: Sequence[Check]) -> None:
         self.name = max(len(check.name) for check in checks)
         self.shape = max(len(describe_shape(check.shape)) for check in checks)
 
     def head(self) -> str:
-        """The names of the columns: largest error, eager's, their ratio, that of the mean errors, ..."""
+        """The names of the columns: largest error, eager's, their ratio, the ratio of the mean errors, ..."""
         return self._line(
             "operation", "shape", "dtype", "error", "eager's", "ratio", "mean", "ulp", "verdict", "backend", "kernels"
         )
 
     def line(self, outcome: Outcome) -> str:
-        """One outcome; "-" stands for errors that there are not, and for a ratio to an error of 0."""
+        """One outcome; "-" stands for a missing error, and for a ratio to an error of 0."""
         check, found = outcome.check, outcome.accuracy
         errors = ["-"] * 5
         if found is not None:
@@ -189,7 +189,7 @@ class Table:
 
 
 def conclusion(outcomes: Sequence[Outcome]) -> list[str]:
-    """A line for each failure, and a last one that says it all."""
+    """A line for each failure, and a last one with the counts."""
     lines = [f"FAIL {outcome.check}: {problem}" for outcome in outcomes for problem in outcome.problems]
     counts = Counter(outcome.verdict for outcome in outcomes)
     skipped = Counter(outcome.skipped for outcome in outcomes if outcome.skipped)
