@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +24,8 @@ from test_golden import checkpoint
 
 from effformer import create_model
 from effformer.apps.images import Preprocessing, draw_features, find_images, open_image
-from effformer.cli import main
+from effformer.checkpoints.formats import CheckpointError
+from effformer.cli import _parser, main
 from effformer.testing import randomise
 
 
@@ -107,7 +116,9 @@ def test_auto_goes_on_without_the_hub_and_pretrained_does_not(
     assert "effformer: error:" in err
 
 
-def test_a_folder_with_a_damaged_image(capsys: pytest.CaptureFixture[str], photo: Path, weights: Path) -> None:
+def test_a_folder_with_a_damaged_image(
+    capsys: pytest.CaptureFixture[str], photo: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = photo.parent
     image = Image.open(photo)
     (folder / "below").mkdir()
@@ -117,7 +128,8 @@ def test_a_folder_with_a_damaged_image(capsys: pytest.CaptureFixture[str], photo
     (folder / "cut.png").write_bytes(photo.read_bytes()[:2000])
     (folder / "notes.txt").write_text("left alone")
     arguments = ("run", folder, "--checkpoint", weights, "--batch-size", 2)
-    for _ in range(2):  # the second run must not take the first one's pictures for images
+    for terminal in (False, True):  # the second run must not take the first one's pictures for images
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
         status, out, err = run(capsys, *arguments)
         assert status == 1
         for name in ("broken.jpg", "cut.png"):
@@ -127,7 +139,7 @@ def test_a_folder_with_a_damaged_image(capsys: pytest.CaptureFixture[str], photo
             assert str(folder / name) in out
             assert (folder / f"{name}.features.safetensors").exists()
             assert (folder / f"{name}.features.png").exists()
-    assert "5/5" in err  # the progress bar
+        assert ("5/5" in err) == terminal  # the progress bar
 
     alone = safetensors.torch.load_file(f"{photo}.features.safetensors")
     run(capsys, "run", photo, "--checkpoint", weights)
@@ -248,9 +260,9 @@ def test_dense_checkpoints_run_as_their_code_would(
     [
         (["/no/such/place"], "no such file or folder: /no/such/place"),
         (["EMPTY"], "no image below"),
-        (["PHOTO", "--checkpoint", "nowhere.pth"], "nowhere.pth is no file"),
-        (["PHOTO", "--checkpoint", "PHOTO"], "no torch file of weights alone"),
-        (["PHOTO", "--checkpoint", "none", "--device", "cuda:7"], "--device: got 'cuda:7', allowed are auto, cpu"),
+        (["PHOTO", "--checkpoint", "nowhere.pth"], "nowhere.pth is not a file"),
+        (["PHOTO", "--checkpoint", "PHOTO"], "not a torch file of weights alone"),
+        (["PHOTO", "--checkpoint", "none", "--device", "cuda:7"], "--device: got 'cuda:7', allowed are auto, cpu ("),
         (["PHOTO", "--checkpoint", "none", "--labels", "LABELS"], "--labels: got 1 lines"),
         (["PHOTO", "OTHER", "--checkpoint", "none", "--output", "OUT"], "would be written to the same file"),
     ],
@@ -273,14 +285,247 @@ def test_errors_are_one_line_and_status_1(
     assert status == 1
     assert message in err
     (line,) = (line for line in err.splitlines() if line.startswith("effformer: error:"))
-    assert message in line or "no torch file" in message
+    assert message in line or "not a torch file" in message
 
 
-@pytest.mark.parametrize("arguments", [["run"], ["run", "x", "--size", "0x5"], ["run", "x", "--batch-size", "-1"], []])
-def test_wrong_calls_are_status_2(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("", "required: COMMAND"),
+        ("run", "required: PATH"),
+        ("run x --size 0x5", "--size: got '0x5', allowed is HxW, or one side, of 32 pixels or more"),
+        ("run x --size 16", "--size: got '16', allowed is HxW, or one side, of 32 pixels or more"),
+        ("verify --size 224x31", "--size: got '224x31'"),
+        ("run x --batch-size -1", "--batch-size: got '-1', allowed is a whole number of 1 or more"),
+        ("verify --seed x", "--seed: got 'x', allowed is a whole number of 0 or more"),
+        ("run x --model l9", "--model: got 'l9', allowed are l1, l3, l7, efficientformer_l1,"),
+        (
+            "run x --dtype int8",
+            "--dtype: got 'int8', allowed are float32, fp32, float, bfloat16, bf16, float16, fp16, half",
+        ),
+        ("run x --backend cuda", "--backend: got 'cuda', allowed are auto, eager, triton"),
+        ("verify --op meta4d relu", "--op: got 'relu', allowed are pool_mixer, "),
+        ("convert a b --to keras", "--to: got 'keras', allowed are effformer, timm, original"),
+        ("bench --minutes 0", "--minutes: got '0', allowed is a number of minutes above 0"),
+        ("bench tune --minutes soon", "--minutes: got 'soon', allowed is a number of minutes above 0"),
+    ],
+)
+def test_wrong_calls_are_status_2(call: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
-        main(arguments)
+        main(call.split())
     assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        ("verify --model l3 efficientformer_l1", {"model": ["efficientformer_l3", "efficientformer_l1"]}),
+        (
+            "verify --op meta4d network --dtype half bf16",
+            {"op": ["meta4d", "network"], "dtype": ["float16", "bfloat16"]},
+        ),
+        ("bench run --dtype fp32 --size 64 96x128", {"dtype": ["float32"], "size": [(64, 64), (96, 128)]}),
+        ("bench kernels --op head meta4d --model l7", {"op": ["head", "meta4d"], "model": ["efficientformer_l7"]}),
+        ("bench tune --dtype float --batch-size 4 1", {"dtype": ["float32"], "batch_size": [4, 1]}),
+        ("bench run --minutes 90.5", {"minutes": 90.5}),
+        ("export x.pt2 --checkpoint y --dtype bf16", {"dtype": "bfloat16", "format": None}),
+    ],
+)
+def test_values_of_options(call: str, found: dict[str, Any]) -> None:
+    assert vars(_parser().parse_args(call.split())).items() >= found.items()
+
+
+def commands(parser: argparse.ArgumentParser | None = None, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every parser by its words, the groups among them."""
+    parser = parser or _parser()
+    yield names, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from commands(below, *names, name)
+
+
+def test_help_and_version_need_neither_torch_nor_triton_nor_yaml() -> None:
+    calls = [[*names, "--help"] for names, _ in commands()]
+    assert len(calls) == 12
+    code = (
+        "import sys\nfrom effformer.cli import main\nfor call in eval(sys.argv[1]):\n"
+        "    try:\n        main(call)\n    except SystemExit as error:\n        assert error.code == 0\n"
+        "    assert not {'torch', 'triton', 'yaml', 'numpy'} & {*sys.modules}, call"
+    )
+    done = subprocess.run([sys.executable, "-c", code, repr([*calls, ["--version"]])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: effformer") == 12
+    assert re.search(r"^effformer \d+\.\d+\.\d+$", done.stdout, re.MULTILINE)
+    traced = [sys.executable, "-X", "importtime", "-m", "effformer.cli", "bench", "run", "--help"]
+    imports = subprocess.run(traced, capture_output=True, text=True, check=True).stderr
+    assert "effformer.commands.bench" in imports
+    assert not re.search(r"\b(torch|triton|yaml)\b", imports)
+
+
+def test_help_names_what_is_allowed() -> None:
+    """These names live in modules that `--help` does not import."""
+    allowed = {
+        ("run", "backend"): ("backend", "BACKENDS"),
+        ("convert", "to"): ("checkpoints.formats", "TARGETS"),
+        ("export", "format"): ("serving.export", "FORMATS"),
+        ("export", "output"): ("serving.packing", "OUTPUTS"),
+        ("export", "backend"): ("serving.export", "BACKENDS"),
+        ("verify", "op"): ("apps.verify", "CHECKED"),
+    }
+    texts = {
+        (names[-1], action.dest): action.help for names, parser in commands() if names for action in parser._actions
+    }
+    for option, (module, names) in allowed.items():
+        for name in getattr(importlib.import_module(f"effformer.{module}"), names):
+            assert re.search(rf"\b{name}\b", texts[option]), (option, name)
+    assert [option for option, text in texts.items() if not text] == [("bench", "==SUPPRESS==")]  # its COMMAND
+
+
+def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    for module, call, kept in (
+        ("bench_kernels", "bench kernels", "finished measurements are kept, the same command goes on"),
+        ("evaluate", "eval x --checkpoint y", "nothing was written"),
+        ("export", "export x.pt2 --checkpoint y", "TARGET is as it was"),
+    ):
+        monkeypatch.setattr(f"effformer.commands.{module}.main", interrupted)
+        assert run(capsys, *call.split()) == (130, "", f"effformer: interrupted; {kept}\n")
+
+
+def test_ctrl_c_between_images(photo: Path, tmp_path: Path) -> None:
+    for index in range(60):
+        (tmp_path / "many").mkdir(exist_ok=True)
+        (tmp_path / "many" / f"{index:02}.png").symlink_to(photo)
+    code = (
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom effformer.cli import main\n"
+    )
+    call = [
+        "run",
+        str(tmp_path / "many"),
+        "--checkpoint",
+        "none",
+        "--batch-size",
+        "1",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", *call], stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("out/*.png")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "effformer: interrupted; the features of finished images are kept\n"
+    assert 0 < len(list(tmp_path.glob("out/*.png"))) < 60
+
+
+def test_an_interrupted_conversion_leaves_the_target(
+    capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    target = tmp_path / "target.pth"
+    target.write_bytes(b"as it was")
+    monkeypatch.setattr(torch, "save", half)
+    status, out, err = run(capsys, "convert", weights, target, "--force")
+    assert (status, out, err) == (130, "", "effformer: interrupted; TARGET is as it was\n")
+    assert target.read_bytes() == b"as it was"
+    assert {path.name for path in tmp_path.iterdir()} == {target.name, weights.name}
+
+
+@pytest.mark.parametrize(("lines", "unbuffered"), [(0, ""), (1, ""), (100_000, ""), (1, "1")])
+def test_a_closed_pipe_is_silence(lines: int, unbuffered: str) -> None:
+    """`effformer ... | head`: found out by the help, at the end of a command, and in the middle of one."""
+    code = (
+        "import sys\nfrom effformer import cli\n"
+        "def long(arguments):\n    for _ in range(int(sys.argv[1])):\n        print('line')\n    return 0\n"
+        "cli.info.main = long\nsys.exit(cli.main(['info'] if int(sys.argv[1]) else ['--help']))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    call, environment = [sys.executable, "-c", code, str(lines)], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(call, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_faults_that_are_not_the_users(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another pipe than stdout's is an error like others; an error of torch keeps its traceback."""
+
+    def fail(error: Exception) -> None:
+        def main(arguments: object) -> int:
+            raise error
+
+        monkeypatch.setattr("effformer.commands.info.main", main)
+
+    fail(BrokenPipeError("the worker is gone"))
+    assert run(capsys, "info")[::2] == (1, "effformer: error: the worker is gone\n")
+    fail(CheckpointError("no weights"))
+    assert run(capsys, "info") == (1, "", "effformer: error: no weights\n")
+    fail(RuntimeError("a shape of torch"))
+    with pytest.raises(RuntimeError, match="a shape of torch"):
+        main(["info"])
+
+
+@pytest.mark.parametrize(
+    ("built", "visible", "reason"),
+    [
+        (False, None, f"torch {torch.__version__} was built without CUDA"),
+        (True, "", "torch finds no GPU; CUDA_VISIBLE_DEVICES is ''"),
+        (True, None, "torch finds no GPU; nvidia-smi shows whether the driver does"),
+    ],
+)
+def test_no_gpu_has_a_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, built: bool, visible: str | None, reason: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert run(capsys, "verify", "--device", "cuda")[::2] == (
+        1,
+        f"effformer: error: --device: got 'cuda', allowed are auto, cpu ({reason})\n",
+    )
+
+
+def test_run_json(capsys: pytest.CaptureFixture[str], photo: Path, weights: Path) -> None:
+    (photo.parent / "broken.jpg").write_bytes(b"")
+    labels = photo.parent / "labels.txt"
+    labels.write_text("\n".join(f"thing {index}" for index in range(1000)))
+    call = ("run", photo.parent, "--checkpoint", weights, "--size", "64x32", "--labels", labels)
+    status, out, err = run(capsys, *call, "--json")
+    facts = json.loads(out)
+    assert status == 1
+    assert f"loaded:   {weights}" in err
+    assert (facts["model"], facts["weights"], facts["size"]) == ("efficientformer_l1", str(weights), [64, 32])
+    assert facts["failures"].keys() == {str(photo.parent / "broken.jpg")}
+    assert (facts["device"], facts["dtype"], facts["batch_size"]) == ("cpu", "float32", 2)
+    assert facts["forward_ms_per_image"] > 0
+    (image,) = facts["images"]
+    assert image["image"] == str(photo)
+    assert image["written"] == [f"{photo}.features.safetensors", f"{photo}.features.png"]
+    assert image["maps"] == [[48, 16, 8], [96, 8, 4], [224, 4, 2], [448, 2, 1]]
+    written = safetensors.torch.load_file(image["written"][0])
+    assert abs(image["pooled_norm"] - written["pooled"].norm()) < 1e-3
+    probabilities, classes = written["logits"].softmax(dim=0).topk(5)
+    assert [entry["class"] for entry in image["top5"]] == classes.tolist()
+    assert [entry["name"] for entry in image["top5"]] == [f"thing {index}" for index in classes.tolist()]
+    assert [entry["probability"] for entry in image["top5"]] == pytest.approx(probabilities.tolist())
+
+    state = safetensors.torch.load_file(weights)
+    state["stem.conv1.weight"][:] = torch.nan
+    safetensors.torch.save_file(state, weights)
+    (image,) = json.loads(run(capsys, *call, "--json")[1])["images"]  # JSON knows no NaN
+    assert image["pooled_norm"] is None
+    assert [entry["probability"] for entry in image["top5"]] == [None] * 5
 
 
 def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +544,7 @@ def test_info(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: p
     assert facts["tuned_configurations"] == str(tuned)
     assert facts["models"][0]["features"][-1] == [448, 16, 20]
     assert facts["models"][0]["parameters"] == 12_289_928
-    assert facts["backends"]["cpu"] == "eager (\"auto\": 'cpu' is no NVIDIA GPU)"
+    assert facts["backends"]["cpu"] == "eager (\"auto\": 'cpu' is not an NVIDIA GPU)"
 
 
 def test_triton_without_gpu_and_interpreter(
@@ -308,7 +553,7 @@ def test_triton_without_gpu_and_interpreter(
     monkeypatch.setattr("effformer.kernels.launch.INTERPRETED", False)
     status, _, err = run(capsys, "run", photo, "--checkpoint", "none", "--backend", "triton", "--device", "cpu")
     assert status == 1
-    assert "backend='triton': 'cpu' is no NVIDIA GPU, and Triton interprets only" in err
+    assert "backend='triton': 'cpu' is not an NVIDIA GPU, and Triton interprets only" in err
 
 
 def test_macs_are_those_of_the_layers() -> None:
@@ -360,6 +605,12 @@ def test_convert(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert not (tmp_path / "y.pth").exists()
     status, out, _ = run(capsys, "convert", tmp_path / "dense.pth", tmp_path / "y.pth", "--to", "effformer")
     assert "left out: network.6.4.token_mixer.attention_biases" in out
+    status, out, _ = run(capsys, "convert", tmp_path / "dense.pth", tmp_path / "z.pth", "--to", "effformer", "--json")
+    facts = json.loads(out)
+    assert (status, facts["format"], facts["to"]) == (0, "original-dense", "effformer")
+    assert (facts["source"], facts["target"]) == (str(tmp_path / "dense.pth"), str(tmp_path / "z.pth"))
+    assert facts["tensors"] == len(torch.load(facts["target"], weights_only=True))
+    assert "network.6.4.token_mixer.attention_biases" in facts["left_out"]
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import mutants
+import plain
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +32,42 @@ def test_importing_and_running_eagerly_drags_along_neither_triton_nor_extras() -
     assert out == "[]\nFalse"
 
 
+def test_public_names_resolve_and_are_listed() -> None:
+    """Lazily, where extras are missing, and by `*`; torch comes with the first one that needs it."""
+    out = python(
+        "import sys, effformer\n"
+        "assert 'torch' not in sys.modules\n"
+        "effformer.EfficientFormerConfig, effformer.config.PRESETS, effformer.workload.OPERATIONS\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.modules['PIL'] = sys.modules['huggingface_hub'] = None\n"
+        "names = {name for name in dir(effformer) if not name.startswith('_')}\n"
+        "assert {*effformer.__all__} - {'__version__'} <= names\n"
+        "rest = {name for name in names if name not in effformer.__all__}\n"
+        "assert all(getattr(effformer, name).__name__ == f'effformer.{name}' for name in rest), rest\n"
+        "from effformer import *\n"
+        "assert all(globals()[name] is getattr(effformer, name) for name in effformer.__all__)\n"
+        "assert callable(effformer.export) and callable(effformer.accelerate) and effformer.testing.randomise\n"
+        "try:\n    effformer.no_such_name\nexcept AttributeError as error:\n    print(error)\n"
+        "print(effformer.Preprocessing(), *sorted(rest))"
+    )
+    error, *rest = out.splitlines()
+    assert error == "module 'effformer' has no attribute 'no_such_name'"
+    assert rest[0].startswith("Preprocessing(size=(224, 224)")
+    for name in ("accuracy", "backend", "checks", "config", "factory", "reference", "testing", "version", "workload"):
+        assert f" {name}" in rest[0]
+
+
+def test_type_checkers_see_the_names_that_are_imported_lazily() -> None:
+    """The block for type checkers and the table for Python agree."""
+    import effformer
+
+    tree = ast.parse(Path(effformer.__file__).read_text(encoding="utf-8"))
+    (typed,) = (node.body for node in tree.body if isinstance(node, ast.If))
+    imports = [(node.module or "", alias.name) for node in typed for alias in node.names]  # type: ignore[attr-defined]
+    lazy = [(home, name) for name, home in effformer._HOME_OF.items()] + [("", name) for name in effformer._MODULES]
+    assert sorted(imports) == sorted(lazy)
+
+
 def test_wheel_holds_effformer_and_nothing_else(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     source = tmp_path / "source"  # setuptools leaves its build folder behind
@@ -50,6 +88,9 @@ def test_wheel_holds_effformer_and_nothing_else(tmp_path: Path) -> None:
         "effformer/kernels/tiling/configurations.json",
     ):
         assert name in names
+    plain.lay_out(tmp_path / "copied")  # `make gpu` has no pip: it tests what users get
+    copied = {str(path.relative_to(tmp_path / "copied")) for path in (tmp_path / "copied").rglob("*.*")}
+    assert copied == {name for name in names if name.startswith("effformer/")}
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -84,5 +125,7 @@ def test_the_folder_kernels_does_not_pass_for_the_pypi_package() -> None:
 
 def test_planted_faults_stand_where_they_should() -> None:
     """`make mutants` takes hours: that the code has moved on is better seen here."""
-    for mutant in mutants.MUTANTS:
-        assert (mutants.ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1, mutant.name
+    texts = {mutant.file: (mutants.ROOT / mutant.file).read_text(encoding="utf-8") for mutant in mutants.MUTANTS}
+    counts = {mutant.name: texts[mutant.file].count(mutant.old) for mutant in mutants.MUTANTS}
+    assert len(counts) == len(mutants.MUTANTS), "two mutants have one name"
+    assert {name: count for name, count in counts.items() if count != 1} == {}

@@ -1,7 +1,8 @@
-"""What `effformer info` prints: the models' sizes, and what this machine can do."""
+"""Facts about the models and this machine, as `effformer info` prints them."""
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,9 +25,9 @@ class ModelSummary:
 
 
 def summarise(name: str, height: int = 224, width: int = 224) -> ModelSummary:
-    """Summary of a published model with 1000 classes; nothing is allocated.
+    """Summarise a published model with 1000 classes, without allocating it.
 
-    MACs are those of convolutions and matrix products; normalisation, activation and pooling are not counted.
+    MACs count convolutions and matrix products, but not normalisation, activation and pooling.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
@@ -39,12 +40,12 @@ def summarise(name: str, height: int = 224, width: int = 224) -> ModelSummary:
         name=name,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=counter.get_total_flops() // 2,
-        features=tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps if isinstance(m, torch.Tensor)),
+        features=tuple((m.shape[1], m.shape[2], m.shape[3]) for m in maps),
     )
 
 
 def versions() -> dict[str, str]:
-    """Versions of effformer and of what it stands on; Triton is not imported for it."""
+    """Versions of effformer and its dependencies; Triton is not imported for its own."""
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -59,12 +60,21 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> dict[str, str]:
-    """Each device torch can use here -> its name."""
+    """Each device that torch can use here, with a description."""
     found = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         found[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
     return found
+
+
+def why_no_gpu() -> str:
+    """Why torch finds no GPU here."""
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} was built without CUDA"
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return f"torch finds no GPU; CUDA_VISIBLE_DEVICES is {visible!r}"
+    return "torch finds no GPU; nvidia-smi shows whether the driver does"
 
 
 def describe_backend(backend: str, device: torch.device) -> str:

@@ -1,1 +1,1 @@
-"""What the commands of `effformer` do: a module each, with `main(arguments) -> exit status`."""
+"""The commands of `effformer`: a module each, with `add(commands)` for its options and `main(arguments) -> int`."""

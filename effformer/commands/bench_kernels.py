@@ -1,57 +1,58 @@
-"""`effformer bench kernels`: the fused operations against what one could take instead."""
+"""Compare each fused operation with its alternatives.
+
+Time each fused operation at the shapes that it has in a network: our kernels, eager PyTorch,
+torch.compile, scaled_dot_product_attention, FlexAttention, and cuBLAS with epilogues. On a GPU this is
+device time with cold caches, also as a share of the speed that matrix products and copies reach in the
+same run. The error against float64 stands beside it. Results are written at once to
+FOLDER/<gpu>/kernels.jsonl; the same command goes on where it stopped.
+
+Exit status: 0 when all is measured, 75 when the time was over first, 1 if one of our kernels failed.
+
+For example:
+  effformer bench kernels --op meta4d --dtype bf16 --batch-size 256 1
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 
-from ..apps.info import versions
-from ..bench.measure import operations as kernels
-from ..bench.measure.records import append_records, folder, machine_of, read_records
 from ..config import PRESETS
-from .common import DTYPES, torch_device
+from ..workload import OPERATIONS
+from . import common
+from .bench import add_measuring, open_results, show
 
-MARGIN = 90.0  # seconds: for starting, and for the cell that is under way when the time is up
 # Models, dtypes and batch sizes that are measured where none are named.
 ON_GPU = (list(PRESETS), ["bfloat16", "float16", "float32"], [256, 1, 8, 64])
 ON_CPU = (["efficientformer_l1"], ["float32"], [1])
 
 
+def add(commands: common.Commands) -> None:
+    parser = common.add_command(commands, "kernels", main, __doc__, common.RESUMES)
+    option = parser.add_argument
+    option("--model", nargs="+", type=common.model, help="default: all; on a CPU l1")
+    option("--op", nargs="+", type=common.one_of("workload", "OPERATIONS"), help="of "
+           f"{', '.join(OPERATIONS)}; default: all")  # fmt: skip
+    option("--dtype", nargs="+", type=common.dtype, help="in this order; default: bf16 fp16 fp32; on a CPU fp32")
+    option("--batch-size", nargs="+", type=common.positive, metavar="N", help="default: 256 1 8 64; on a CPU 1")
+    add_measuring(parser)
+
+
 def main(arguments: argparse.Namespace) -> int:
-    device = torch_device(arguments.device)
-    machine = machine_of(device)
-    models, dtypes, batch_sizes = ON_GPU if machine.is_gpu else ON_CPU
-    dtypes = arguments.dtype or dtypes
-    path = folder(machine, arguments.output) / "kernels.jsonl"
-    todo = kernels.cells(
+    from ..bench.measure import operations
+
+    file = open_results(arguments, operations.FILE)
+    models, dtypes, batch_sizes = ON_GPU if file.machine.is_gpu else ON_CPU
+    todo = operations.in_order(
         arguments.model or models,
-        arguments.op,
-        [DTYPES[name] for name in dtypes],
+        arguments.op or OPERATIONS,
+        [common.torch_dtype(name) for name in arguments.dtype or dtypes],
         arguments.batch_size or batch_sizes,
     )
-    done = kernels.recorded_cells(read_records(path), machine)
-    left = [check for check in todo if kernels.key_of(check) not in done]
-    print("  ".join(f"{name} {version}" for name, version in versions().items()))
-    print(f"{device} ({machine.gpu}), commit {machine.commit}; records go to {path}")
-    if not machine.is_gpu:
-        print("CPU run: says nothing about a GPU")
-    print(f"{len(left)} of {len(todo)} cells are to be measured\n{kernels.HEAD}", flush=True)
-    seconds = max(60 * arguments.minutes - MARGIN, 0.5 * 60 * arguments.minutes)
-    wrong: list[str] = []
-    finished = True
-    try:
-        for records in kernels.bench(left, device, machine, seconds=seconds, attempts=kernels.begun(machine)):
-            if records is None:
-                finished = False
-                print("the time is over: the same command goes on from here")
-                break
-            append_records(path, records)
-            wrong += kernels.failures(records)
-            print("\n".join(kernels.lines(records)), flush=True)
-    except kernels.DeviceLostError as error:
-        finished = False
-        print(f"effformer: {error}; the same command goes on without it", file=sys.stderr)
-    for line in wrong:
-        print(f"FAIL {line}", file=sys.stderr)
-    return 1 if wrong else 0 if finished else os.EX_TEMPFAIL
+    return show(
+        arguments,
+        file,
+        todo,
+        key=operations.key_of,
+        is_complete=lambda check: operations.is_complete(check, file),
+        measure=operations.measure_operations,
+    )

@@ -1,4 +1,15 @@
-"""`effformer bench report`: a page, pictures and README's table from results files."""
+"""Write a report, pictures and README's table from results.
+
+Write report/README.md and its pictures for each GPU that has results of `effformer bench` and
+`effformer bench kernels`: ours beside the fastest other, errors beside speeds, and the reasons of
+measurements that were not run. Nothing is measured. --readme also writes the table between a README's
+markers <!-- benchmark --> and <!-- /benchmark -->. With --check nothing is written, and the exit status
+is 1 if that table differs.
+
+For example:
+  effformer bench report
+  effformer bench report --readme README.md --check
+"""
 
 from __future__ import annotations
 
@@ -6,22 +17,39 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..bench.report.comparison import BACKBONES, KERNELS, Measured, measured
+from . import common
+from .bench import say_missing
+
+if TYPE_CHECKING:
+    from ..bench.report.comparison import ResultsFolder
+
+
+def add(commands: common.Commands) -> None:
+    option = common.add_command(commands, "report", main, __doc__).add_argument
+    option("--results", type=Path, default=Path("bench/results"), metavar="FOLDER", help="holds a folder for each "
+           "GPU; default: %(default)s")  # fmt: skip
+    option("--gpu", metavar="NAME", help="its folder there, such as nvidia-h200; default: every one")
+    option("--output", type=Path, metavar="FOLDER", help="default: report/ in the folder of results")
+    option("--readme", type=Path, metavar="FILE", help="a README with the markers")
+    option("--check", action="store_true", help="only say whether FILE agrees with the results")
 
 
 def main(arguments: argparse.Namespace) -> int:
+    from ..bench.report.comparison import NETWORKS, OPERATIONS, read_folder
+
     if arguments.check and arguments.readme is None:
         raise ValueError("--check: got no --readme, allowed is only together with the file to check")
     if arguments.readme is not None and arguments.gpu is not None:
         raise ValueError("--readme: got --gpu as well, allowed is only without: README shows every GPU measured")
     folders = _folders(arguments.results, arguments.gpu)
     if not folders and arguments.readme is None:
-        raise ValueError(f"--results: got {arguments.results}, where nothing was measured; allowed is a folder that "
-                         f"holds <gpu>/{BACKBONES} or <gpu>/{KERNELS}, as `effformer bench` writes them")  # fmt: skip
+        raise ValueError(f"--results: got {arguments.results}, which has no results; allowed is a folder that "
+                         f"holds <gpu>/{NETWORKS} or <gpu>/{OPERATIONS}, as `effformer bench` writes them")  # fmt: skip
     if arguments.output is not None and len(folders) != 1:
         raise ValueError(f"--output: got {len(folders)} folders of results, allowed is one: name it by --gpu")
-    found = [measured(folder) for folder in folders]
+    found = [read_folder(folder) for folder in folders]
     if not arguments.check:
         _write_reports(found, arguments.output)
     if arguments.readme is None:
@@ -30,35 +58,42 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _folders(results: Path, gpu: str | None) -> list[Path]:
-    known = sorted({path.parent for name in (BACKBONES, KERNELS) for path in results.glob(f"*/{name}")})
+    from ..bench.report.comparison import NETWORKS, OPERATIONS
+
+    known = sorted({path.parent for name in (NETWORKS, OPERATIONS) for path in results.glob(f"*/{name}")})
     if gpu is None:
         return known
     chosen = [folder for folder in known if folder.name == gpu]
     if not chosen:
-        names = ", ".join(folder.name for folder in known) or "none: nothing was measured"
+        names = ", ".join(folder.name for folder in known) or "none: it has no results"
         raise ValueError(f"--gpu: got {gpu!r}, allowed in {results} are {names}")
     return chosen
 
 
-def _write_reports(found: list[Measured], output: Path | None) -> None:
-    if found and importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("effformer bench report draws with matplotlib: pip install effformer[bench]")
-    from ..bench.report.page import write_page
-    from ..bench.report.plots import draw
+def _write_reports(found: list[ResultsFolder], output: Path | None) -> None:
+    from ..bench.report.readme import report
 
+    say_missing(print)
     for results in found:
         folder = output or results.folder / "report"
-        pictures = draw(results, folder)
-        print(f"written: {write_page(results, folder, pictures)}, {len(pictures)} pictures")
+        pictures = []
+        if importlib.util.find_spec("matplotlib") is not None:
+            from ..bench.report.plots import draw
+
+            pictures = draw(results, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / "README.md"
+        target.write_text(report(results, pictures), encoding="utf-8")
+        print(f"written: {target}, {len(pictures)} pictures")
 
 
-def _readme(path: Path, found: list[Measured], *, check: bool) -> int:
+def _readme(path: Path, found: list[ResultsFolder], *, check: bool) -> int:
     from ..bench.report.readme import with_results
 
     text = path.read_text(encoding="utf-8")
     wanted = with_results(text, found, path.resolve().parent)
     if text == wanted:
-        print(f"{path} says what the results say")
+        print(f"{path} agrees with the results")
         return 0
     if check:
         print(f"effformer: {path} differs from the results: effformer bench report --readme {path}", file=sys.stderr)

@@ -1,66 +1,177 @@
-"""What several commands need."""
+"""Shared by the commands: kinds of options, the device, the network of a checkpoint, output for programs.
+
+Nothing here imports torch before it is needed: `--help` and `--version` answer at once.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
+from ..config import PRESETS
 
-from ..apps.info import devices
-from ..checkpoints import config_file as saved
-from ..checkpoints import hub
-from ..checkpoints.load import load_checkpoint, read_state_dict, settings_for
-from ..factory import create_model
-from ..model.network import EfficientFormer
+if TYPE_CHECKING:
+    import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    from ..model.network import EfficientFormer
 
-
-def torch_device(name: str) -> torch.device:
-    known = devices()
-    chosen = {"auto": "cuda:0" if "cuda:0" in known else "cpu", "cuda": "cuda:0"}.get(name, name)
-    if chosen not in known:
-        raise ValueError(f"--device: got {name!r}, allowed are auto, {', '.join(known)}")
-    return torch.device(chosen)
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Type: TypeAlias = Callable[[str], str]
+DTYPES = {"float32": ("fp32", "float"), "bfloat16": ("bf16",), "float16": ("fp16", "half")}  # name -> short names
+LEAST_SIDE = 32  # of images: one pixel of the last feature map
+RESUMES = "finished measurements are kept, the same command goes on"  # said after Ctrl-C
 
 
-def network_of(name: str | None, checkpoint: str, backend: str) -> tuple[EfficientFormer, str, dict[str, Any], str]:
-    """(network, its name, the checkpoint's config.json, what its weights are: "none" if random)."""
-    torch.manual_seed(0)
-    fallback = name or "efficientformer_l1"
-    if checkpoint == "none":
-        return create_model(fallback, backend=backend), fallback, {}, "none"
-    source = hub.PRETRAINED[fallback] if checkpoint in ("auto", "pretrained") else checkpoint
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    main: Callable[[argparse.Namespace], int],
+    doc: str | None,
+    kept: str = "nothing was written",
+) -> argparse.ArgumentParser:
+    """Add a command that `main` runs.
+
+    `doc` is its module's docstring: the first line stands in the list of commands, the rest above its options. `kept`
+    says what remains after Ctrl-C.
+    """
+    summary, _, description = (doc or name).partition("\n")
+    parser = commands.add_parser(
+        name,
+        help=summary[0].lower() + summary[1:].rstrip("."),
+        description=f"{summary}\n{description}".strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(main=main, kept=kept)
+    return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: the first GPU, or the CPU")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document; messages go to stderr")
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=size, default=(224, 224), metavar="HxW", help="of the images; default: 224x224")
+
+
+def add_network(parser: argparse.ArgumentParser, checkpoint: str, default: str | None = None) -> None:
+    """Add --model and --checkpoint, which `checkpoint` describes and which is required without a default."""
+    parser.add_argument("--model", type=model, help="l1, l3 or l7; default: the checkpoint's, or l1")
+    parser.add_argument("--checkpoint", default=default, required=default is None, metavar="WEIGHTS", help=checkpoint)
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a command that reads image files."""
+    parser.add_argument("--size", type=size, metavar="HxW", help="input size; default: the checkpoint's, or 224x224")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="default: %(default)s")
+    parser.add_argument("--dtype", type=dtype, default="float32", help="fp32, bf16 or fp16; default: fp32")
+    add_device(parser)
+
+
+def model(text: str) -> str:
+    """An argparse type: the name of a published model, or its end."""
+    name = text if text in PRESETS else f"efficientformer_{text}"
+    if name not in PRESETS:
+        short = [known.removeprefix("efficientformer_") for known in PRESETS]
+        raise _refused(text, [*short, *PRESETS])
+    return name
+
+
+def dtype(text: str) -> str:
+    """An argparse type: a dtype's name as torch spells it, from that or a short one."""
+    for name, short in DTYPES.items():
+        if text in (name, *short):
+            return name
+    raise _refused(text, [spelling for name, short in DTYPES.items() for spelling in (name, *short)])
+
+
+def one_of(module: str, names: str, *others: str) -> Type:
+    """An argparse type: one of `others`, or of `names` in `effformer.<module>`, imported when a value comes."""
+
+    def choice(text: str) -> str:
+        allowed = [*getattr(importlib.import_module(f"effformer.{module}"), names), *others]
+        if text not in allowed:
+            raise _refused(text, allowed)
+        return text
+
+    return choice
+
+
+def or_all(kind: Type) -> Type:
+    """An argparse type: what `kind` takes, or "all"."""
+    return lambda text: text if text == "all" else kind(text)
+
+
+def size(text: str) -> tuple[int, int]:
+    """An argparse type: HxW, or one side for both."""
+    height, _, width = text.partition("x")
+    sides = [int(side) if _is_number(side) else 0 for side in (height, width or height)]
+    if min(sides) < LEAST_SIDE:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is HxW, or one side, of {LEAST_SIDE} pixels or more")
+    return sides[0], sides[1]
+
+
+def count(text: str, least: int = 0) -> int:
+    """An argparse type: a whole number of `least` or more."""
+    if not _is_number(text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a whole number of {least} or more")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of 1 or more."""
+    return count(text, 1)
+
+
+def minutes(text: str) -> float:
+    """An argparse type: a number of minutes above 0, as many as the user likes."""
     try:
-        if checkpoint == "auto":
-            print(f"looking for {source} (--checkpoint none skips this) ...", flush=True)
-        path = hub.locate(source)
-    except (ImportError, OSError) as error:
-        if checkpoint != "auto":
-            raise
-        print(f"no trained weights: {str(error).splitlines()[0]}")
-        return create_model(fallback, backend=backend), fallback, {}, "none"
-    try:
-        hub_config = hub.read_config(source)
-    except OSError:
-        print("its config.json cannot be had: images are prepared as for the published weights")
-        hub_config = {}
-    _, state = read_state_dict(path)
-    if saved.is_saved(hub_config):  # it says all, and the weights' keys and shapes only some
-        network = saved.rebuild(hub_config, str(source), EfficientFormer, backend=backend)
-        found = saved.name_of(network.config)
-    else:
-        found, settings = settings_for(state)
-        network = create_model(found, backend=backend, **settings)
-    if name not in (None, found):
-        raise ValueError(f"--model: got {name}, allowed is {found} with this checkpoint")
-    report = load_checkpoint(network, state)
-    print(f"loaded:   {path} ({report.format})")
-    for what in ("ignored", "reinitialised", "cast"):
-        if entries := getattr(report, what):
-            print(f"  {what}: {', '.join(entries)}")
-    return network, found, hub_config, source
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a number of minutes above 0")
+    return value
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _refused(text: str, allowed: Iterable[str]) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(allowed)}")
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def printer(as_json: bool) -> Callable[[str], None]:
+    """A function that prints messages for people: on stdout, or on stderr if stdout is for a JSON document."""
+    return lambda line: print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def print_json(facts: dict[str, Any]) -> None:
+    print(json.dumps(facts, indent=2, allow_nan=False))
+
+
+def report_failures(failures: Mapping[Path, str], total: int) -> int:
+    """Print the reason of each image that failed, of `total`; returns the exit status."""
+    for path, reason in failures.items():
+        print(f"effformer: {path}: {reason}", file=sys.stderr)
+    if failures:
+        print(f"effformer: {len(failures)} of {total} images failed", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def read_lines(option: str, path: Path) -> list[str]:
@@ -68,3 +179,78 @@ def read_lines(option: str, path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{option}: {path} is not UTF-8 text ({error})") from error
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of an entry of `DTYPES`."""
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def torch_device(name: str) -> torch.device:
+    """The device that --device names.
+
+    Raises:
+        ValueError: for a device that this machine does not have, with the reason where torch finds no GPU at all.
+    """
+    import torch
+
+    from ..apps.info import devices, why_no_gpu
+
+    known = devices()
+    chosen = {"auto": "cuda:0" if "cuda:0" in known else "cpu", "cuda": "cuda:0"}.get(name, name)
+    if chosen not in known:
+        reason = "" if "cuda:0" in known else f" ({why_no_gpu()})"
+        raise ValueError(f"--device: got {name!r}, allowed are auto, {', '.join(known)}{reason}")
+    return torch.device(chosen)
+
+
+def load_network(
+    name: str | None, checkpoint: str, backend: str, say: Callable[[str], object] = print
+) -> tuple[EfficientFormer, str, dict[str, Any], str]:
+    """Build the network of --model and --checkpoint, and load its weights.
+
+    Returns:
+        the network, its name, the checkpoint's `config.json`, and the source of the weights: "none" if random.
+    """
+    import torch
+
+    from ..checkpoints import config_file, hub
+    from ..checkpoints.load import load_checkpoint, network_of
+    from ..factory import create_model
+
+    torch.manual_seed(0)
+    fallback = name or "efficientformer_l1"
+    source = hub.PRETRAINED[fallback] if checkpoint in ("auto", "pretrained") else checkpoint
+    try:
+        if checkpoint == "auto":
+            say(f"looking for {source} (--checkpoint none skips this) ...")
+        path = None if checkpoint == "none" else hub.locate(source)
+    except (ImportError, OSError) as error:
+        if checkpoint != "auto":
+            raise
+        say(f"no trained weights: {str(error).splitlines()[0]}")
+        path = None
+    if path is None:
+        return create_model(fallback, backend=backend), fallback, {}, "none"
+    try:
+        hub_config = hub.read_config(source)
+    except OSError:
+        say("its config.json cannot be read: images are prepared as for the published weights")
+        hub_config = {}
+    found, keywords = network_of(source)
+    network = create_model(found, backend=backend, **keywords)
+    found = config_file.name_of(network.config)
+    if name not in (None, found):
+        raise ValueError(f"--model: got {name}, allowed is {found} with this checkpoint")
+    report = load_checkpoint(network, path)
+    say(f"loaded:   {path} ({report.format})")
+    for part in ("ignored", "reinitialised", "cast"):
+        if entries := getattr(report, part):
+            say(f"  {part}: {', '.join(entries)}")
+    return network, found, hub_config, source

@@ -1,76 +1,92 @@
-"""`effformer eval`: accuracy on labelled images."""
+"""Measure accuracy on labelled images.
+
+Measure top-1 and top-5 accuracy on DIR/class/*.jpg, with eager PyTorch and with the Triton kernels (on a
+CPU only with TRITON_INTERPRET=1). Report the predictions that differ, and the images per second of the
+network alone, without decoding. The folders, sorted by name, are the classes 0, 1, ...; each needs an
+image. An image that cannot be read is reported, the others are used, and the exit status is 1.
+
+For example:
+  effformer eval imagenette2/val --checkpoint pretrained --classes synsets.txt --limit 500
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
-import torch
+from . import common
 
-from ..apps.info import devices, versions
-from .common import DTYPES, network_of, read_lines, torch_device
+
+def add(commands: common.Commands) -> None:
+    parser = common.add_command(commands, "eval", main, __doc__)
+    option = parser.add_argument
+    option("folder", type=Path, metavar="DIR", help="holds a folder of images for each class")
+    common.add_network(parser, "file, folder, hub id owner/name, or 'pretrained'; with both classification heads")
+    common.add_images(parser)
+    option("--limit", type=common.positive, metavar="N", help="N images, evenly spaced over the dataset")
+    option("--classes", type=Path, metavar="FILE", help="folder names, one a line, in the order of the network's "
+           "classes; DIR may lack some of them")  # fmt: skip
+    common.add_json(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
     try:
+        import PIL  # noqa: F401
         from tqdm import tqdm
-
-        from ..apps.evaluate import TIMED, evaluate, find_labelled
-        from ..apps.images import Preprocessing
     except ImportError as error:
-        raise ImportError(f"{error}: install effformer[image] to evaluate on images") from error
+        raise ImportError(f"{error}: install effformer's extra 'image' to evaluate on images") from error
+    import torch
+
+    from ..apps.evaluate import TIMED, evaluate, find_labelled
+    from ..apps.images import Preprocessing
+    from ..apps.info import devices, versions
 
     if arguments.checkpoint in ("auto", "none"):
         raise ValueError(f"--checkpoint: got {arguments.checkpoint!r}, allowed are trained weights")
-    classes = None if arguments.classes is None else read_lines("--classes", arguments.classes)
-    device = torch_device(arguments.device)
-    with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-        network, name, hub_config, weights = network_of(arguments.model, arguments.checkpoint, "auto")
+    classes = None if arguments.classes is None else common.read_lines("--classes", arguments.classes)
+    device = common.torch_device(arguments.device)
+    say = common.printer(arguments.json)
+    network, name, hub_config, weights = common.load_network(arguments.model, arguments.checkpoint, "auto", say)
     if not network.num_classes:
         raise ValueError(f"--checkpoint: got {weights} without classification heads, allowed is one that has both")
     found = find_labelled(arguments.folder, network.num_classes, classes)
     images = found if arguments.limit is None else found.spread(arguments.limit)
-    network = network.to(device, DTYPES[arguments.dtype]).eval()
+    network = network.to(device, common.torch_dtype(arguments.dtype)).eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads lack it
     preprocessing = Preprocessing.from_config(hub_config)
     if arguments.size is not None:
         preprocessing = replace(preprocessing, size=arguments.size)
-    with tqdm(total=len(images.paths), unit="image") as bar:
+    with tqdm(total=len(images.paths), unit="image", disable=None) as bar:
         result = evaluate(network, images, preprocessing, batch_size=arguments.batch_size, progress=bar.update)
 
-    for path, reason in result.failures.items():
-        print(f"effformer: {path}: {reason}", file=sys.stderr)
-    if result.failures:
-        print(f"effformer: {len(result.failures)} of {len(images.paths)} images failed", file=sys.stderr)
-    facts = {
-        "model": name,
-        "weights": weights,
-        "device": str(device),
-        "device_name": devices()[str(device)],
-        "dtype": arguments.dtype,
-        "size": list(preprocessing.size),
-        "folder": str(arguments.folder),
-        "class_folders": images.folders,
-        "images_found": len(found.paths),
-        "ignored": list(map(str, found.ignored)),
-        "versions": versions(),
-        "timed": TIMED,
-        **asdict(result),
-        "failures": {str(path): reason for path, reason in result.failures.items()},
-        "changed_share": result.changed_share,
-    }
+    status = common.report_failures(result.failures, len(images.paths))
     if arguments.json:
-        print(json.dumps(facts, indent=2))
-        return 1 if result.failures else 0
+        facts = {
+            "model": name,
+            "weights": weights,
+            "device": str(device),
+            "device_name": devices()[str(device)],
+            "dtype": arguments.dtype,
+            "size": list(preprocessing.size),
+            "folder": str(arguments.folder),
+            "class_folders": images.folders,
+            "images_found": len(found.paths),
+            "ignored": list(map(str, found.ignored)),
+            "versions": versions(),
+            "timed": TIMED,
+            **asdict(result),
+            "failures": {str(path): reason for path, reason in result.failures.items()},
+            "changed_share": result.changed_share,
+        }
+        common.print_json(facts)
+        return status
     height, width = preprocessing.size
     print(f"model:    {name}, weights: {weights}")
-    print(f"device:   {device} ({facts['device_name']}), {arguments.dtype}")
+    print(f"device:   {device} ({devices()[str(device)]}), {arguments.dtype}")
     print(f"input:    {height}x{width}, {preprocessing.interpolation}, centre crop {preprocessing.crop_pct}")
     print(f"images:   {result.images} of {len(found.paths)}, from {images.folders} class folders")
     if found.ignored:
-        print(f"ignored:  {len(found.ignored)} files that are no images by their names, as {found.ignored[0]}")
+        print(f"ignored:  {len(found.ignored)} files without an image's suffix, such as {found.ignored[0]}")
     print(result)
-    return 1 if result.failures else 0
+    return status

@@ -1,19 +1,30 @@
-"""`effformer info`: models, versions, devices, backend."""
+"""List models, versions, devices and backends.
+
+List the models' parameters, multiply-accumulates and feature maps at an image size, the versions in
+use, and this machine's devices with the backend that each one gets, and why.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 
-import torch
-
-from ..apps.info import describe_backend, devices, summarise, versions
 from ..config import PRESETS
-from ..kernels.tiling.choose import user_file
+from . import common
+
+
+def add(commands: common.Commands) -> None:
+    parser = common.add_command(commands, "info", main, __doc__)
+    common.add_size(parser)
+    common.add_json(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from ..apps.info import describe_backend, devices, summarise, versions
+    from ..kernels.tiling.choose import user_file
+
     height, width = arguments.size
     models = [summarise(name, height, width) for name in PRESETS]
     backends = {name: describe_backend("auto", torch.device(name)) for name in devices()}
@@ -27,7 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
             "size": [height, width],
             "models": [asdict(model) for model in models],
         }
-        print(json.dumps(facts, indent=2))
+        common.print_json(facts)
         return 0
     print("  ".join(f"{name} {version}" for name, version in versions().items()))
     for name, description in devices().items():

@@ -1,45 +1,73 @@
-"""`effformer run`: features of images."""
+"""Compute features of images.
+
+Run a network on images. Print the four feature maps, the pooled feature and (with trained weights) the
+five likeliest classes of one image, or a line for each of several. Write beside each image
+  IMAGE.features.safetensors   stage1..stage4 [C, h, w], pooled [C], logits (with trained weights)
+  IMAGE.features.png           the input, and the maps' three principal components as colours
+An image that cannot be read is reported, the others are used, and the exit status is 1.
+
+For example:
+  effformer run photo.jpg
+  effformer run photos/ --checkpoint weights.pth --output features/
+"""
 
 from __future__ import annotations
 
 import argparse
-import sys
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..apps.info import describe_backend, devices
 from ..version import __version__
-from .common import DTYPES, network_of, read_lines, torch_device
+from . import common
 
 if TYPE_CHECKING:
+    import torch
+
     from ..apps.extract import ImageFeatures
+
+
+def add(commands: common.Commands) -> None:
+    parser = common.add_command(commands, "run", main, __doc__, "the features of finished images are kept")
+    option = parser.add_argument
+    option("paths", nargs="+", type=Path, metavar="PATH", help="image, or folder of images (recursive)")
+    common.add_network(parser, "a file or folder (timm, original or NetsPresso), a hub id owner/name, 'pretrained' "
+                       "(timm's ImageNet weights from the hub), 'none' (random weights, seed 0), or 'auto' (the "
+                       "default): pretrained if the hub can be reached, else none, with a message", "auto")  # fmt: skip
+    common.add_images(parser)
+    option("--backend", type=common.one_of("backend", "BACKENDS"), default="auto", help="of the fused "
+           "operations: auto, eager or triton; default: %(default)s")  # fmt: skip
+    option("--output", type=Path, metavar="FOLDER", help="write there instead of beside the images")
+    option("--labels", type=Path, metavar="FILE", help="class names for the top 5, one a line")
+    common.add_json(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
     try:
+        import PIL  # noqa: F401
         from tqdm import tqdm
-
-        from ..apps.extract import Extraction
-        from ..apps.images import Preprocessing, default_workers, find_images
     except ImportError as error:
-        raise ImportError(f"{error}: install effformer[image] to run on images") from error
+        raise ImportError(f"{error}: install effformer's extra 'image' to run on images") from error
+    from ..apps.extract import Extraction
+    from ..apps.images import Preprocessing, default_workers, find_images
+    from ..apps.info import describe_backend, devices
     from ..bench.measure.timing import measure
 
     paths = find_images(arguments.paths)
     if not paths:
         raise FileNotFoundError(f"no image below {', '.join(map(str, arguments.paths))}")
-    labels = None if arguments.labels is None else read_lines("--labels", arguments.labels)
+    labels = None if arguments.labels is None else common.read_lines("--labels", arguments.labels)
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         _refuse_collisions(paths)
 
-    device = torch_device(arguments.device)
-    network, name, hub_config, weights = network_of(arguments.model, arguments.checkpoint, arguments.backend)
-    network = network.to(device, DTYPES[arguments.dtype]).eval()
+    say = common.printer(arguments.json)
+    device = common.torch_device(arguments.device)
+    asked = arguments.model, arguments.checkpoint, arguments.backend
+    network, name, hub_config, weights = common.load_network(*asked, say)
+    network = network.to(device, common.torch_dtype(arguments.dtype)).eval()
     preprocessing = Preprocessing.from_config(hub_config)
     if arguments.size is not None:
         preprocessing = replace(preprocessing, size=arguments.size)
@@ -47,11 +75,19 @@ def main(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--labels: got {len(labels)} lines, allowed are the network's {network.num_classes} classes")
     has_head = weights != "none" and network.num_classes > 0
 
-    print(f"model:    {name}, weights: {_describe_weights(weights, has_head)}")
-    print(f"backend:  {describe_backend(arguments.backend, device)}")
-    print(f"device:   {device} ({devices()[str(device)]}), {arguments.dtype}")
+    facts: dict[str, Any] = {
+        "model": name,
+        "weights": weights,
+        "backend": describe_backend(arguments.backend, device),
+        "device": str(device),
+        "dtype": arguments.dtype,
+        "size": list(preprocessing.size),
+    }
+    say(f"model:    {name}, weights: {_describe_weights(weights, has_head)}")
+    say(f"backend:  {facts['backend']}")
+    say(f"device:   {device} ({devices()[str(device)]}), {arguments.dtype}")
     height, width = preprocessing.size
-    print(f"input:    {height}x{width}, {preprocessing.interpolation}, centre crop {preprocessing.crop_pct}")
+    say(f"input:    {height}x{width}, {preprocessing.interpolation}, centre crop {preprocessing.crop_pct}")
     extraction = Extraction(
         network,
         paths,
@@ -61,8 +97,8 @@ def main(arguments: argparse.Namespace) -> int:
         has_head=has_head,
     )
     metadata = {"model": name, "weights": weights, "effformer": __version__}
-    last: ImageFeatures | None = None
-    with tqdm(total=len(paths), unit="image", disable=len(paths) == 1) as bar:
+    last, alone, images = None, len(paths) == 1, []
+    with tqdm(total=len(paths), unit="image", disable=True if alone else None) as bar:
         for batch in extraction:
             for features in batch:
                 try:
@@ -70,24 +106,27 @@ def main(arguments: argparse.Namespace) -> int:
                 except OSError as error:
                     extraction.failures[features.path] = str(error)
                     continue
-                tqdm.write(_describe(features, labels, whole=len(paths) == 1))
-                if len(paths) == 1:
+                last = features.path
+                if arguments.json:
+                    images.append(_facts(features, labels) | {"written": list(map(str, written))})
+                    continue
+                tqdm.write(_describe(features, labels, whole=alone))
+                if alone:
                     tqdm.write("written:  " + ", ".join(map(str, written)))
-                last = features
             bar.update(min(extraction.batch_size, len(paths) - bar.n))
 
     if last is not None:
         size = extraction.batch_size
-        timing = measure(extraction.forward_of(last.path), device)
-        print(
+        timing = measure(extraction.forward_of(last), device)
+        facts |= {"forward_ms_per_image": timing.p50 / size, "batch_size": size}
+        say(
             f"time:     {timing.p50 / size:.2f} ms an image (p20 {timing.p20 / size:.2f}, p80 {timing.p80 / size:.2f}; "
             f"forward alone, batch {size}, {timing.repeats} repeats)"
         )
-    for path, reason in extraction.failures.items():
-        print(f"effformer: {path}: {reason}", file=sys.stderr)
-    if extraction.failures:
-        print(f"effformer: {len(extraction.failures)} of {len(paths)} images failed", file=sys.stderr)
-    return 1 if extraction.failures else 0
+    if arguments.json:
+        failures = {str(path): reason for path, reason in extraction.failures.items()}
+        common.print_json(facts | {"images": images, "failures": failures})
+    return common.report_failures(extraction.failures, len(paths))
 
 
 def _refuse_collisions(paths: Sequence[Path]) -> None:
@@ -104,21 +143,41 @@ def _describe_weights(weights: str, has_head: bool) -> str:
 
 
 def _describe(features: ImageFeatures, labels: Sequence[str] | None, *, whole: bool) -> str:
-    """One line for an image among many, or all that there is to say of a single one."""
-    likeliest = [] if features.logits is None else _top5(features.logits, labels)
-    norm = f"pooled norm {features.pooled.float().norm():.4g}"
+    """One line for an image among many, or all lines for a single one."""
+    likeliest = [f"{probability:6.2%}  {name}" for probability, _, name in _top5(features.logits, labels)]
+    norm = features.pooled.float().norm()
     if not whole:
-        return "  ".join([str(features.path), norm, *likeliest[:1]])
+        return "  ".join([str(features.path), f"pooled norm {norm:.4g}", *likeliest[:1]])
     lines = [f"image:    {features.path}"]
     for index, feature in enumerate(features.maps, 1):
         shape, values = "x".join(map(str, feature.shape)), feature.float()
         lines.append(f"stage {index}:  {shape:<12}mean {values.mean():+.4f}  std {values.std():.4f}")
-    lines.append(f"pooled:   {features.pooled.numel():<12}norm {features.pooled.float().norm():.4f}")
+    lines.append(f"pooled:   {features.pooled.numel():<12}norm {norm:.4f}")
     lines += [f"top {rank}:    {line}" for rank, line in enumerate(likeliest, 1)]
     return "\n".join(lines)
 
 
-def _top5(logits: torch.Tensor, labels: Sequence[str] | None) -> list[str]:
+def _facts(features: ImageFeatures, labels: Sequence[str] | None) -> dict[str, Any]:
+    """An image's results for --json; null stands for NaN and infinities, which JSON does not have."""
+    return {
+        "image": str(features.path),
+        "maps": [list(feature.shape) for feature in features.maps],
+        "pooled_norm": _finite(features.pooled.float().norm().item()),
+        "top5": [
+            {"class": index, "name": name, "probability": _finite(probability)}
+            for probability, index, name in _top5(features.logits, labels)
+        ],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _top5(logits: torch.Tensor | None, labels: Sequence[str] | None) -> list[tuple[float, int, str]]:
+    """(probability, class, its name) of the five likeliest classes; empty without logits."""
+    if logits is None:
+        return []
     probabilities, classes = logits.float().softmax(dim=0).topk(min(5, logits.numel()))
     names = [f"class {index}" if labels is None else labels[index] for index in classes.tolist()]
-    return [f"{probability:6.2%}  {name}" for probability, name in zip(probabilities.tolist(), names, strict=True)]
+    return list(zip(probabilities.tolist(), classes.tolist(), names, strict=True))
