@@ -1,12 +1,13 @@
-"""Who computes the fused operations, and why.
+"""The choice between PyTorch and the Triton kernels for the fused operations.
 
-"eager"   `effformer.reference`, differentiable, any device and floating dtype
-"triton"  the kernels, or an `UnsupportedError`; never something else silently
-"auto"    Triton where it can run, eager elsewhere; `why_not_triton` says why
+"eager"   `effformer.reference`: differentiable, any device and floating dtype
+"triton"  the kernels; an `UnsupportedError` where they cannot run
+"auto"    the kernels where they can run, eager elsewhere; `why_not_triton` gives the reason
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from typing import Literal, get_args
 
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .checks import products_dtype
-from .config import check_choice
+from .checks import check_choice
 
 Backend = Literal["auto", "eager", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -26,15 +26,30 @@ TRITON_CAPABILITY = (8, 0)
 
 
 class UnsupportedError(RuntimeError):
-    """backend="triton" was asked for something that the kernels do not do."""
+    """backend="triton" was asked for, and the kernels cannot run."""
+
+
+def autocast(device_type: str) -> bool:
+    """Whether autocast is on for this type of device; only "cuda" and "cpu" are looked at."""
+    return device_type in ("cuda", "cpu") and torch.is_autocast_enabled(device_type)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """A context without autocast, for weights that all have one dtype."""
+    return torch.autocast(device.type, enabled=False) if autocast(device.type) else contextlib.nullcontext()
+
+
+def products_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products for an input x: autocast's where it is on, else x's."""
+    return torch.get_autocast_dtype(x.device.type) if autocast(x.device.type) else x.dtype
 
 
 def select_backend(
     backend: str, *tensors: Tensor, activation: str = "gelu", products: bool = True
 ) -> Literal["eager", "triton"]:
-    """The implementation that `backend` stands for, for an operation on these tensors, the input being the first.
+    """Resolve `backend` for an operation on these tensors, of which the first is the input.
 
-    `products`: whether there are matrix products, which autocast computes in a dtype of its own.
+    `products`: whether the operation has matrix products, which autocast computes in a dtype of its own.
 
     Raises:
         ValueError: for an unknown backend.
@@ -45,7 +60,7 @@ def select_backend(
         return "eager"
     x = tensors[0]
     backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if backward or forward_ad._current_level >= 0:  # tensors do not show that they carry a tangent
+    if backward or forward_ad._current_level >= 0:  # a tensor does not show that it carries a tangent
         reason: str | None = "a gradient is needed, and the kernels have none: use torch.no_grad() or backend='eager'"
     else:
         reason = why_not_triton(x.device, x.dtype, activation, backend == "triton")
@@ -56,7 +71,7 @@ def select_backend(
 
 
 def refuse_triton(backend: str, reason: str | None) -> None:
-    """Raise an UnsupportedError if `backend` is "triton" and, for `reason`, something else is about to compute."""
+    """Raise an UnsupportedError if `backend` is "triton" and there is a `reason` why the kernels cannot run."""
     if backend == "triton" and reason:
         raise UnsupportedError(f"backend='triton': {reason}")
 
@@ -64,35 +79,35 @@ def refuse_triton(backend: str, reason: str | None) -> None:
 def why_not_triton(
     device: torch.device, dtype: torch.dtype | None = None, activation: str = "gelu", asked_for: bool = False
 ) -> str | None:
-    """Why "auto" takes eager for tensors on `device`, None where it takes Triton.
+    """The reason why "auto" takes eager for tensors on `device`; None where it takes Triton.
 
-    With `asked_for`, why "triton" cannot run there: on a CPU it can, where Triton interprets (TRITON_INTERPRET=1).
-    Without a `dtype` the answer is that of the device.
+    With `asked_for`, the reason why "triton" cannot run there. On a CPU it runs under Triton's interpreter, in a
+    process started with TRITON_INTERPRET=1. Without a `dtype` only the device is looked at.
     """
     if (reason := _why_not_device(device, dtype, asked_for)) is not None:
         return reason
     if dtype is not None and dtype not in TRITON_DTYPES:
-        return f"the kernels compute {_listed(TRITON_DTYPES)}, not {dtype}"
+        return f"the kernels compute {', '.join(map(str, TRITON_DTYPES))}, not {dtype}"
     if activation not in TRITON_ACTIVATIONS:
         return f"the kernels compute the activations {', '.join(TRITON_ACTIVATIONS)}, not {activation!r}"
     return None
 
 
-# What torch.compiler.assume_constant_result does: compilers take the answer instead of tracing the question. That
-# function imports torch._dynamo, and with it Triton, for which `import effformer` has no use.
+# As by torch.compiler.assume_constant_result: compilers take the answer and do not trace the function. The decorator
+# itself would import torch._dynamo and Triton, which `import effformer` does not need.
 why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _why_not_device(device: torch.device, dtype: torch.dtype | None, asked_for: bool) -> str | None:
     if device.type not in ("cuda", "cpu") or (device.type == "cpu" and not asked_for):
-        return f"{device.type!r} is no NVIDIA GPU"
+        return f"{device.type!r} is not an NVIDIA GPU"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cpu":
         from .kernels.launch import INTERPRETED
 
         if not INTERPRETED:
-            return "'cpu' is no NVIDIA GPU, and Triton interprets only in a process started with TRITON_INTERPRET=1"
+            return "'cpu' is not an NVIDIA GPU, and Triton interprets only in a process started with TRITON_INTERPRET=1"
         return "Triton's interpreter does not compute torch.bfloat16" if dtype == torch.bfloat16 else None
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs, and this is ROCm"
@@ -102,7 +117,3 @@ def _why_not_device(device: torch.device, dtype: torch.dtype | None, asked_for: 
             map(str, capability)
         )
     return None
-
-
-def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(map(str, dtypes))

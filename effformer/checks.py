@@ -1,22 +1,92 @@
-"""Checks of the operations' arguments: each error names the argument, what came and what is allowed."""
+"""Checks of values and tensors: each error names the argument, the value that came and the values allowed.
+
+This module imports without torch, since the command line checks its options before it loads torch.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .config import check_choice
-from .reference import ACTIVATIONS
-
-
-def autocast(device_type: str) -> bool:
-    """Whether autocast is on for this kind of device, of those that the tests know it on."""
-    return device_type in ("cuda", "cpu") and torch.is_autocast_enabled(device_type)
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def products_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products are computed in for an input x: autocast's dtype where it is on, else x's."""
-    return torch.get_autocast_dtype(x.device.type) if autocast(x.device.type) else x.dtype
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """A condition on a value, and its wording in errors."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+def is_int(value: Any) -> bool:
+    """Whether `value` is an integer; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is an integer or a float; True and False are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def one_of(names: Iterable[str]) -> Rule:
+    """The rule that a value is one of these strings."""
+    choices = tuple(names)
+    return Rule("one of " + ", ".join(choices), lambda value: isinstance(value, str) and value in choices)
+
+
+POSITIVE_INT = Rule("an integer of 1 or more", lambda value: is_int(value) and value >= 1)
+COUNT = Rule("an integer of 0 or more", lambda value: is_int(value) and value >= 0)
+POSITIVE = Rule("a number above 0", lambda value: is_number(value) and 0 < value < math.inf)
+PROBABILITY = Rule("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
+FINITE = Rule("a finite number", lambda value: is_number(value) and math.isfinite(value))
+
+
+def wrong(field: str, value: Any, allowed: str) -> str:
+    """The message for a wrong value."""
+    return f"{field}: got {value!r} ({type(value).__name__}), allowed is {allowed}"
+
+
+def unknown_key(key: Any, allowed: Iterable[str]) -> str:
+    """The message for an unknown key, with the likeliest intended one."""
+    choices = list(allowed)
+    close = difflib.get_close_matches(str(key), choices, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{key}: unknown key{hint}, allowed are {', '.join(choices)}"
+
+
+def key_problems(mapping: Mapping[Any, Any], allowed: Iterable[str], prefix: str = "") -> Iterable[str]:
+    """A line for each key of `mapping` that is not in `allowed`, and for each of `allowed` that it lacks."""
+    allowed = tuple(allowed)
+    yield from (prefix + unknown_key(key, allowed) for key in mapping if key not in allowed)
+    yield from (f"{prefix}{key}: missing" for key in allowed if key not in mapping)
+
+
+def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise a ValueError that names the argument unless `value` is one of `choices`."""
+    choices = tuple(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(wrong(argument, value, one_of(choices).allowed))
+
+
+def check(argument: str, value: Any, rule: Rule) -> None:
+    """Raise a ValueError that names the argument unless `value` keeps the rule."""
+    if not rule.holds(value):
+        raise ValueError(wrong(argument, value, rule.allowed))
+
+
+def check_count(argument: str, value: Any, *, least: int = 0) -> None:
+    """Raise a ValueError that names the argument unless `value` is an integer of `least` or more."""
+    if not (is_int(value) and value >= least):
+        raise ValueError(wrong(argument, value, f"an integer of {least} or more"))
+
+
+# --- tensors: a TypeError for a wrong dtype, a ValueError for a wrong shape or device ---------------------------------
 
 
 def shape_of(x: Tensor) -> str:
@@ -56,12 +126,22 @@ def check_device(name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: got a tensor on {value.device}, allowed is x's device {x.device}")
 
 
+def check_products_dtype(name: str, value: Tensor, x: Tensor) -> None:
+    """x's dtype, or any floating one under autocast."""
+    check_floating(name, value)
+    if value.dtype != x.dtype:
+        from .backend import autocast  # which imports torch
+
+        if not autocast(x.device.type):
+            raise TypeError(f"{name}: got {value.dtype}, allowed is x's {x.dtype} (or any floating dtype in autocast)")
+
+
 def check_accumulation_dtype(name: str, value: Tensor, x: Tensor) -> None:
     """float32, or float64 where x is; on x's device."""
     check_device(name, value, x)
-    allowed = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if value.dtype != allowed:
-        raise TypeError(f"{name}: got {value.dtype}, allowed is {allowed} with an input of {x.dtype}")
+    size = 8 if x.dtype.itemsize == 8 else 4
+    if value.dtype.itemsize != size or not value.is_floating_point():
+        raise TypeError(f"{name}: got {value.dtype}, allowed is torch.float{8 * size} with an input of {x.dtype}")
 
 
 def check_vectors(x: Tensor, size: int, **vectors: Tensor) -> None:
@@ -76,52 +156,48 @@ def check_weight(name: str, weight: Tensor, x: Tensor, *, outputs: int | None, i
     if weight.ndim != 2 or weight.shape[1] != inputs or outputs not in (None, weight.shape[0]):
         allowed = outputs_name if outputs is None else outputs
         raise ValueError(f"{name}: got shape {shape_of(weight)}, allowed is [{allowed}, {inputs}]")
-    check_floating(name, weight)
     check_device(name, weight, x)
-    if weight.dtype != x.dtype and not autocast(x.device.type):
-        raise TypeError(f"{name}: got {weight.dtype}, allowed is x's {x.dtype} (or any floating dtype in autocast)")
+    check_products_dtype(name, weight, x)
 
 
-def check_conv_mlp(
-    x: Tensor,
-    weight1: Tensor,
-    scale1: Tensor,
-    shift1: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    shift2: Tensor,
-    activation: str,
-) -> None:
-    """Everything of `conv_mlp` but x's own shape."""
-    check_choice("activation", activation, tuple(ACTIVATIONS))
-    channels = x.shape[1]
+def check_mlp(x: Tensor, channels: int, weight1: Tensor, weight2: Tensor, **vectors: Tensor) -> None:
+    """[hidden, C] and [C, hidden]; `vectors` ending in 1 belong to the hidden channels, the others to C channels."""
     check_weight("weight1", weight1, x, outputs=None, inputs=channels, outputs_name="hidden")
     hidden = weight1.shape[0]
     check_weight("weight2", weight2, x, outputs=channels, inputs=hidden, outputs_name="channels")
-    check_vectors(x, hidden, scale1=scale1, shift1=shift1)
-    check_vectors(x, channels, scale2=scale2, shift2=shift2)
+    for name, vector in vectors.items():
+        check_vectors(x, hidden if name.endswith("1") else channels, **{name: vector})
 
 
-def check_conv_norm(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, activation: str | None, border: Tensor | None
-) -> Tensor:
-    """Everything of `conv_norm`; returns the tensor whose dtype the others must fit, and the output has."""
-    if activation is not None:
-        check_choice("activation", activation, tuple(ACTIVATIONS))
+def check_attention(
+    x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor, heads: int, key_dim: int, **vectors: Tensor
+) -> None:
+    """Tokens x [B, N, C], and weights of an attention with so many heads; other `vectors` are [C]."""
+    check_tokens("x", x)
+    channels, qkv_channels = x.shape[2], qkv_weight.shape[0]
+    check_weight("qkv_weight", qkv_weight, x, outputs=None, inputs=channels, outputs_name="qkv channels")
+    check_heads(qkv_channels, heads, key_dim)
+    values = qkv_channels - 2 * heads * key_dim
+    check_weight("proj_weight", proj_weight, x, outputs=channels, inputs=values, outputs_name="channels")
+    check_vectors(x, channels, **vectors)
+    check_vectors(x, qkv_channels, qkv_bias=qkv_bias)
+
+
+def check_conv_norm(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, border: Tensor | None) -> Tensor:
+    """All tensors of `conv_norm`; returns the one that gives the output its dtype."""
     if x.ndim != 4:
         raise ValueError(f"x: got shape {shape_of(x)}, allowed is [B, C, H, W]")
     if weight.ndim != 4 or tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
         raise ValueError(f"weight: got shape {shape_of(weight)}, allowed is [outputs, {x.shape[1]}, 3, 3]")
     check_floating("weight", weight)
     check_device("weight", weight, x)
-    pixels = x.dtype == torch.uint8
+    pixels = str(x.dtype) == "torch.uint8"
     if pixels != (border is not None):
         got = "None" if border is None else f"shape {shape_of(border)}"
         raise ValueError(f"border: got {got} with x in {x.dtype}, allowed is [C] with uint8 x, and else None")
     like = weight if pixels else x
     check_floating("x", like)
-    if weight.dtype != like.dtype and not autocast(x.device.type):
-        raise TypeError(f"weight: got {weight.dtype}, allowed is x's {x.dtype} (or any floating dtype in autocast)")
+    check_products_dtype("weight", weight, like)
     check_vectors(like, weight.shape[0], scale=scale, shift=shift)
     if border is not None:
         check_vectors(like, x.shape[1], border=border)

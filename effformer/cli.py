@@ -67,9 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"effformer {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run.add(commands)
-    verify.add(commands)
-    evaluate.add(commands)
+    for command in (run, verify, evaluate):
+        command.add(commands)
     measuring = commands.add_parser(
         "bench",
         help="measure speed, and search for the fastest tiles",

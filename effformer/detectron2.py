@@ -1,6 +1,6 @@
-"""As Detectron2 wants a backbone: maps by name, `output_shape()`, `size_divisibility`.
+"""A backbone for Detectron2: maps by name, `output_shape()`, `size_divisibility`.
 
-Where Detectron2 is installed the class is one of its `Backbone`s, which its FPN asks for, and shapes are its own.
+Where Detectron2 is installed, the class derives from its `Backbone`, as its FPN requires, and shapes are its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .features import Features, check_rising
 
 
 class ShapeSpec(NamedTuple):
-    """What Detectron2's class of this name says of a map."""
+    """A map's shape, with the fields of Detectron2's class of this name."""
 
     channels: int | None = None
     height: int | None = None
@@ -29,7 +29,7 @@ else:
         from detectron2.layers import ShapeSpec
         from detectron2.modeling import Backbone as Base
     except ModuleNotFoundError as error:
-        if error.name != "detectron2":  # it is there, and broken
+        if error.name != "detectron2":  # installed, but broken
             raise
         Base = nn.Module
 
@@ -40,7 +40,7 @@ class EfficientFormerBackbone(Base):
     """Images [B, in_chans, H, W] -> maps [B, C, H / stride, W / stride] by name.
 
     Args:
-        model: an `EfficientFormer`, of which this takes possession: see `effformer.features.Features`.
+        model: an `EfficientFormer`, which is modified in place: see `effformer.features.Features`.
         out_features: of `NAMES`, in their order.
 
     Raises:
@@ -63,5 +63,5 @@ class EfficientFormerBackbone(Base):
 
     @property
     def size_divisibility(self) -> int:
-        """What sides have to be multiples of for a pyramid on top, whose maps double. The network takes any."""
+        """Image sides must be multiples of this for a pyramid, which doubles maps. The network alone takes any."""
         return self.features.strides[-1]

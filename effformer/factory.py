@@ -9,7 +9,8 @@ from typing import Any
 from .checkpoints import config_file as saved
 from .checkpoints import hub
 from .checkpoints.load import load_checkpoint
-from .config import CONFIG_FIELDS, PRESETS, preset, unknown_key
+from .checks import unknown_key
+from .config import CONFIG_FIELDS, PRESETS, preset
 from .model.network import CONSTRUCTOR_FIELDS, EfficientFormer
 
 _ARGUMENTS = ("num_classes", "in_chans", "pretrained", "checkpoint", "reset_head", "backend")
@@ -49,10 +50,10 @@ def create_model(
 
     Raises:
         TypeError: for an unknown keyword.
-        ValueError: for a wrong value, naming it; where the checkpoint's `config.json`, as save_pretrained writes it,
-            says another thing than the default of a field that weights do not show, and no override says which.
+        ValueError: for a wrong value, naming it. Also where the checkpoint's `config.json`, as save_pretrained writes
+            it, differs from the default of a field that weights do not show, and no override decides.
         CheckpointError: (a RuntimeError) where the checkpoint does not fit.
-        OSError, ImportError: where it cannot be had.
+        OSError, ImportError: where it cannot be read or downloaded.
     """
     config = preset(name)
     allowed = dict.fromkeys((*_ARGUMENTS, *CONFIG_FIELDS, *CONSTRUCTOR_FIELDS))
@@ -74,7 +75,7 @@ def create_model(
         **{key: value for key, value in overrides.items() if key not in CONFIG_FIELDS},
     )
     if checkpoint is not None:
-        saved.check_unseen(_said_of(checkpoint), config, overrides)
+        saved.check_unseen(hub.read_config_if_there(checkpoint), config, overrides)
     if pretrained:
         checkpoint = hub.PRETRAINED[name]
     if checkpoint is not None:
@@ -83,10 +84,3 @@ def create_model(
     elif reset_head:
         raise ValueError("reset_head: got True without a checkpoint, allowed is False")
     return network
-
-
-def _said_of(checkpoint: str) -> dict[str, Any]:
-    try:
-        return hub.read_config(checkpoint)
-    except OSError:  # offline, with the weights alone in the cache
-        return {}

@@ -1,4 +1,4 @@
-"""What the adapters to detection frameworks have in common."""
+"""Shared by the adapters to detection frameworks: maps of chosen stages."""
 
 from __future__ import annotations
 
@@ -7,32 +7,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .model.netspresso import Backbone
-from .model.network import EfficientFormer
+from .model.netspresso import network_within
 
 
 class Features(nn.Module):
-    """The maps of some stages, and nothing of the network that they do not need.
+    """The maps of some stages, from a network that is reduced to the parts they need.
 
     Args:
-        model: an `EfficientFormer`, or what `build_backbone` returns. It is taken over: the stages after the last one
-            wanted, the final norm, the heads, and norms of other maps are removed from it, so that each parameter that
-            is left has a gradient (DDP asks for that).
+        model: an `EfficientFormer`, or a `Backbone` of `build_backbone`. It is modified in place: later stages, the
+            final norm, the heads and norms of other maps are removed, so that each remaining parameter has a gradient,
+            which DDP requires.
         out_indices: stages, rising, from 0 to 3.
 
     Attributes:
         channels, strides: of each map.
 
     Raises:
-        TypeError: for a model that is none of ours.
+        TypeError: for another library's model.
         ValueError: for other `out_indices`.
     """
 
     def __init__(self, model: nn.Module, out_indices: Sequence[int] = (0, 1, 2, 3)) -> None:
         super().__init__()
-        network = model.network if isinstance(model, Backbone) else model
-        if not isinstance(network, EfficientFormer):
-            raise TypeError(f"model: got {type(model).__name__}, allowed is an EfficientFormer or a Backbone")
+        network = network_within(model)
         check_rising("out_indices", out_indices, range(len(network.stages)))
         self.network = network
         self.out_indices = tuple(out_indices)

@@ -27,11 +27,10 @@ class EfficientFormer(
 ):
     """An `effformer.EfficientFormer` that Hugging Face's tools save, load and push.
 
-    By name it is `EfficientFormer.create("efficientformer_l1", ...)`; of a network that is there already, weights and
-    all, it is another view: `EfficientFormer.from_network(network)`. `save_pretrained(folder)` and `push_to_hub(name)`
-    write `model.safetensors` with timm's keys and a `config.json` that says what the network is when it is saved, so
-    that `from_pretrained` rebuilds it exactly: architecture, heads, drop rates, dtype. Backend and device are chosen
-    anew. `effformer.create_model(..., checkpoint=folder)` takes the folder, too, as any other with weights.
+    `EfficientFormer.create("efficientformer_l1", ...)` builds one by name; `EfficientFormer.from_network(network)`
+    makes one of an existing network. `save_pretrained(folder)` and `push_to_hub(name)` write `model.safetensors` with
+    timm's keys, and a `config.json` from which `from_pretrained` rebuilds the network exactly: architecture, heads,
+    drop rates, dtype. Backend and device are chosen anew. `create_model(..., checkpoint=folder)` takes the folder, too.
     """
 
     @classmethod
@@ -41,10 +40,10 @@ class EfficientFormer(
 
     @classmethod
     def from_network(cls, network: model.EfficientFormer) -> EfficientFormer:
-        """The same network as one of this class. Nothing is copied: what happens to one happens to the other.
+        """The same network as an instance of this class. Nothing is copied: both share all parameters and settings.
 
         Raises:
-            TypeError: for something else than an EfficientFormer of ours.
+            TypeError: for anything but an `effformer.EfficientFormer`.
         """
         if not isinstance(network, model.EfficientFormer):
             raise TypeError(f"network: got {type(network).__name__}, allowed is an effformer.EfficientFormer")
@@ -53,20 +52,18 @@ class EfficientFormer(
         return view
 
     def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **kwargs: Any) -> str | None:
-        """As the mixin's; `config` is not for choosing: the network says what it is.
+        """As the mixin's, but the network gives the `config`.
 
         Raises:
-            ValueError: for another `config`, and for a network that no config describes: pruned, or with replaced
-                modules.
+            ValueError: for another `config`; for a pruned network, or one with replaced modules.
         """
         settings = saved.settings_of(self)
         if config not in (None, settings):
             raise ValueError("config: got one, allowed is None: it is written from the network")
-        result: str | None = super().save_pretrained(save_directory, config=settings, **kwargs)
-        return result
+        return super().save_pretrained(save_directory, config=settings, **kwargs)
 
     @classmethod
-    def from_pretrained(  # not the mixin's, which loads what happens to fit and ignores the rest
+    def from_pretrained(  # the mixin's would load the keys that fit and ignore the others
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -82,16 +79,16 @@ class EfficientFormer(
 
         Args:
             pretrained_model_name_or_path: a folder or a hub id "owner/name".
-            reset_head: draw both heads anew where the overrides ask for another number of classes.
+            reset_head: initialise both heads anew where the overrides ask for another number of classes.
             force_download, token, cache_dir, local_files_only, revision: as for `huggingface_hub.hf_hub_download`.
             **overrides: fields of `EfficientFormerConfig` and keywords of `effformer.EfficientFormer`, as backend,
-                device, dtype or drop_path_rate, instead of what was saved.
+                device, dtype or drop_path_rate, in place of the saved ones.
 
         Raises:
             CheckpointError: (a RuntimeError) where the weights are not exactly those of the network.
-            OSError: where there is no such folder or repository, or it has no weights.
+            OSError: where the folder or repository does not exist, or has no weights.
             TypeError: for an unknown override.
-            ValueError: for a `config.json` of something else, or with unknown or missing keys.
+            ValueError: for a `config.json` of another model, or with unknown or missing keys.
         """
         source = str(pretrained_model_name_or_path)
         download: dict[str, Any] = {

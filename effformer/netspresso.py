@@ -1,4 +1,4 @@
-"""The backbone in NetsPresso Trainer, in place of its own."""
+"""Our backbone in NetsPresso Trainer, in place of its own."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .model.netspresso import Backbone, build_backbone
 
 
 def efficientformer(task: str, conf_model_backbone: Mapping[str, Any]) -> Backbone:
-    """What the trainer calls to build its backbone `efficientformer`, and ours.
+    """Build the backbone, with the arguments that the trainer gives to its own `efficientformer`.
 
-    The trainer's own weights load into it with `load_state_dict`, alone or as part of a trainer's model: q, k and v are
-    interleaved on the way. What it saves has our keys, and loads again.
+    The trainer's own weights load into it with `load_state_dict`, alone or as part of a trainer's model; q, k and v are
+    interleaved then. Saved files have our keys, and load again.
 
     Args:
         task: the trainer's `model.task`.
@@ -26,7 +26,7 @@ def efficientformer(task: str, conf_model_backbone: Mapping[str, Any]) -> Backbo
 
     Source: models/builder.py of NetsPresso Trainer 1.4.1, `load_backbone_and_head_model`.
     """
-    backbone = build_backbone({**conf_model_backbone, "name": "efficientformer"}, task)  # whatever it is registered as
+    backbone = build_backbone({**conf_model_backbone, "name": "efficientformer"}, task)  # under any registered name
     backbone.register_load_state_dict_pre_hook(_take_the_trainers_keys)  # type: ignore[no-untyped-call]
     return backbone
 

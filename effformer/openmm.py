@@ -1,4 +1,4 @@
-"""As MMDetection and MMSegmentation want a backbone: built from a dict, `out_indices`, a tuple of maps."""
+"""A backbone for MMDetection and MMSegmentation: built from a dict, `out_indices`, a tuple of maps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .checkpoints import hub
 from .checkpoints.formats import CheckpointError
 from .checkpoints.load import load_checkpoint
-from .config import check_choice
+from .checks import check_choice
 from .factory import create_model
 from .features import Features
 
@@ -19,17 +19,17 @@ from .features import Features
 class EffFormer(nn.Module):
     """Images [B, 3, H, W] -> maps [B, C, ceil(H / stride), ceil(W / stride)], a tuple.
 
-    Register it with `MODELS.register_module(module=EffFormer)`; in the original repository's configurations
-    `_delete_=True, type="EffFormer", name="efficientformer_l1"` then stands for `type="efficientformer_l1_feat"`: these
-    inherit a ResNet's keywords (depth, frozen_stages, ...), which the original ignores and this refuses.
+    Register it with `MODELS.register_module(module=EffFormer)`. In the original repository's configurations, replace
+    `type="efficientformer_l1_feat"` by `_delete_=True, type="EffFormer", name="efficientformer_l1"`. Without `_delete_`
+    they inherit a ResNet's keywords (depth, frozen_stages, ...), which the original ignores and this class refuses.
 
     Args:
         name: one of `effformer.list_models()`.
         out_indices: stages, rising.
         norm_eval: keep BatchNorm's statistics as they are in training, too.
-        init_cfg: None, or dict(type="Pretrained", checkpoint=...): a file, a folder or a hub id, of any dialect, that
-            `init_weights` loads, as the frameworks call it. Heads in it have no place; norms of the maps may be absent.
-        style: "pytorch", which is where the stride is.
+        init_cfg: None, or dict(type="Pretrained", checkpoint=...) with a file, a folder or a hub id of any format. The
+            framework calls `init_weights` to load it. Heads are ignored; norms of the maps may be absent.
+        style: "pytorch", the only place of the stride here.
         feature_norm: of the maps, the original dense variant's by default; see `effformer.EfficientFormerConfig`.
         **kwargs: keywords of `effformer.create_model`.
 
@@ -56,7 +56,7 @@ class EffFormer(nn.Module):
         self.features = Features(network, out_indices)
 
     def init_weights(self) -> None:
-        """Load what `init_cfg` names.
+        """Load the checkpoint of `init_cfg`.
 
         Raises:
             CheckpointError: (a RuntimeError) where the file does not fit.

@@ -1,10 +1,8 @@
-"""The fused operations: their arguments, the checks, and the choice of who computes them (`effformer.backend`).
+"""The fused operations: their arguments, their checks, and the choice of backend (`effformer.backend`).
 
-Scales, shifts, layer scales and bias are float32, or float64 when x is; the output has x's dtype. The functions of
-tensors are `torch.fx.wrap`ped, so that FX keeps them whole; call them as `ops.name`, since FX does not see an imported
-bare name.
-
-Under autocast, weights are cast to its dtype and matrix products computed in it; sums, norms and softmax stay float32.
+Scales, shifts, layer scales and bias are float32, or float64 when x is; the output has x's dtype. Functions of tensors
+carry `torch.fx.wrap`, so that FX records them as one node. Call them as `ops.name`: FX does not see a bare imported
+name. Under autocast, weights and matrix products are in its dtype; sums, norms and softmax stay float32.
 """
 
 from __future__ import annotations
@@ -13,32 +11,42 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from . import reference
+from . import parameters, reference
 from .backend import BACKENDS as BACKENDS
 from .backend import Backend as Backend
 from .backend import UnsupportedError as UnsupportedError
+from .backend import products_dtype, select_backend
 from .backend import refuse_triton as refuse_triton
-from .backend import select_backend
 from .backend import why_not_triton as why_not_triton
 from .checks import (
-    autocast,
     check_accumulation_dtype,
+    check_attention,
     check_bias,
-    check_conv_mlp,
+    check_choice,
     check_conv_norm,
-    check_floating,
     check_heads,
     check_map,
+    check_mlp,
     check_tokens,
     check_vectors,
     check_weight,
-    products_dtype,
-    shape_of,
 )
-from .config import BIAS_RESIZES, check_choice, check_count
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
-PIXEL_OFFSET = reference.PIXEL_OFFSET  # what `conv_norm` takes from uint8
+PIXEL_OFFSET = reference.PIXEL_OFFSET  # `conv_norm` subtracts it from uint8 pixels
+
+# Functions that turn the parameters of modules into arguments. Wrapped here, so that FX sees buffers as buffers.
+expand_bias = torch.fx.wrap(parameters.expand_bias)
+fold_batch_norm = torch.fx.wrap(reference.fold_batch_norm)
+fold_layer_scale = torch.fx.wrap(reference.fold_layer_scale)
+prepare_bias = parameters.prepare_bias
+upcast = torch.fx.wrap(reference.upcast)
+
+
+def _in_products_dtype(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Matrices in the dtype of products for an input x; vectors and attention biases as they are."""
+    dtype = products_dtype(x)
+    return tuple(tensor.to(dtype) if tensor.ndim == 2 else tensor for tensor in tensors)
 
 
 @torch.fx.wrap
@@ -93,8 +101,8 @@ def conv_mlp(
         weight1, weight2: [hidden, C] and [C, hidden], x's dtype (any floating one under autocast).
         scale1, shift1: [hidden]; scale2, shift2: [C]; float32 (float64 if x is).
         activation: one of `ACTIVATIONS`; "gelu" is the exact form.
-        deterministic: whether the same input gives the same bits each time. False lets the programs that share out the
-            hidden channels of a few rows add in whatever order they end, which takes less memory. Eager has no such.
+        deterministic: whether the same input gives the same bits each time. With False, programs that share the hidden
+            channels of a few rows add in any order, which takes less memory. Eager ignores this.
         backend: "auto", "eager" or "triton".
 
     Returns:
@@ -106,7 +114,8 @@ def conv_mlp(
         RuntimeError: for deterministic=False on the kernels under `torch.use_deterministic_algorithms(True)`.
     """
     check_map(x)
-    check_conv_mlp(x, weight1, scale1, shift1, weight2, scale2, shift2, activation)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_mlp(x, x.shape[1], weight1, weight2, scale1=scale1, shift1=shift1, scale2=scale2, shift2=shift2)
     arguments = (weight1, scale1, shift1, weight2, scale2, shift2)
     match select_backend(backend, x, *arguments, activation=activation):
         case "eager":
@@ -114,10 +123,7 @@ def conv_mlp(
         case "triton":
             from .kernels.conv_mlp import conv_mlp as kernel
 
-            dtype = products_dtype(x)
-            return kernel(
-                x, weight1.to(dtype), scale1, shift1, weight2.to(dtype), scale2, shift2, activation, deterministic
-            )
+            return kernel(x, *_in_products_dtype(x, *arguments), activation, deterministic)
 
 
 @torch.fx.wrap
@@ -141,7 +147,8 @@ def meta4d(
     """
     check_map(x)
     check_vectors(x, x.shape[1], layer_scale1=layer_scale1)
-    check_conv_mlp(x, weight1, scale1, shift1, weight2, scale2, shift2, activation)
+    check_choice("activation", activation, ACTIVATIONS)
+    check_mlp(x, x.shape[1], weight1, weight2, scale1=scale1, shift1=shift1, scale2=scale2, shift2=shift2)
     arguments = (layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2)
     match select_backend(backend, x, *arguments, activation=activation):
         case "eager":
@@ -149,9 +156,7 @@ def meta4d(
         case "triton":
             from .kernels.meta4d import meta4d as kernel
 
-            dtype = products_dtype(x)
-            weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
-            return kernel(x, layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2, activation, deterministic)
+            return kernel(x, *_in_products_dtype(x, *arguments), activation, deterministic)
 
 
 @torch.fx.wrap
@@ -175,9 +180,9 @@ def conv_norm(
         weight: [O, C, 3, 3], x's dtype (any floating one under autocast, or with uint8 x); best channels_last.
         scale, shift: [O], float32 (float64 if the weight is).
         activation: one of `ACTIVATIONS`, or None.
-        border: [C], float32 (float64 if the weight is): what uint8 x is padded with, in units of x - PIXEL_OFFSET, and
-            in the weight's dtype. Images that are to be normalised are padded with 0 after that, which is
-            255 * mean - PIXEL_OFFSET before it. None with floating x, which is padded with 0.
+        border: [C], float32 (float64 if the weight is): the padding of uint8 x, in units of x - PIXEL_OFFSET. It is
+            rounded to the weight's dtype. Padding with 0 after normalisation is padding with 255 * mean - PIXEL_OFFSET
+            before it. None with floating x, which is padded with 0.
         backend: "auto", "eager" or "triton".
 
     Returns:
@@ -187,7 +192,9 @@ def conv_norm(
         TypeError, ValueError: for a wrong dtype, shape, activation or backend, naming the argument.
         UnsupportedError: for backend="triton" where the kernels cannot run.
     """
-    like = check_conv_norm(x, weight, scale, shift, activation, border)
+    if activation is not None:
+        check_choice("activation", activation, ACTIVATIONS)
+    like = check_conv_norm(x, weight, scale, shift, border)
     borders = () if border is None else (border,)
     match select_backend(backend, like, x, weight, scale, shift, *borders, activation=activation or "relu"):
         case "eager":
@@ -257,12 +264,12 @@ def attention_mixer(
         x: [B, N, C], floating.
         norm_weight, norm_bias: [C], of the LayerNorm.
         qkv_weight, qkv_bias: [num_heads * (2 * key_dim + value_dim), C] and its first dimension.
-        bias: [num_heads, N, N]; or what `prepare_bias` returned for it.
+        bias: [num_heads, N, N]; or, with `prepared`, the result of `prepare_bias`.
         proj_weight: [C, num_heads * value_dim].
         scale, shift: [C].
         num_heads, key_dim: integers of 1 or more; value_dim follows from qkv_weight.
         eps: of the LayerNorm.
-        prepared: whether the bias is a prepared one. Only the kernels take it.
+        prepared: whether the bias is a prepared one, which only the kernels take.
         backend: "auto", "eager" or "triton".
 
     Weights have x's dtype (any floating one under autocast), vectors and bias are float32 (float64 if x is).
@@ -274,16 +281,10 @@ def attention_mixer(
         TypeError, ValueError: for a wrong dtype, shape or backend, naming the argument.
         UnsupportedError: for backend="triton" where the kernels cannot run.
     """
-    check_tokens("x", x)
-    channels = x.shape[2]
-    check_weight("qkv_weight", qkv_weight, x, outputs=None, inputs=channels, outputs_name="qkv channels")
-    check_heads(qkv_weight.shape[0], num_heads, key_dim)
-    values = qkv_weight.shape[0] - 2 * num_heads * key_dim
-    check_weight("proj_weight", proj_weight, x, outputs=channels, inputs=values, outputs_name="channels")
-    check_vectors(x, channels, norm_weight=norm_weight, norm_bias=norm_bias, scale=scale, shift=shift)
-    check_vectors(x, qkv_weight.shape[0], qkv_bias=qkv_bias)
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    check_attention(x, qkv_weight, qkv_bias, proj_weight, num_heads, key_dim, **norm, scale=scale, shift=shift)
     if prepared:
-        check_accumulation_dtype("bias", bias, x)  # its shape is the kernels' business
+        check_accumulation_dtype("bias", bias, x)  # the kernels check its shape
     else:
         check_bias(bias, x, num_heads)
     arguments = (norm_weight, norm_bias, qkv_weight, qkv_bias, bias, proj_weight, scale, shift)
@@ -295,35 +296,7 @@ def attention_mixer(
         case "triton":
             from .kernels.attention_mixer import attention_mixer as kernel
 
-            dtype = products_dtype(x)
-            qkv_weight, proj_weight = qkv_weight.to(dtype), proj_weight.to(dtype)
-            arguments = (norm_weight, norm_bias, qkv_weight, qkv_bias, bias, proj_weight, scale, shift)
-            return kernel(x, *arguments, num_heads, key_dim, eps, prepared)
-
-
-def prepare_bias(bias: Tensor, *, key_dim: int, value_dim: int, dtype: torch.dtype) -> Tensor:
-    """A bias as the kernels of `attention_mixer` want it, for one that stays the same over many calls.
-
-    They need not divide, bound or mask it then. It is for one number of tokens, one dtype, one GPU and its
-    configurations.
-
-    Args:
-        bias: [num_heads, N, N], float32.
-        key_dim, value_dim: of the attention.
-        dtype: what the attention's products are computed in: float16, bfloat16 or float32.
-
-    Raises:
-        TypeError, ValueError: for a bias of another shape or dtype, or dimensions below 1.
-        UnsupportedError: where the kernels cannot run.
-    """
-    check_tokens("bias", bias)
-    check_bias(bias, bias[:1].mT, bias.shape[0])
-    check_count("key_dim", key_dim, least=1)
-    check_count("value_dim", value_dim, least=1)
-    refuse_triton("triton", why_not_triton(bias.device, dtype, asked_for=True))
-    from .kernels.bias_attention import prepare_bias as prepare
-
-    return prepare(bias, key_dim, value_dim, dtype)
+            return kernel(x, *_in_products_dtype(x, *arguments), num_heads, key_dim, eps, prepared)
 
 
 @torch.fx.wrap
@@ -353,26 +326,18 @@ def linear_mlp(
         shift1: [hidden]; scale2, shift2: [C]; vectors are float32 (float64 if x is).
         activation: one of `ACTIVATIONS`; "gelu" is the exact form.
         eps: of the LayerNorm.
-        deterministic: whether the same input gives the same bits each time. False lets the programs that share out the
-            hidden channels of a few rows add in whatever order they end, which takes less memory. Eager has no such.
+        deterministic: as for `conv_mlp`.
         backend: "auto", "eager" or "triton".
 
     Returns:
         [B, N, C] in x's dtype.
 
-    Raises:
-        TypeError, ValueError: for a wrong dtype, shape, activation or backend, naming the argument.
-        UnsupportedError: for backend="triton" where the kernels cannot run.
-        RuntimeError: for deterministic=False on the kernels under `torch.use_deterministic_algorithms(True)`.
+    Errors are those of `conv_mlp`.
     """
     check_tokens("x", x)
     check_choice("activation", activation, ACTIVATIONS)
-    channels = x.shape[2]
-    check_weight("weight1", weight1, x, outputs=None, inputs=channels, outputs_name="hidden")
-    hidden = weight1.shape[0]
-    check_weight("weight2", weight2, x, outputs=channels, inputs=hidden, outputs_name="channels")
-    check_vectors(x, channels, norm_weight=norm_weight, norm_bias=norm_bias, scale2=scale2, shift2=shift2)
-    check_vectors(x, hidden, shift1=shift1)
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    check_mlp(x, x.shape[2], weight1, weight2, **norm, shift1=shift1, scale2=scale2, shift2=shift2)
     arguments = (norm_weight, norm_bias, weight1, shift1, weight2, scale2, shift2)
     match select_backend(backend, x, *arguments, activation=activation):
         case "eager":
@@ -380,10 +345,7 @@ def linear_mlp(
         case "triton":
             from .kernels.linear_mlp import linear_mlp as kernel
 
-            dtype = products_dtype(x)
-            weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
-            arguments = (norm_weight, norm_bias, weight1, shift1, weight2, scale2, shift2)
-            return kernel(x, *arguments, activation, eps, deterministic)
+            return kernel(x, *_in_products_dtype(x, *arguments), activation, eps, deterministic)
 
 
 @torch.fx.wrap
@@ -399,7 +361,7 @@ def head(
 ) -> Tensor:
     """The network's end: the mean of LayerNorm(x) over the tokens and, given its weight, a linear layer on it.
 
-    The network's two heads, whose mean is its result, are one with the mean of their weights and of their biases.
+    The network returns the mean of its two heads: that is one head, with the mean of their weights and biases.
 
     Args:
         x: [B, N, C], floating.
@@ -435,54 +397,3 @@ def head(
 
             weight = None if weight is None else weight.to(products_dtype(x))
             return kernel(x, norm_weight, norm_bias, weight, bias, eps)
-
-
-@torch.fx.wrap
-def expand_bias(table: Tensor, height: int, width: int, resolution: int, resize: str = "table") -> Tensor:
-    """The attention bias of a [height, width] map of tokens from its learned table. Nothing is cached.
-
-    Args:
-        table: [num_heads, resolution**2], floating; entry dy * resolution + dx belongs to the offset (dy, dx).
-        height, width: sides of the map, 1 or more.
-        resolution: side T of the table.
-        resize: what happens where the map is not [T, T]. "table" resamples the table in offset space (bilinear,
-            corners aligned). "matrix-bilinear" and "matrix-bicubic" resize the expanded [T * T, T * T] matrix as an
-            image, as NetsPresso and the original dense variant do; they exist for compatibility.
-
-    Returns:
-        [num_heads, N, N] with N = height * width, float32 (float64 if the table is). Differentiable in `table`.
-
-    Raises:
-        TypeError, ValueError: for a wrong dtype, shape or `resize`, naming the argument.
-    """
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        check_floating("table", table)
-        check_choice("resize", resize, BIAS_RESIZES)
-        if table.ndim != 2 or table.shape[1] != resolution**2:
-            raise ValueError(f"table: got shape {shape_of(table)}, allowed is [num_heads, {resolution**2}]")
-    return reference.expand_bias(reference.upcast(table), height, width, resolution=resolution, resize=resize)
-
-
-# How modules turn their parameters into the arguments above; wrapped here so that FX sees buffers as buffers.
-fold_batch_norm = torch.fx.wrap(reference.fold_batch_norm)
-fold_layer_scale = torch.fx.wrap(reference.fold_layer_scale)
-upcast = torch.fx.wrap(reference.upcast)
-
-
-@torch.fx.wrap
-def check_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
-    """`x` if it is a batch of images [B, in_chans, H, W] in the dtype of `weight`, else an error that says what came.
-
-    Raises:
-        TypeError: for a dtype that the network does not compute in (outside autocast).
-        ValueError: for another shape.
-    """
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if x.ndim != 4 or x.shape[1] != in_chans:
-            raise ValueError(f"x: got shape {shape_of(x)}, allowed is [B, {in_chans}, H, W]")
-        check_floating("x", x)
-        if x.dtype != weight.dtype and not autocast(x.device.type):
-            raise TypeError(
-                f"x: got {x.dtype}, allowed is the network's {weight.dtype} (any floating dtype in autocast)"
-            )
-    return x

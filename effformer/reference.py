@@ -1,8 +1,8 @@
 """The fused operations in plain PyTorch: the specification that every kernel is tested against.
 
-Any floating dtype, any device, gradients by autograd. In a low precision each step is rounded to the input's dtype,
-as separate eager modules would round it; evaluated in float64 these functions are the oracle of the accuracy rule.
-Arguments are not checked here: `effformer.ops` does that.
+Any floating dtype, any device, gradients by autograd. In low precision each step is rounded to the input's dtype, as
+separate eager modules would round it. In float64, these functions are the reference of the accuracy rule. They do not
+check arguments: `effformer.ops` does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def pool_mixer(x: Tensor, layer_scale: Tensor) -> Tensor:
     return x + (layer_scale[:, None, None] * (pooled - x)).to(x.dtype)
 
 
-# A pixel of 0 to 255 less this is exact in float16 and bfloat16, and near 0 on average.
+# Pixels from 0 to 255 minus this are exact in float16 and bfloat16, and near 0 on average.
 PIXEL_OFFSET = 120
 
 
@@ -206,6 +206,14 @@ def bias_index(height: int, width: int, device: torch.device | None = None) -> T
     dy = (y[:, None] - y[None, :]).abs()
     dx = (x[:, None] - x[None, :]).abs()
     return (dy[:, None, :, None] * width + dx[None, :, None, :]).flatten(0, 1).flatten(1)
+
+
+def why_other_index(index: Tensor, resolution: int) -> str | None:
+    """The reason why `index` is not `bias_index` of a square map of that side; None if it is, or on the meta device."""
+    standard = bias_index(resolution, resolution, torch.device("cpu"))
+    if index.shape == standard.shape and (index.is_meta or torch.equal(index.cpu().long(), standard)):
+        return None
+    return f"not the standard index |dy| * {resolution} + |dx|, the only one allowed"
 
 
 def expand_bias(table: Tensor, height: int, width: int, *, resolution: int, resize: str) -> Tensor:

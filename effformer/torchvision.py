@@ -1,4 +1,4 @@
-"""As torchvision's detectors want a backbone: an ordered dict of maps, and `out_channels`. Needs torchvision."""
+"""A backbone for torchvision's detectors: an ordered dict of maps, and `out_channels`. Needs torchvision."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class Body(Features):
 
 
 class BackboneWithFPN(nn.Module):
-    """A network under torchvision's feature pyramid, to be given to its detectors as `backbone`.
+    """A network under torchvision's feature pyramid: the `backbone` argument of its detectors.
 
-    As `torchvision.models.detection.backbone_utils.BackboneWithFPN`, whose `body` looks for direct children.
+    It replaces `torchvision.models.detection.backbone_utils.BackboneWithFPN`, which looks for stages among the direct
+    children of its body.
 
     Args:
         model, out_indices: see `effformer.features.Features`.

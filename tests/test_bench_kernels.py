@@ -404,7 +404,9 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 # --- ceilings -----------------------------------------------------------------------------------------------------------
 
 
-def test_ceilings() -> None:
+def test_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "CPU_SIDE", 32)
+    monkeypatch.setattr(ceilings, "CPU_BYTES", 2**16)
     seen = []
 
     def timer(make: Callable[[], Callable[[], object]], device: torch.device, footprint: int) -> Timing:
@@ -414,7 +416,7 @@ def test_ceilings() -> None:
         seen.append((result.dtype, tuple(result.shape), footprint))
         return Timing(1.0, 2.0, 4.0, 5.0, 9)
 
-    found = measure_ceilings(CPU, torch.float16, side=32, copied=2**16, timer=timer)
+    found = measure_ceilings(CPU, torch.float16, timer=timer)
     assert seen == [(torch.float16, (32, 32), 3 * 32 * 32 * 2), (torch.float16, (2**15,), 2**17)]
     assert found.ceilings.flops == pytest.approx(2 * 32**3 / 2e-3)
     assert found.ceilings.bandwidth == pytest.approx(2 * 2**16 / 2e-3)

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,12 +58,11 @@ def small(timm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"depths": (1, 1, 1, 2), "num_vit": 1, "num_classes": 10}
     monkeypatch.setattr(
         network_providers,
-        "_ours",
+        "create_model",
         lambda name, backend: create_model(name, widths=(8, 12, 16, 24), backend=backend, **sizes),
     )
-    monkeypatch.setattr(
-        network_providers, "_timm", lambda name: timm.create_model(name, embed_dims=(8, 12, 16, 24), **sizes)
-    )
+    narrow = SimpleNamespace(create_model=partial(timm.create_model, embed_dims=(8, 12, 16, 24), **sizes))
+    monkeypatch.setattr(network_providers, "import_timm", lambda: narrow)
     for name, value in {"LEAST_SECONDS": 0, "LEAST_CALLS": 2, "ROUNDS": 2, "ROUND_SECONDS": 0}.items():
         monkeypatch.setattr(network_run, name, value)
     monkeypatch.setitem(network_run.COMPARED, "cpu", 4)
@@ -147,7 +147,7 @@ def test_a_captured_function_is_replayed(monkeypatch: pytest.MonkeyPatch) -> Non
     first, second = captured(x), captured(y)
     assert torch.equal(first, 2 * x)
     assert torch.equal(second, 2 * y)
-    assert captured.held_bytes == network_providers.Built(captured).held_bytes == 2 * 3 * 4
+    assert captured.held_bytes == 2 * 3 * 4
     assert len(calls) == 1
     provider = BY_NAME["timm torch.compile max-autotune, captured"]
     assert provider.wants_graph
@@ -157,7 +157,7 @@ def test_a_captured_function_is_replayed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @torch.no_grad()
 def test_folded_is_the_same_in_float64(timm: Any, small: None) -> None:
-    model = randomise(network_providers._timm("efficientformer_l1")).double().eval()
+    model = randomise(network_providers.import_timm().create_model("efficientformer_l1")).double().eval()
     x = torch.randn(2, 3, 224, 224, dtype=torch.float64)
     want = model(x)
     got = fold_batch_norm(model)(x)
@@ -182,14 +182,14 @@ def test_weights_are_those_that_the_dtype_holds(small: None) -> None:
 @pytest.mark.parametrize("name", EAGER)
 def test_options_acted(small: None, name: str) -> None:
     provider = BY_NAME[name]
-    built = build(provider, ONE, CPU)
+    network = build(provider, ONE, CPU)
     images = draw_images(ONE, 2)
     images = images.contiguous(memory_format=torch.channels_last) if provider.channels_last else images
-    found = profile.details_of(provider, built, images, profile.Freezing())
+    found = profile.details_of(provider, network, images, profile.Freezing())
     assert profile.doubts(provider, found, CPU) == []
     assert found["kernels"] > 10
     assert not found["graph"]
-    if built.model is not None and provider.whose == "timm":
+    if provider.whose == "timm":
         other = replace(provider, folded=not provider.folded, channels_last=not provider.channels_last)
         wrong = profile.doubts(other, found, CPU)
         expected = "there is no BatchNorm" if provider.folded else "BatchNorm is left"
@@ -212,9 +212,9 @@ def test_gpu_profile_counts_kernels_alone() -> None:
         event("Memcpy DtoD (Device -> Device)"),
         event("Torch-Compiled Region: 0/0", annotation=True),
     ]
-    found = profile.read_profile(events, on_gpu=True)
-    assert (len(found.kernels), found.graphs) == (3, 1)
-    assert (found.count(profile.BATCH_NORM), found.count(profile.LAYOUT)) == (1, 1)
+    found = profile.kernels_of(events, on_gpu=True)
+    assert found == ["mlp_kernel", "cudnn::bn_fw_inf_1C11_kernel_NCHW", "nchwToNhwcKernel"]
+    assert (profile.count(profile.BATCH_NORM, found), profile.count(profile.LAYOUT, found)) == (1, 1)
     assert profile.own_kernels() >= {"mlp_kernel", "linear_kernel", "pool_mixer_kernel"}
 
 

@@ -19,7 +19,7 @@ import effformer
 from effformer import build_backbone, create_model, load_checkpoint
 from effformer.checkpoints import hub
 from effformer.checkpoints.formats import CheckpointError, convert_state_dict, normalise
-from effformer.checkpoints.load import settings_for
+from effformer.checkpoints.load import network_of, settings_for
 from effformer.reference import bias_index
 from effformer.testing import randomise
 
@@ -106,7 +106,7 @@ class _Malicious:
 def test_a_file_that_would_run_code_is_not_read(tmp_path: Path, l1: dict[str, Tensor]) -> None:
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": l1, "epoch": _Malicious()}, path)
-    with pytest.raises(CheckpointError, match="no torch file of weights alone"):
+    with pytest.raises(CheckpointError, match="not a torch file of weights alone"):
         load_checkpoint(fresh(), path)
     assert not _Malicious.ran
     torch.load(path, weights_only=False)  # the file would have done it
@@ -409,7 +409,7 @@ def test_conversion_to_timm_is_complete(timm: Any) -> None:
         timm.create_model("efficientformer_l1", num_classes=num_classes).load_state_dict(converted, strict=True)
     with pytest.raises(CheckpointError, match="no feature norms"):
         convert_state_dict(checkpoint("snap_l1_dense_256x320"), "timm")
-    with pytest.raises(CheckpointError, match="NetsPresso's are in it"):  # another network under the same names
+    with pytest.raises(CheckpointError, match="NetsPresso's do"):  # another network under the same names
         convert_state_dict(checkpoint("netspresso_l1_segmentation_256x320"), "original")
     with pytest.raises(ValueError, match="to: got 'netspresso'"):
         convert_state_dict(checkpoint("snap_l1_classification_224"), "netspresso")
@@ -426,8 +426,11 @@ def test_conversion_to_timm_is_complete(timm: Any) -> None:
         ("snap_l1_dense_256x320", DENSE),
     ],
 )
-def test_settings_for_a_checkpoint(name: str, settings: dict[str, Any]) -> None:
+def test_settings_for_a_checkpoint(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
     assert settings_for(checkpoint(name)) == ("efficientformer_l1", settings)
+    torch.save({"model": checkpoint(name)}, tmp_path / "weights.pth")
+    for source in (checkpoint(name), tmp_path / "weights.pth"):
+        assert network_of(source) == ("efficientformer_l1", settings)
     load_checkpoint(create_model("efficientformer_l1", **settings), checkpoint(name))
 
 
@@ -499,7 +502,7 @@ def test_checkpoints_that_are_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(FileNotFoundError, match="has none of model.safetensors"):
         hub.locate(tmp_path)
     for name in ("no/such/place", "weights.pth", "models/weights.pth"):
-        with pytest.raises(FileNotFoundError, match="no file, no folder and no hub id"):
+        with pytest.raises(FileNotFoundError, match="not a file, a folder or a hub id"):
             hub.locate(name)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"install effformer\[hub\]"):

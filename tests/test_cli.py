@@ -639,11 +639,14 @@ def test_preprocessing_is_timms(timm: Any, size: tuple[int, int], shape: tuple[i
     [
         ({"interpolation": "random"}, "interpolation: got 'random'"),
         ({"input_size": 224}, "input_size: got 224"),
-        ({"input_size": [3, 0, 224]}, r"size: got \(0, 224\), allowed is two integers above 0"),
-        ({"mean": [0.5]}, r"mean: got \(0.5,\), allowed is three finite numbers"),
+        (
+            {"input_size": [3, 0, 224]},
+            r"size: got \(0, 224\) \(tuple\), allowed is a sequence of 2, each an integer of 1",
+        ),
+        ({"mean": [0.5]}, r"mean: got \(0.5,\) \(tuple\), allowed is a sequence of 3, each a finite number"),
         ({"mean": 0.5}, "mean: got 0.5"),
-        ({"std": [0, 0, 0]}, r"std: got \(0, 0, 0\), allowed is three finite numbers above 0"),
-        ({"crop_pct": None}, "crop_pct: got None, allowed is a number above 0, at most 1"),
+        ({"std": [0, 0, 0]}, r"std: got \(0, 0, 0\) \(tuple\), allowed is a sequence of 3, each a number above"),
+        ({"crop_pct": None}, r"crop_pct: got None \(NoneType\), allowed is a number above 0, at most 1"),
         ({"crop_pct": 0}, "crop_pct: got 0"),
         ({"input_size": [1, 224, 224]}, r"input_size: got \[1, 224, 224\]"),
         ({"crop_mode": "squash"}, "crop_mode: got 'squash'"),

@@ -10,7 +10,8 @@ import yaml
 from conftest import NETSPRESSO_L1
 
 from effformer import EfficientFormerConfig, build_backbone, create_model, list_models
-from effformer.config import ACTIVATIONS, PRESETS, ConfigError, read_netspresso
+from effformer.config import ACTIVATIONS, PRESETS, ConfigError
+from effformer.model.netspresso_file import read_netspresso
 
 TRAINER_FILE = """
 model:
@@ -190,7 +191,7 @@ def test_every_yaml_field_reaches_the_config() -> None:
         ("params.vit_num", ..., "params.vit_num", "missing"),
         ("params.vit_num", "1", "params.vit_num", "got '1' (str)"),
         ("params.vit_nun", 1, "params.vit_nun", "did you mean 'vit_num'?"),
-        ("params.attention_channels", 250, "params.attention_channels", "a multiple of num_attention_heads (8)"),
+        ("params.attention_channels", 250, "params.attention_channels", "a multiple of 8 heads"),
         ("params.attention_value_expansion_ratio", 0.01, "params.attention_value_expansion_ratio", "whole"),
         ("params.attention_dropout_prob", -0.1, "params.attention_dropout_prob", "from 0 to 1"),
         ("params.ffn_dropout_prob", True, "params.ffn_dropout_prob", "from 0 to 1"),
@@ -199,7 +200,7 @@ def test_every_yaml_field_reaches_the_config() -> None:
         ("params.ffn_act_type", "mish", "params.ffn_act_type", ", ".join(ACTIVATIONS)),
         ("params", [], "params", "a mapping"),
         ("stage_params", [], "stage_params", "four stages"),
-        ("stage_params.2", 6, "stage_params[2]", "num_blocks and channels"),
+        ("stage_params.2", 6, "stage_params[2]", "num_blocks, channels"),
         ("stage_params.1.channels", "96", "stage_params[1].channels", "an integer of 1 or more"),
         ("stage_params.0.channels", 49, "stage_params[0].channels", "an even number"),
         ("stage_params.3.num_block", 4, "stage_params[3].num_block", "unknown key"),

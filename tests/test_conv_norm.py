@@ -15,10 +15,6 @@ from effformer.kernels.tiling import choose as config
 from effformer.kernels.tiling.device import CLASSES
 from effformer.kernels.tiling.table import DTYPES as TABLE_DTYPES
 from effformer.kernels.tiling.table import Entry
-from hypothesis import given
-from hypothesis import strategies as st
-from test_kernel_shapes import ACTIVATIONS, drawn, maps
-from test_kernel_shapes import check as drawn_check
 from test_kernel_values import FAR, far_storage
 from torch import Tensor
 
@@ -170,12 +166,6 @@ def test_pixels(channels: int, dtype: torch.dtype) -> None:
     check(case)
     plane = Case("conv_norm", (x.contiguous(), *case.arguments[1:]), case.options)
     machine.same(plane.run("triton"), case.run("triton"))
-
-
-@drawn
-@given(maps(), st.integers(8, 40), st.none() | ACTIVATIONS)
-def test_drawn(x: Tensor, outputs: int, activation: str | None) -> None:
-    drawn_check(conv_norm_case(x, outputs, activation))
 
 
 @pytest.mark.parametrize("channels", [3, 24])

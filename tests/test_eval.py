@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -252,27 +253,40 @@ def test_a_limit_is_spread_over_the_classes(photos: Path, limit: int, taken: lis
     assert some.folders == min(limit, 6)
 
 
-def test_batches_come_in_order_and_are_read_ahead(photos: Path) -> None:
-    paths, opened = find_labelled(photos, 6).paths, []
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_come_in_order_and_are_read_ahead(photos: Path, tmp_path: Path, workers: int) -> None:
+    paths, log = list(find_labelled(photos, 6).paths), tmp_path / "opened"
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    paths.insert(5, broken)
 
-    class Watched(Preprocessing):
-        def __call__(self, image: Image.Image) -> torch.Tensor:
-            opened.append(image)
-            return super().__call__(image)
+    class Watched(Preprocessing):  # in other processes, hence the file
+        def crop(self, image: Image.Image) -> Image.Image:
+            with log.open("a") as file:
+                file.write("x")
+            return super().crop(image)
 
-    wanted: Iterator[Any] = iter(inputs(photos).split(4))
-    for indices, batch, failures in read_batches(paths, Watched((32, 32)), 4, 3):
-        assert torch.equal(batch, next(wanted))
-        assert (len(indices), failures) == (len(batch), {})
-    opened.clear()
-    batches = read_batches(paths, Watched((32, 32)), 4, 1)
+    def wait(done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 20
+        while not done() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    wanted, seen = inputs(photos), []
+    for indices, batch, failures in read_batches(paths, Watched((32, 32)), 4, workers):
+        assert failures == ({5: "not an image"} if 4 in indices else {})
+        assert torch.equal(batch, wanted[[index - (index > 5) for index in indices]])
+        seen += indices
+    assert seen == [index for index in range(19) if index != 5]
+    log.unlink()
+    batches = read_batches(paths, Watched((32, 32)), 4, workers)
     next(batches)
-    deadline = time.monotonic() + 20
-    while len(opened) < 12 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.2)
-    assert len(opened) == 12  # two batches ahead, and no further while nobody asks
+    ahead = 4 * (workers + 1) - 1  # each process is one batch ahead, and the broken image is not cropped
+    wait(lambda: log.stat().st_size >= ahead)
+    time.sleep(0.3)
+    assert log.stat().st_size == ahead  # no further while nobody asks
     batches.close()
+    wait(lambda: not multiprocessing.active_children())
+    assert not multiprocessing.active_children()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -284,7 +298,7 @@ def test_json(capsys: pytest.CaptureFixture[str], photos: Path, weights: Path) -
     facts = json.loads(out)
     assert status == 0
     assert "loaded:" in err
-    assert "4/4" in err  # the progress bar
+    assert "4/4" not in err  # the progress bar is for terminals
 
     network = create_model("efficientformer_l1", checkpoint=str(weights), num_classes=6).eval()
     top1, top5, _ = count(logits_of(network, "eager", inputs(photos)[[0, 4, 9, 13]], 4), [0, 1, 3, 4])
@@ -337,7 +351,7 @@ def test_text_and_damaged_images(capsys: pytest.CaptureFixture[str], copy: Path,
     cells = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
     assert (cells["top-1"], cells["top-5"]) == ([f"{top1 / 17:.2%}"], [f"{top5 / 17:.2%}"])
     for part in ("images:   17 of 19, from 6 class folders", "cpu (", "float32", "32x32, bicubic", "batch of 14: eager",
-                 "ignored:  1 files", "triton:   not run: 'cpu' is no NVIDIA GPU"):  # fmt: skip
+                 "ignored:  1 files", "triton:   not run: 'cpu' is not an NVIDIA GPU"):  # fmt: skip
         assert part in out
     status, out, _ = run(capsys, *arguments, "--json")
     facts = json.loads(out)
@@ -345,7 +359,7 @@ def test_text_and_damaged_images(capsys: pytest.CaptureFixture[str], copy: Path,
     assert facts["failures"].keys() == {str(copy / "n02/broken.jpg"), str(copy / "n05/0.jpg")}
     assert facts["ignored"] == [str(copy / "n05" / "notes.txt")]
     assert (facts["triton"], facts["changed"], facts["images"]) == (None, None, 17)
-    assert "no NVIDIA GPU" in facts["why_not_triton"]
+    assert "not an NVIDIA GPU" in facts["why_not_triton"]
 
 
 @pytest.mark.usefixtures("no_triton")
@@ -416,7 +430,7 @@ def test_errors_of_folders(
     message: str,
 ) -> None:
     monkeypatch.setattr(
-        "effformer.commands.evaluate.network_of", lambda *_: (narrow(num_classes=2), "narrow", {}, "weights")
+        "effformer.commands.common.load_network", lambda *_: (narrow(num_classes=2), "narrow", {}, "weights")
     )
     folder, names = tmp_path / "images", tmp_path / "names"
     for file in ("", *files):
@@ -432,9 +446,9 @@ def test_errors_of_folders(
 def test_errors_of_paths(capsys: pytest.CaptureFixture[str], photos: Path, weights: Path) -> None:
     picture = photos / "n01" / "0.jpg"
     for arguments, message in (
-        ((photos / "nowhere", "--checkpoint", weights), f"DIR: {photos / 'nowhere'} is no folder"),
-        ((picture, "--checkpoint", weights), f"DIR: {picture} is no folder"),
-        ((photos, "--checkpoint", "nowhere.pth"), "nowhere.pth is no file"),
+        ((photos / "nowhere", "--checkpoint", weights), f"DIR: {photos / 'nowhere'} is not a folder"),
+        ((picture, "--checkpoint", weights), f"DIR: {picture} is not a folder"),
+        ((photos, "--checkpoint", "nowhere.pth"), "nowhere.pth is not a file"),
         ((photos, "--checkpoint", weights, "--classes", photos / "no"), "No such file or directory"),
         ((photos, "--checkpoint", weights, "--device", "cuda:77"), "--device: got 'cuda:77', allowed are auto, cpu"),
     ):
@@ -457,7 +471,7 @@ def test_a_checkpoint_of_one_head_is_refused(
     safetensors.torch.save_file({k: v for k, v in state.items() if "dist" not in k}, tmp_path / "one.safetensors")
     status, _, err = run(capsys, photos, "--checkpoint", tmp_path / "one.safetensors")
     assert status == 1
-    assert "one.safetensors without classification heads, allowed is one that has both" in err
+    assert "one.safetensors without classification heads, allowed is one with both" in err
 
 
 @pytest.mark.parametrize("arguments", [["x"], ["x", "--checkpoint", "y", "--limit", "0"], ["--checkpoint", "y"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,8 +119,7 @@ def test_onnx_with_free_batch_and_size(narrow: Narrow, tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "l1.pt2"
-    arguments = ["export", str(target), "--checkpoint", "none", "--size", "32x32", "--output", "pooled"]
-    arguments += ["--dtype", "float16"]
+    arguments = ["export", str(target), "--checkpoint", "none", "--size", "32", "--output", "pooled", "--dtype", "half"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "weights: random (seed 0)" in out
@@ -143,8 +143,29 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(arguments) == 1
     assert "exists: --force replaces it" in capsys.readouterr().err
     assert main([*arguments, "--format", "onnx", "--force"]) == 1
-    assert "effformer: error: path: got" in capsys.readouterr().err
+    assert "l1.pt2, allowed is *.onnx with format='onnx'" in capsys.readouterr().err
+    arguments[1] = str(tmp_path / "l1.bin")
+    assert main(arguments) == 1
+    assert "l1.bin, allowed is *.pt2 with format='pt2'" in capsys.readouterr().err
     assert target.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["l1.pt2"]
+
+
+def test_the_suffix_is_the_format_and_json_is_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    target = tmp_path / "l1.onnx"
+    options = ["--checkpoint", "none", "--size", "32x64", "--output", "features", "--json"]
+    assert main(["export", str(target), *options]) == 0
+    captured = capsys.readouterr()
+    facts = json.loads(captured.out)
+    assert "weights: random (seed 0)" in captured.err
+    assert (facts["path"], facts["format"], facts["bytes"]) == (str(target), "onnx", target.stat().st_size)
+    assert (facts["model"], facts["weights"], facts["dtype"]) == ("efficientformer_l1", "none", "float32")
+    assert facts["images"] == ["batch", 3, 32, 64]
+    session = onnxruntime.InferenceSession(target)
+    assert facts["outputs"] == [output.name for output in session.get_outputs()]
+    assert [check["shape"] for check in facts["checks"]] == [[1, 3, 32, 64], [3, 3, 32, 64]]
+    assert all(0 < check["max_error"] < 1e-3 for check in facts["checks"])
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -201,7 +222,7 @@ def test_triton_needs_a_gpu(narrow: Narrow, tmp_path: Path, monkeypatch: pytest.
     from effformer.kernels import launch
 
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    with pytest.raises(effformer.ops.UnsupportedError, match="backend='triton': 'cpu' is no NVIDIA GPU"):
+    with pytest.raises(effformer.ops.UnsupportedError, match="backend='triton': 'cpu' is not an NVIDIA GPU"):
         effformer.export(narrow(dtype=torch.float32), tmp_path / "n.pt2", backend="triton")
 
 
@@ -228,7 +249,7 @@ def test_a_file_that_computes_something_else_is_not_written(
 
     exporting_pack = exporting.pack
     monkeypatch.setattr(exporting, "pack", spoiled)
-    with pytest.raises(ExportError, match="the file does not compute what the model does: logits of images"):
+    with pytest.raises(ExportError, match="the file does not compute the same as the model: logits of images"):
         effformer.export(network, path, size=(64, 64))
     monkeypatch.setattr(exporting, "_write", lambda *_: 1 / 0)
     with pytest.raises(ExportError, match="^format='pt2': ZeroDivisionError: division by zero$"):

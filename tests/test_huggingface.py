@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import effformer
 from effformer import create_model
 from effformer.checkpoints.formats import CheckpointError
+from effformer.checkpoints.load import load_checkpoint, network_of
 from effformer.config import ConfigError
 from effformer.testing import randomise
 
@@ -78,6 +79,27 @@ def test_what_is_saved_is_rebuilt(narrow: Narrow, tmp_path: Path, keywords: dict
         assert torch.equal(got, want)
 
 
+@torch.no_grad()
+def test_the_network_of_a_saved_folder(narrow: Narrow, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`config.json` shows the activation and the kind of norms, which weights do not; no published widths are needed."""
+    network = narrow(act="relu", feature_norm="tap", bias_resize="matrix-bicubic", drop_rate=0.1, num_classes=3)
+    EfficientFormer.from_network(network).save_pretrained(tmp_path)
+    for checkpoint in (tmp_path, tmp_path / "model.safetensors"):
+        name, keywords = network_of(checkpoint)
+        rebuilt = create_model(name, **keywords).eval()
+        load_checkpoint(rebuilt, tmp_path / "model.safetensors")
+        assert (rebuilt.config, rebuilt.drop_rate) == (network.config, 0.1)
+        x = draw(1, 3, 64, 64)
+        assert torch.equal(rebuilt(x), network(x))
+    assert capsys.readouterr().out == ""
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "alone.safetensors")
+    with pytest.raises(CheckpointError, match="widths"):
+        network_of(tmp_path / "alone.safetensors")
+    edit(tmp_path, num_vit="absent")
+    with pytest.raises(ConfigError, match="num_vit: missing"):
+        network_of(tmp_path)
+
+
 def test_rates_are_rebuilt_and_runtime_choices_made_anew(narrow: Narrow, tmp_path: Path) -> None:
     network = narrow(drop_rate=0.1, proj_drop_rate=0.2, attn_drop=0.3, drop_path_rate=0.7, backend="eager")
     network.set_grad_checkpointing()
@@ -121,7 +143,7 @@ def test_what_cannot_be_rebuilt_is_not_saved(narrow: Narrow, folder: Path) -> No
     replaced.head = nn.Linear(24, 3)
     mixed.norm.float()
     for network, key in ((pruned, "norm.bias"), (replaced, "head.bias"), (mixed, "norm.bias")):
-        with pytest.raises(ValueError, match=f"network: {key} is not what the config describes"):
+        with pytest.raises(ValueError, match=f"network: {key} does not fit the config"):
             network.save_pretrained(folder)
     with pytest.raises(ValueError, match="config: got one, allowed is None"):
         EfficientFormer.from_network(narrow()).save_pretrained(folder, config={"num_classes": 3})
@@ -205,7 +227,7 @@ def test_folders_of_something_else(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="architecture: got no config.json"):
         EfficientFormer.from_pretrained(folder)
-    with pytest.raises(FileNotFoundError, match="no file, no folder and no hub id"):
+    with pytest.raises(FileNotFoundError, match="not a file, a folder or a hub id"):
         EfficientFormer.from_pretrained(tmp_path / "nowhere" / "at" / "all")
 
 
@@ -260,7 +282,7 @@ def test_missing_huggingface_hub_names_the_extra(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_rest_of_effformer_takes_such_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from effformer.commands.common import network_of
+    from effformer.commands.common import load_network
 
     network = randomise(create_model("efficientformer_l1", num_classes=5, act="relu", dtype=torch.bfloat16)).eval()
     EfficientFormer.from_network(network).save_pretrained(tmp_path / "l1")
@@ -270,21 +292,21 @@ def test_the_rest_of_effformer_takes_such_a_folder(tmp_path: Path, capsys: pytes
     with pytest.raises(ValueError, match="act: got 'gelu' by default, and the checkpoint has 'relu': say which"):
         create_model("efficientformer_l1", checkpoint=str(tmp_path / "l1"), num_classes=5)
     for checkpoint in (tmp_path / "l1", tmp_path / "l1" / "model.safetensors"):
-        found, name, config, _ = network_of(None, str(checkpoint), "eager")
+        found, name, config, _ = load_network(None, str(checkpoint), "eager")
         assert name == "efficientformer_l1"
         assert found.config == network.config  # the keys do not say that it is relu
         assert found.stages[0].blocks[0].backend == "eager"
         assert config["num_classes"] == 5
         assert all(torch.equal(one, other) for one, other in zip(found.parameters(), network.parameters(), strict=True))
     with pytest.raises(ValueError, match="--model: got efficientformer_l3, allowed is efficientformer_l1"):
-        network_of("efficientformer_l3", str(tmp_path / "l1"), "eager")
+        load_network("efficientformer_l3", str(tmp_path / "l1"), "eager")
     assert "loaded:" in capsys.readouterr().out
 
 
 def test_such_a_folder_of_no_published_size(folder: Path, narrow: Narrow) -> None:
-    from effformer.commands.common import network_of
+    from effformer.commands.common import load_network
 
-    network, name, _, _ = network_of(None, str(folder), "auto")
+    network, name, _, _ = load_network(None, str(folder), "auto")
     assert name == "efficientformer"
     assert torch.equal(network.eval()(x := draw(1, 3, 64, 64)), narrow()(x))
 

@@ -285,8 +285,8 @@ def test_compile_traces_through_the_operators(narrow: Callable[..., EfficientFor
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(network, backend=counter, fullgraph=True)
     with torch.no_grad():
-        for batch in (2, 3, 5):
-            x = torch.randn(batch, 3, 64, 96, device=DEVICE)
+        for batch in (2, 5):
+            x = torch.randn(batch, 3, 33, 64, device=DEVICE)
             torch._dynamo.mark_dynamic(x, 0)
             assert torch.allclose(compiled(x), eager(x), rtol=0, atol=SLACK)
     assert counter.frame_count == 1
@@ -299,7 +299,7 @@ def test_compile_traces_through_the_operators(narrow: Callable[..., EfficientFor
 @pytest.mark.parametrize("choice", ["eager", "triton"])
 def test_compile_under_autocast(narrow: Callable[..., EfficientFormer], choice: str) -> None:
     network = narrow(dtype=torch.float32, backend=choice, depths=(1, 1, 1, 1), device=DEVICE)
-    x = torch.randn(1, 3, 64, 64, device=DEVICE)
+    x = torch.randn(1, 3, 33, 64, device=DEVICE)
     with torch.no_grad(), torch.autocast(DEVICE.type, torch.float16):
         compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
         assert torch.allclose(compiled(x).float(), network(x).float(), rtol=0, atol=1e-2)
@@ -309,8 +309,8 @@ def test_compile_under_autocast(narrow: Callable[..., EfficientFormer], choice: 
 def test_inductor_keeps_the_operators_layouts(narrow: Callable[..., EfficientFormer]) -> None:
     network = narrow(dtype=torch.float32, depths=(1, 1, 1, 1), backend="triton", device=DEVICE)
     network = network.to(memory_format=torch.channels_last)
-    x = torch.randn(2, 3, 64, 96, device=DEVICE).to(memory_format=torch.channels_last)
-    with torch.no_grad():
+    x = torch.randn(2, 3, 33, 64, device=DEVICE).to(memory_format=torch.channels_last)
+    with torch.no_grad(), torch._inductor.config.patch({"cpp.vec_isa_ok": True}):  # not tried out, which takes seconds
         assert torch.allclose(torch.compile(network, fullgraph=True)(x), network(x), rtol=0, atol=SLACK)
 
 
@@ -383,8 +383,8 @@ def test_unsupported_activations(activation: str, monkeypatch: pytest.MonkeyPatc
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
-    assert ops.why_not_triton(torch.device("cpu")) == "'cpu' is no NVIDIA GPU"
-    assert ops.why_not_triton(torch.device("mps"), asked_for=True) == "'mps' is no NVIDIA GPU"
+    assert ops.why_not_triton(torch.device("cpu")) == "'cpu' is not an NVIDIA GPU"
+    assert ops.why_not_triton(torch.device("mps"), asked_for=True) == "'mps' is not an NVIDIA GPU"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "a card has 7.5" in str(ops.why_not_triton(cuda))
@@ -422,7 +422,7 @@ for call in (lambda: ops.pool_mixer(x, scale, backend="triton"), lambda: pool_mi
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     asked, operator = done.stdout.splitlines()
-    assert asked.startswith("UnsupportedError backend='triton': 'cpu' is no NVIDIA GPU")
+    assert asked.startswith("UnsupportedError backend='triton': 'cpu' is not an NVIDIA GPU")
     assert "TRITON_INTERPRET=1" in operator
 
 

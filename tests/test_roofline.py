@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.bench.measure.roofline import Ceilings, Part, cost, network_least_time, network_parts
+from effformer.bench.measure.roofline import Ceilings, cost, network_least_time, network_parts
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +25,7 @@ H200 = Ceilings(788e12, 4.3e12)
 def least_times(name: str) -> dict[str, float]:
     """Microseconds of all equal parts, at batch 256, 224x224, in 16 bit."""
     parts = network_parts(PRESETS[name], 256, (224, 224), torch.bfloat16)
-    return {part.name: 1e6 * part.count * part.least_time(H200) for part in parts}
+    return {work.part: 1e6 * work.count * H200.least_time(*amounts) for work, amounts in parts}
 
 
 def test_least_times_of_l1() -> None:
@@ -51,9 +51,8 @@ def test_least_times_of_the_others(name: str, ms: float) -> None:
 
 
 def test_the_slower_of_two_counts() -> None:
-    part = Part("", "conv_mlp", (1,), 5, flops=6.0, bytes=2.0)
-    assert part.least_time(Ceilings(3.0, 2.0)) == 2.0, "of one of them"
-    assert part.least_time(Ceilings(3.0, 0.5)) == 4.0
+    assert Ceilings(3.0, 2.0).least_time(flops=6.0, bytes=2.0) == 2.0
+    assert Ceilings(3.0, 0.5).least_time(flops=6.0, bytes=2.0) == 4.0
 
 
 # --- FLOPs --------------------------------------------------------------------------------------------------------------
@@ -63,12 +62,12 @@ def test_the_slower_of_two_counts() -> None:
 @pytest.mark.parametrize("name", list_models())
 def test_network_flops(name: str, size: tuple[int, int]) -> None:
     """Those that PyTorch counts in the eager network, whose two heads are one here."""
-    model = create_model(name, device="meta", num_classes=10, in_chans=4, backend="eager").eval()
+    model = create_model(name, device="meta", backend="eager").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(3, 4, *size, device="meta"))
-    parts = network_parts(PRESETS[name], 3, size, torch.float16, in_chans=4, num_classes=10)
-    one_head = 2 * 3 * 10 * PRESETS[name].widths[-1]
-    assert sum(part.count * part.flops for part in parts) == counter.get_total_flops() - one_head
+        model(torch.empty(3, 3, *size, device="meta"))
+    parts = network_parts(PRESETS[name], 3, size, torch.float16)
+    one_head = 2 * 3 * 1000 * PRESETS[name].widths[-1]
+    assert sum(work.count * flops for work, (flops, _) in parts) == counter.get_total_flops() - one_head
 
 
 @pytest.mark.parametrize("size", [(224, 224), (97, 190)], ids=str)
@@ -88,16 +87,16 @@ def test_parts_are_those_of_the_network(name: str, size: tuple[int, int]) -> Non
     with torch.no_grad():
         model(torch.empty(2, 3, *size, device="meta"))
     parts = network_parts(PRESETS[name], 2, size, torch.float16)
-    assert {(part.op, part.shape): part.count for part in parts} == dict(seen)
+    assert {(work.operation, work.shape): work.count for work, _ in parts} == dict(seen)
 
 
 @pytest.mark.parametrize("name", list_models())
 def test_parts_are_measured(name: str) -> None:
     """The kernel benchmark has each, by operation, shape and options."""
-    parts = network_parts(PRESETS[name], 2, (97, 190), torch.float16)
-    found = checks([name], {part.op for part in parts}, [torch.float16], size=(97, 190), batch_size=2)
+    works = [work for work, _ in network_parts(PRESETS[name], 2, (97, 190), torch.float16)]
+    found = checks([name], {work.operation for work in works}, [torch.float16], size=(97, 190), batch_size=2)
     measured = [(check.operation, check.shape, check.options) for check in found]
-    assert all((part.op, part.shape, part.options) in measured for part in parts)
+    assert all((work.operation, work.shape, work.options) in measured for work in works)
 
 
 # --- FLOPs and bytes of an operation ------------------------------------------------------------------------------------
@@ -147,8 +146,9 @@ def test_every_operation_has_a_cost() -> None:
 
 
 def test_pooled_features_have_no_weights() -> None:
-    *_, head = network_parts(PRESETS["efficientformer_l1"], 2, (224, 224), torch.float16, num_classes=0)
-    assert (head.name, head.flops, head.bytes) == ("head", 0, 2 * (2 * 49 + 2) * 448 + 4 * 2 * 448)
+    *_, head = network_work(PRESETS["efficientformer_l1"], 2, (224, 224), num_classes=0)
+    amounts = cost(head.operation, head.shape, head.options, torch.float16)
+    assert (head.part, *amounts) == ("head", 0, 2 * (2 * 49 + 2) * 448 + 4 * 2 * 448)
 
 
 # --- the description of a network -----------------------------------------------------------------------------------------

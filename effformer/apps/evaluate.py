@@ -13,10 +13,10 @@ from ..backend import why_not_triton
 from ..bench.measure.timing import Timing, measure
 from ..model.network import EfficientFormer, set_backend
 from ..testing import float32_as_such
-from .images import Preprocessing, default_workers, find_images, read_batches
+from .images import Preprocessing, find_images, read_batches
 
 TIMED = "one forward of a batch that lies on the device, from an idle device to an idle one; float32 without TF32"
-NO_PREDICTION = -1  # of an image whose logits are not all finite
+NOT_FINITE = -1
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class LabelledImages:
 
     def spread(self, limit: int) -> LabelledImages:
         """At most `limit` images, evenly spaced over all of them; the same ones every time."""
-        total = len(self.paths)
-        count = min(limit, total)
+        total, count = len(self.paths), min(limit, len(self.paths))
         taken = [index * total // count for index in range(count)]
         paths = tuple(self.paths[index] for index in taken)
         return LabelledImages(paths, tuple(self.targets[index] for index in taken), self.ignored)
@@ -49,14 +48,14 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class Score:
-    """How one backend did.
+    """The result of one backend.
 
     Attributes:
         top1, top5: share of the images (0 to 1) whose class has the largest logit, or one of the five largest (all of
             them in a network of fewer classes). Of equal logits the lower class comes first.
         nonfinite: images with NaN or infinite logits; they count as wrong.
         images_per_second: from the median of `forward`; None under Triton's interpreter.
-        forward: milliseconds of `TIMED`. None under the interpreter, whose time says nothing about a GPU's.
+        forward: milliseconds of `TIMED`. None under the interpreter, which does not show a GPU's speed.
     """
 
     top1: float
@@ -71,15 +70,15 @@ class Evaluation:
     """Eager PyTorch and Triton on the same images.
 
     Attributes:
-        images: that could be read; every share is one of these.
-        classes: of the network, over all of which it predicts.
+        images: the number of readable ones; all shares refer to it.
+        classes: of the network.
         failures: file -> why it could not be read.
         eager: score of `effformer.reference`.
         triton: score of the kernels, None where they cannot run.
         why_not_triton: why they cannot, None where they ran.
         interpreted: whether they ran in Triton's interpreter.
-        changed: images whose likeliest class is another with Triton than with eager, or that have finite logits with
-            one of them alone; None without Triton.
+        changed: images whose likeliest class differs between Triton and eager, or whose logits are finite with only
+            one of them; None without Triton.
         timed_batch: images in the batch that was timed.
     """
 
@@ -113,7 +112,7 @@ class Evaluation:
         else:
             lines.append(f"changed:  {self.changed} of {self.images} predictions ({self.changed_share:.2%})")
         if self.interpreted:
-            lines.append("triton:   interpreted: its speed would say nothing")
+            lines.append("triton:   interpreted, so its speed is not measured")
         times = [
             f"{name} {forward.p50:.2f} (p20 {forward.p20:.2f}, p80 {forward.p80:.2f}, {forward.repeats} repeats)"
             for name, score in zip(rows[""], scores, strict=True)
@@ -122,29 +121,6 @@ class Evaluation:
         return "\n".join(
             [*lines, f"time:     ms a batch of {self.timed_batch}: {', '.join(times)}", f"          {TIMED}"]
         )
-
-
-@dataclass
-class _Tally:
-    top1: int = 0
-    top5: int = 0
-    nonfinite: int = 0
-
-    def add(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Count a batch's logits [B, classes] with targets [B]; returns the likeliest classes [B]."""
-        finite = logits.isfinite().all(dim=1)
-        of_target = logits.gather(1, targets[:, None])
-        # A position of our own: among equal logits, of which float16 has many, topk's order differs between devices.
-        lower = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
-        ahead = ((logits > of_target) | ((logits == of_target) & lower)).sum(dim=1)
-        self.top1 += int((finite & (ahead < 1)).sum())
-        self.top5 += int((finite & (ahead < 5)).sum())
-        self.nonfinite += int((~finite).sum())
-        return torch.where(finite, logits.argmax(dim=1), NO_PREDICTION)  # argmax takes the first of equals, too
-
-    def score(self, images: int, batch: int, forward: Timing | None) -> Score:
-        speed = None if forward is None else 1e3 * batch / forward.p50
-        return Score(self.top1 / images, self.top5 / images, self.nonfinite, speed, forward)
 
 
 def find_labelled(folder: Path, num_classes: int, classes: Sequence[str] | None = None) -> LabelledImages:
@@ -157,12 +133,12 @@ def find_labelled(folder: Path, num_classes: int, classes: Sequence[str] | None 
             folders, sorted by name, are the classes 0, 1, ... and must be as many.
 
     Raises:
-        OSError: where `folder` is none or cannot be read.
-        ValueError: for images beside the class folders, a class folder without images, no folder at all, another
-            number of folders or names than of classes, names that come twice or are empty, a folder that has no name.
+        OSError: where `folder` is not one, or cannot be read.
+        ValueError: for images beside the class folders, a class folder without images, no folder at all, a number of
+            folders or names that differs from the classes, repeated or empty names, a folder without a name.
     """
     if not folder.is_dir():
-        raise NotADirectoryError(f"DIR: {folder} is no folder")
+        raise NotADirectoryError(f"DIR: {folder} is not a folder")
     entries = sorted(folder.iterdir(), key=lambda path: path.name)
     folders = {path.name: path for path in entries if path.is_dir()}
     loose = [path for path in entries if not path.is_dir()]
@@ -174,14 +150,10 @@ def find_labelled(folder: Path, num_classes: int, classes: Sequence[str] | None 
     images = {name: find_images([path]) for name, path in folders.items()}
     if empty := [folders[name] for name, found in images.items() if not found]:
         raise ValueError(f"DIR: got no image in {_listed(empty)}, allowed are class folders with images")
-    labelled = [(path, index_of[name]) for name, found in images.items() for path in found]
-    taken = {path for path, _ in labelled}
+    labelled = {path: index_of[name] for name, found in images.items() for path in found}
     below = [path for name in folders for path in sorted(folders[name].rglob("*")) if not path.is_dir()]
-    return LabelledImages(
-        tuple(path for path, _ in labelled),
-        tuple(target for _, target in labelled),
-        tuple(path for path in loose + below if path not in taken),
-    )
+    ignored = tuple(path for path in loose + below if path not in labelled)
+    return LabelledImages(tuple(labelled), tuple(labelled.values()), ignored)
 
 
 def _class_indices(
@@ -221,20 +193,18 @@ def evaluate(
     preprocessing: Preprocessing,
     *,
     batch_size: int = 16,
-    workers: int | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Evaluation:
     """Count right predictions of `network` on `images`, with eager PyTorch and, where it can run, with Triton.
 
     Both see the same batches, in the network's dtype and memory format and on its device; each image is read once.
-    Triton on a CPU is interpreted, in a process started with TRITON_INTERPRET=1. float32 is float32's own, no TF32.
+    On a CPU, Triton needs a process started with TRITON_INTERPRET=1. float32 is computed without TF32.
 
     Args:
         network: with heads, in eval mode; its backend is "auto" afterwards.
         images: of `find_labelled`.
         preprocessing: the checkpoint's.
         batch_size: images in a forward.
-        workers: threads that decode, `default_workers()` if None.
         progress: called after each batch with its number of files.
 
     Raises:
@@ -250,35 +220,38 @@ def evaluate(
         raise ValueError(f"images: got class {largest}, allowed are those below the network's {network.num_classes}")
     weight = network.stem.conv1.weight
     reason = why_not_triton(weight.device, weight.dtype, network.config.act, asked_for=True)
-    tallies = {"eager": _Tally()} if reason else {"eager": _Tally(), "triton": _Tally()}
+    judged: dict[str, list[Tensor]] = {"eager": []} if reason else {"eager": [], "triton": []}
     targets = torch.tensor(images.targets, device=weight.device)
     failures: dict[Path, str] = {}
-    changed, timed = 0, weight.new_empty(0)
+    timed = weight.new_empty(0)
     try:
-        for indices, batch, unread in read_batches(
-            images.paths, preprocessing, batch_size, default_workers() if workers is None else workers
-        ):
+        for indices, batch, unread in read_batches(images.paths, preprocessing, batch_size):
             failures |= {images.paths[index]: why for index, why in unread.items()}
             if batch is not None:
                 x = batch.to(weight.device, weight.dtype, memory_format=torch.channels_last)
                 timed = x if len(x) > len(timed) else timed
-                predictions = [
-                    tally.add(_forward(network, backend, x), targets[indices]) for backend, tally in tallies.items()
-                ]
-                changed += int((predictions[0] != predictions[-1]).sum())
+                for backend, batches in judged.items():
+                    set_backend(network, backend)
+                    batches.append(_judged(network(x), targets[indices]))
             progress(len(indices) + len(unread))
         count = len(images.paths) - len(failures)
         if not count:
             reasons = "".join(f"\n  {path}: {why}" for path, why in failures.items())
             raise OSError(f"none of {len(images.paths)} images could be read{reasons}")
-        interpreted = reason is None and _interpreted()
-        scores = {}
-        for backend, tally in tallies.items():
+        if reason is None:
+            from ..kernels.launch import INTERPRETED
+        interpreted = reason is None and INTERPRETED
+        scores, likeliest = {}, []
+        for backend, batches in judged.items():
+            ahead, prediction = torch.cat(batches, dim=1)
+            likeliest.append(prediction)
+            hits = [int(((ahead >= 0) & (ahead < places)).sum()) / count for places in (1, 5)]
             forward = None
             if backend == "eager" or not interpreted:
                 set_backend(network, backend)
                 forward = measure(lambda: network(timed), weight.device)
-            scores[backend] = tally.score(count, len(timed), forward)
+            speed = None if forward is None else 1e3 * len(timed) / forward.p50
+            scores[backend] = Score(*hits, int((ahead < 0).sum()), speed, forward)
     finally:
         set_backend(network, "auto")
     return Evaluation(
@@ -289,19 +262,19 @@ def evaluate(
         triton=scores.get("triton"),
         why_not_triton=reason,
         interpreted=interpreted,
-        changed=None if reason else changed,
+        changed=None if reason else int((likeliest[0] != likeliest[1]).sum()),
         timed_batch=len(timed),
     )
 
 
-def _forward(network: EfficientFormer, backend: str, x: Tensor) -> Tensor:
-    set_backend(network, backend)
-    logits = network(x)
-    assert isinstance(logits, Tensor)  # a pair is for training
-    return logits
+def _judged(logits: Tensor, targets: Tensor) -> Tensor:
+    """[2, B] of logits [B, classes] and targets [B]: how many classes are ahead of the target, and the likeliest class.
 
-
-def _interpreted() -> bool:
-    from ..kernels.launch import INTERPRETED
-
-    return INTERPRETED
+    Both are `NOT_FINITE` where a logit is NaN or infinite.
+    """
+    of_target = logits.gather(1, targets[:, None])
+    # Without topk: float16 has many equal logits, and topk's order among them differs between devices.
+    lower = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]
+    ahead = ((logits > of_target) | ((logits == of_target) & lower)).sum(dim=1)
+    judged = torch.stack([ahead, logits.argmax(dim=1)])  # argmax takes the first of equals, too
+    return judged.where(logits.isfinite().all(dim=1), NOT_FINITE)

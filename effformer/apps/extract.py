@@ -1,9 +1,9 @@
-"""The main job: features of image files, through a network, into files beside them."""
+"""Compute the features of image files, and write them into files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -18,13 +18,13 @@ FEATURES_SUFFIX = ".features.safetensors"
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the network says of one image.
+    """The network's features of one image.
 
     Attributes:
         path: the image.
         maps: output of each stage [C, h, w].
         pooled: mean of the tokens after the final norm [C].
-        logits: [num_classes], None for a network whose heads were not loaded.
+        logits: [num_classes], None for a network without trained heads.
     """
 
     path: Path
@@ -55,52 +55,24 @@ class ImageFeatures:
         return features, picture
 
 
-@dataclass
-class Extraction:
-    """A run over files; iterate it once, then read `failures`.
+@torch.no_grad()
+def extract(
+    network: EfficientFormer, paths: Sequence[Path], preprocessing: Preprocessing, batch_size: int, *, has_head: bool
+) -> Iterator[tuple[list[ImageFeatures], dict[Path, str]]]:
+    """Run `network` on files, `batch_size` in a forward; `has_head`: its heads are trained, so logits are wanted.
 
-    Attributes:
-        batch_size: images in a forward.
-        workers: threads that decode images.
-        has_head: whether the network's heads are trained, and logits worth returning.
-        failures: file -> why it could not be read, or its features not written.
+    Yields:
+        for each batch: the features of its readable images, on the network's device, and file -> why it could not be
+        read.
     """
-
-    network: EfficientFormer
-    paths: Sequence[Path]
-    preprocessing: Preprocessing
-    batch_size: int = 16
-    workers: int = 1
-    has_head: bool = False
-    failures: dict[Path, str] = field(default_factory=dict)
-
-    def __iter__(self) -> Iterator[list[ImageFeatures]]:
-        """The features of each batch's readable images, on the network's device."""
-        batches = read_batches(self.paths, self.preprocessing, self.batch_size, self.workers)
-        for indices, batch, failures in batches:
-            self.failures |= {self.paths[index]: reason for index, reason in failures.items()}
-            yield [] if batch is None else self._forward(indices, batch)
-
-    def forward_of(self, image: Path) -> Callable[[], object]:
-        """A call that runs the network once on a batch of `image`, for timing."""
-        batch = self._to_network(self.preprocessing(open_image(image))[None].expand(self.batch_size, -1, -1, -1))
-        return torch.no_grad()(lambda: self.network(batch))
-
-    def _to_network(self, batch: Tensor) -> Tensor:
-        weight = self.network.stem.conv1.weight
-        return batch.to(weight.device, weight.dtype)
-
-    @torch.no_grad()
-    def _forward(self, indices: list[int], batch: Tensor) -> list[ImageFeatures]:
-        tokens, maps = self.network.forward_intermediates(self._to_network(batch))
-        pooled = self.network.forward_head(tokens, pre_logits=True)
-        logits = self.network.logits(pooled) if self.has_head else None
-        return [
-            ImageFeatures(
-                self.paths[index],
-                [feature[row] for feature in maps],
-                pooled[row],
-                None if logits is None else logits[row],
-            )
-            for row, index in enumerate(indices)
-        ]
+    weight = network.stem.conv1.weight
+    for indices, batch, unread in read_batches(paths, preprocessing, batch_size):
+        failures = {paths[index]: reason for index, reason in unread.items()}
+        if batch is None:
+            yield [], failures
+            continue
+        tokens, maps = network.forward_intermediates(batch.to(weight.device, weight.dtype))
+        pooled = network.forward_head(tokens, pre_logits=True)
+        logits = network.logits(pooled) if has_head else [None] * len(pooled)
+        of_images = zip(indices, zip(*maps, strict=True), pooled, logits, strict=True)
+        yield [ImageFeatures(paths[index], list(maps), *others) for index, maps, *others in of_images], failures

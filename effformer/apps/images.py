@@ -4,54 +4,60 @@ from __future__ import annotations
 
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-# What `effformer run` writes beside an image must not be an input of the next run.
+from ..checks import FINITE, POSITIVE, POSITIVE_INT, Rule, check, is_number, one_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# `effformer run` writes these; they must not be inputs of the next run.
 PICTURE_SUFFIX = ".features.png"
+WORKERS = min(8, os.cpu_count() or 1)  # processes that decode
 
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"
 )  # fmt: skip
 
-_INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")  # of Pillow
 
 
-def _numbers(values: Any, count: int, above: float) -> bool:
-    return len(values) == count and all(math.isfinite(value) and value > above for value in values)
+def _each(rule: Rule, count: int) -> Rule:
+    return Rule(
+        f"a sequence of {count}, each {rule.allowed}",
+        lambda values: isinstance(values, Sequence) and len(values) == count and all(map(rule.holds, values)),
+    )
 
 
-_PREPROCESSING_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "size": ("two integers above 0", lambda v: _numbers(v, 2, 0) and all(isinstance(side, int) for side in v)),
-    "mean": ("three finite numbers", lambda v: _numbers(v, 3, -math.inf)),
-    "std": ("three finite numbers above 0", lambda v: _numbers(v, 3, 0)),
-    "interpolation": (f"one of {', '.join(_INTERPOLATIONS)}", lambda v: v in _INTERPOLATIONS),
-    "crop_pct": ("a number above 0, at most 1", lambda v: 0 < v <= 1),
+_RULES = {
+    "size": _each(POSITIVE_INT, 2),
+    "mean": _each(FINITE, 3),
+    "std": _each(POSITIVE, 3),
+    "interpolation": one_of(_INTERPOLATIONS),
+    "crop_pct": Rule("a number above 0, at most 1", lambda value: is_number(value) and 0 < value <= 1),
 }
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a network's input; the defaults are those of the published ImageNet weights.
+    """Turns an image into a network's input; the defaults are those of the published ImageNet weights.
 
     Attributes:
         size: (height, width) of the input.
         mean, std: of the training images, for each channel, after scaling to 0..1.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
         crop_pct: share of the resized image's side that the centre crop keeps.
+
+    Raises:
+        ValueError: naming the field that is wrong.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -61,29 +67,22 @@ class Preprocessing:
     crop_pct: float = 0.95
 
     def __post_init__(self) -> None:
-        for name, (allowed, holds) in _PREPROCESSING_RULES.items():
-            value = getattr(self, name)
-            try:
-                good = holds(value)
-            except TypeError:
-                good = False
-            if not good:
-                raise ValueError(f"{name}: got {value!r}, allowed is {allowed}")
+        for name, rule in _RULES.items():
+            check(name, getattr(self, name), rule)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Preprocessing:
-        """From timm's `config.json` (its `pretrained_cfg`); what that does not say keeps its default.
+        """From timm's `config.json` (its `pretrained_cfg`); absent fields keep their defaults.
 
         Raises:
-            ValueError: naming the field: a value that makes no sense, an interpolation or crop that we do not have,
-                an input that is not RGB.
+            ValueError: naming the field: a wrong value, an unknown interpolation or crop, an input that is not RGB.
         """
         said = config.get("pretrained_cfg", config)
         if not isinstance(said, Mapping):
             raise ValueError(f"pretrained_cfg: got {said!r}, allowed is an object")
         if said.get("crop_mode", "center") != "center":
             raise ValueError(f"crop_mode: got {said['crop_mode']!r}, allowed is 'center'")
-        fields: dict[str, Any] = {key: said[key] for key in ("mean", "std", "interpolation", "crop_pct") if key in said}
+        fields: dict[str, Any] = {key: said[key] for key in _RULES.keys() & said.keys() - {"size"}}
         if "input_size" in said:
             size = said["input_size"]
             if not isinstance(size, Sequence) or len(size) != 3 or size[0] != 3:
@@ -94,26 +93,29 @@ class Preprocessing:
 
     def crop(self, image: Image.Image) -> Image.Image:
         """An RGB image, resized and cropped around its centre to `size`, as timm's evaluation does."""
+        from PIL.Image import Resampling
+
         height, width = self.size
         target = [math.floor(side / self.crop_pct) for side in (height, width)]
         ratio = min(image.height / target[0], image.width / target[1])
         resized = (round(image.width / ratio), round(image.height / ratio))
-        image = image.resize(resized, _INTERPOLATIONS[self.interpolation])
+        image = image.resize(resized, Resampling[self.interpolation.upper()])
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         return image.crop((left, top, left + width, top + height))
 
-    def normalise(self, image: Image.Image) -> Tensor:
-        """An RGB image of `size` as the network's input, float32 [3, H, W]."""
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        pixels = pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+    def normalise(self, *crops: bytes) -> Tensor:
+        """Crops' RGB pixels as a network's input, float32 [B, 3, H, W]."""
+        pixels = torch.frombuffer(bytearray().join(crops), dtype=torch.uint8).view(len(crops), *self.size, 3)
+        images = pixels.permute(0, 3, 1, 2).float() / 255
+        return (images - images.new_tensor(self.mean)[:, None, None]) / images.new_tensor(self.std)[:, None, None]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.normalise(self.crop(image))
+        """An RGB image as a network's input, float32 [3, H, W]."""
+        return self.normalise(self.crop(image).tobytes())[0]
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as they are, folders as the files below them with an image's suffix, sorted, without our own pictures.
+    """Files as they are; of folders, all files below them with an image's suffix, sorted, without our own pictures.
 
     Raises:
         FileNotFoundError: for a path that does not exist.
@@ -121,10 +123,8 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            below = (
-                file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
-            )
-            found |= dict.fromkeys(file for file in below if not file.name.endswith(PICTURE_SUFFIX))
+            below = (file for file in sorted(path.rglob("*")) if not file.name.endswith(PICTURE_SUFFIX))
+            found |= {file: None for file in below if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()}
         elif path.exists():
             found[path] = None
         else:
@@ -136,8 +136,10 @@ def open_image(path: Path) -> Image.Image:
     """The image in a file (its first frame), upright, as RGB; 16-bit grey is scaled to 8 bits.
 
     Raises:
-        OSError: where it cannot be read, is damaged, or has 32-bit pixels, whose range nobody knows.
+        OSError: where it cannot be read, is damaged, or has 32-bit pixels, whose range is not defined.
     """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -150,53 +152,50 @@ def open_image(path: Path) -> Image.Image:
         raise OSError("not an image") from None
     except OSError:
         raise
-    except Exception as error:  # decoders end in many ways on damaged files
+    except Exception as error:  # decoders raise many types on damaged files
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def default_workers() -> int:
-    """Decoding threads: Pillow and torch leave the interpreter while they work, so one a core, and not more than 8."""
-    return min(8, os.cpu_count() or 1)
+def _crops(preprocessing: Preprocessing, paths: Iterable[Path]) -> list[bytes | str]:
+    """The pixels of each image's crop, RGB after RGB; for an image that cannot be read, the reason."""
+    crops: list[bytes | str] = []
+    for path in paths:
+        try:
+            crops.append(preprocessing.crop(open_image(path)).tobytes())
+        except OSError as error:
+            crops.append(str(error))
+    return crops
 
 
 def read_batches(
-    paths: Sequence[Path], preprocessing: Preprocessing, batch_size: int, workers: int
+    paths: Sequence[Path], preprocessing: Preprocessing, batch_size: int, workers: int = WORKERS
 ) -> Iterator[tuple[list[int], Tensor | None, dict[int, str]]]:
-    """Images as a network's input, decoded in `workers` threads, two batches ahead of the caller.
+    """Images as a network's input, decoded by `workers` processes, each one batch ahead of the caller.
 
     Yields:
         for each `batch_size` paths, in their order: (indices of the images that could be read, batch [B, 3, H, W] or
         None if none could, index -> reason of those that could not).
     """
-
-    def read(path: Path) -> Tensor | str:
-        try:
-            return preprocessing(open_image(path))
-        except OSError as error:
-            return str(error)
-
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    ahead: deque[tuple[int, list[Future[Tensor | str]]]] = deque()
-    try:
-        for start in range(0, len(paths), batch_size):
-            ahead.append((start, [pool.submit(read, path) for path in paths[start : start + batch_size]]))
-            if len(ahead) > 2:
-                yield _collate(*ahead.popleft())
-        while ahead:
-            yield _collate(*ahead.popleft())
-    finally:  # a caller that stops early must not wait for what it will not see
-        pool.shutdown(cancel_futures=True)
-
-
-def _collate(start: int, reads: Sequence[Future[Tensor | str]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
-    items = {start + offset: read.result() for offset, read in enumerate(reads)}
-    readable = {index: item for index, item in items.items() if isinstance(item, Tensor)}
-    failures = {index: item for index, item in items.items() if isinstance(item, str)}
-    return list(readable), torch.stack(list(readable.values())) if readable else None, failures
+    starts = range(0, len(paths), batch_size)
+    workers = min(workers, len(starts)) if len(starts) > 1 else 0  # one batch takes no longer than starting a process
+    # Bytes go through a pipe. Tensors would need shared memory, of which containers have little.
+    batches = DataLoader(
+        paths,  # type: ignore[arg-type]  # a sequence will do
+        batch_size,
+        num_workers=workers,
+        prefetch_factor=1 if workers else None,
+        collate_fn=partial(_crops, preprocessing),
+    )
+    for start, items in zip(starts, batches, strict=True):
+        crops = {start + offset: item for offset, item in enumerate(items) if isinstance(item, bytes)}
+        failures = {start + offset: item for offset, item in enumerate(items) if isinstance(item, str)}
+        yield list(crops), preprocessing.normalise(*crops.values()) if crops else None, failures
 
 
 def draw_features(image: Image.Image, maps: Sequence[Tensor]) -> Image.Image:
     """The input and each stage's map [C, h, w] in a row: the map's three principal components as red, green, blue."""
+    from PIL import Image, ImageDraw
+
     side, margin = max(224, image.height), 18
     width = round(image.width * side / image.height)
     panels = [(f"input {image.height}x{image.width}", image)]
@@ -211,6 +210,8 @@ def draw_features(image: Image.Image, maps: Sequence[Tensor]) -> Image.Image:
 
 
 def _principal(feature: Tensor) -> Image.Image:
+    from PIL import Image
+
     height, width = feature.shape[1:]
     pixels = feature.detach().cpu().double().flatten(1).T  # [h * w, C]
     pixels = torch.nan_to_num(pixels - pixels.mean(dim=0))

@@ -115,40 +115,19 @@ class Outcome:
         return "eager" if self.skipped else "triton"
 
     @property
-    def ratio(self) -> float | None:
-        """Largest error divided by eager's; None without errors, or where eager's is 0."""
-        return None if self.accuracy is None else _ratio(self.accuracy.max_error, self.accuracy.eager_max_error)
-
-    @property
-    def mean_ratio(self) -> float | None:
-        """Mean error divided by eager's; None without errors, or where eager's is 0."""
-        return None if self.accuracy is None else _ratio(self.accuracy.mean_error, self.accuracy.eager_mean_error)
+    def ratios(self) -> tuple[float | None, float | None]:
+        """Largest and mean error divided by eager's; None without errors, or where eager's is 0."""
+        if (found := self.accuracy) is None:
+            return None, None
+        largest, mean = found.eager_max_error, found.eager_mean_error
+        return found.max_error / largest if largest else None, found.mean_error / mean if mean else None
 
     def facts(self) -> dict[str, Any]:
         """The outcome as JSON holds it; every key is always there."""
-        errors = dict.fromkeys(Accuracy.__dataclass_fields__) if self.accuracy is None else asdict(self.accuracy)
-        return {
-            "operation": self.check.operation,
-            "shape": list(self.check.shape),
-            "dtype": describe_dtype(self.check.dtype),
-            "options": self.check.options,
-            "where": list(self.check.where),
-            "backend": self.backend,
-            "verdict": self.verdict,
-            "skipped": self.skipped,
-            "raised": self.raised,
-            "problems": list(self.problems),
-            **errors,
-            "ratio": self.ratio,
-            "mean_ratio": self.mean_ratio,
-            "repeated": self.repeated,
-            "differing": self.differing,
-            "ran": [asdict(ran) for ran in self.ran],
-        }
-
-
-def _ratio(error: float, eager: float) -> float | None:
-    return error / eager if eager else None
+        facts, (ratio, mean_ratio) = asdict(self), self.ratios
+        check, errors = facts.pop("check"), facts.pop("accuracy") or dict.fromkeys(Accuracy.__dataclass_fields__)
+        judged = {"backend": self.backend, "verdict": self.verdict, "problems": self.problems}
+        return check | judged | facts | errors | {"ratio": ratio, "mean_ratio": mean_ratio}
 
 
 # --- as text ----------------------------------------------------------------------------------------------------------
@@ -158,8 +137,10 @@ class Columns:
     """Lines for outcomes, in columns wide enough for all of `checks`."""
 
     def __init__(self, checks: Sequence[Check]) -> None:
-        self.name = max(len(check.name) for check in checks)
-        self.shape = max(len(describe_shape(check.shape)) for check in checks)
+        name = max(len(check.name) for check in checks)
+        shape = max(len(describe_shape(check.shape)) for check in checks)
+        widths = f"<{name}", f"<{shape}", "<8", ">8", ">8", ">5", ">5", ">7", "<7", "<7", ""
+        self._line = "  ".join(f"{{:{width}}}" for width in widths).format
 
     def head(self) -> str:
         """The names of the columns: largest error, eager's, their ratio, the ratio of the mean errors, ..."""
@@ -172,20 +153,13 @@ class Columns:
         check, found = outcome.check, outcome.accuracy
         errors = ["-"] * 5
         if found is not None:
-            ratios = ["-" if ratio is None else f"{ratio:.2f}" for ratio in (outcome.ratio, outcome.mean_ratio)]
+            ratios = ["-" if ratio is None else f"{ratio:.2f}" for ratio in outcome.ratios]
             errors = [f"{found.max_error:.2e}", f"{found.eager_max_error:.2e}", *ratios, f"{found.ulp:.1e}"]
         launches = sum(ran.times for ran in outcome.ran)
         kernels = "; ".join(map(str, outcome.ran)) if launches < 9 else f"{launches} launches, see --json"
         verdict = "FAIL" if outcome.verdict == "fail" else outcome.verdict
         shape, dtype = describe_shape(check.shape), describe_dtype(check.dtype)
         return self._line(check.name, shape, dtype, *errors, verdict, outcome.backend, kernels)
-
-    def _line(self, name: str, shape: str, dtype: str, *columns: str) -> str:
-        error, eager, ratio, mean, ulp, verdict, backend, kernels = columns
-        return (
-            f"{name:<{self.name}}  {shape:<{self.shape}}  {dtype:<8}  {error:>8}  {eager:>8}  {ratio:>5}  {mean:>5}  "
-            f"{ulp:>7}  {verdict:<7}  {backend:<7}  {kernels}"
-        )
 
 
 def conclusion(outcomes: Sequence[Outcome]) -> list[str]:

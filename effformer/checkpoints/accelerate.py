@@ -1,4 +1,4 @@
-"""`accelerate`: somebody else's EfficientFormer, as it is, becomes ours."""
+"""`accelerate`: turn another library's EfficientFormer into ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..config import check_choice
+from ..checks import check_choice
 from ..model.blocks import DropPath, Meta3D, Meta4D
 from ..model.netspresso import Backbone
 from ..model.network import EfficientFormer
@@ -26,29 +26,28 @@ from .load import load_checkpoint
 _LAYER_SCALE = re.compile(r"\.(ls[12]\.gamma|layer_scale_[12])$")
 _BIAS_TABLE = re.compile(r"\.attention_biases(_seg)?$")
 _NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
-# What tells an EfficientFormer of timm, the original repository or NetsPresso Trainer from a model that holds one.
+# Parts of the EfficientFormers of timm, the original repository and NetsPresso Trainer; a model around one has others.
 _PARTS = (("stem", "stages"), ("patch_embed", "network"), ("patch_embed", "encoder"))
 
 
 class AccelerationError(RuntimeError):
-    """The network that was built does not compute what the given one computes."""
+    """The new network does not compute the same as the given one."""
 
 
 def accelerate(model: nn.Module, *, backend: str = "auto", probe: Tensor | None = None) -> EfficientFormer | Backbone:
-    """An instance of timm's, the original repository's or NetsPresso Trainer's EfficientFormer, made ours.
+    """Build our network from an EfficientFormer of timm, the original repository or NetsPresso Trainer.
 
-    Nothing of the libraries is imported, no class is patched, and `model` stays as it was. What it is built like and
-    what it has learned are carried over, into tensors of our own: weights and statistics, heads (a single one of the
-    original's counts for both), dtype, device, memory format, mode (of each part, as of frozen BatchNorms),
-    `requires_grad`, dropout and drop-path rates, eps and momentum of norms, distilled training, gradient checkpointing,
-    timm's pretrained_cfg. Then both compute a probe, as they are and with layer scales and bias tables drawn anew
-    (fresh ones hide what is wrong), and the result is held against theirs in float64 by the accuracy rule of
-    `effformer.testing.Accuracy`.
+    No library is imported, no class is patched, and `model` stays as it was. Architecture and state are copied into new
+    tensors: weights and statistics, heads (a single head of the original stands for both), dtype, device, memory
+    format, mode of each part, `requires_grad`, dropout and drop-path rates, eps and momentum of norms, distilled
+    training, gradient checkpointing, timm's pretrained_cfg. Then both compute a probe, first as they are, then with
+    random layer scales and bias tables, since initial values hide errors. The results are compared in float64 by the
+    accuracy rule of `effformer.testing.Accuracy`.
 
-    At sizes that theirs does not take ours resamples the bias table, if theirs is timm's or the original classifier.
+    Networks of timm and the original classifier take one image size; at others, ours resamples the bias table.
 
     Args:
-        model: the network itself, not what holds it.
+        model: the network itself, not a model around it.
         backend: "auto", "eager" or "triton", see `effformer.ops`.
         probe: images [B, in_chans, H, W] of model's dtype, on its device; [1, in_chans, 224, 224] by default, normally
             distributed.
@@ -96,7 +95,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", probe: Tensor | None 
 
 
 def _check_model(model: nn.Module) -> None:
-    """Refuse what is no EfficientFormer of somebody else's, or one that was changed."""
+    """Refuse other models than another library's EfficientFormer, and changed ones."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, allowed is an nn.Module")
     if isinstance(model, (EfficientFormer, Backbone)):
@@ -129,7 +128,7 @@ def _is_efficientformer(module: nn.Module) -> bool:
 
 
 def _has_one_head(model: nn.Module) -> bool:
-    """Whether it is the original's without distillation, whose one head is ours twice: their mean is that head."""
+    """Whether it is the original's without distillation: its one head becomes both of ours, and their mean."""
     return isinstance(getattr(model, "head", None), nn.Linear) and getattr(model, "dist", True) is False
 
 
@@ -143,7 +142,7 @@ def _load(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def _carry_parts(theirs: Mapping[str, nn.Module], network: EfficientFormer) -> None:
-    """What modules are set to, and their modes."""
+    """Copy the settings and modes of modules."""
     for path, module in list(network.named_modules()):
         other = theirs.get(path)
         if isinstance(module, (nn.Conv2d, nn.Linear, *_NORMS)) and other is not None:
@@ -167,7 +166,7 @@ def _carry_parts(theirs: Mapping[str, nn.Module], network: EfficientFormer) -> N
 
 
 def _carry_requires_grad(model: nn.Module, network: EfficientFormer) -> None:
-    """By flags in place of weights, since q, k and v become one."""
+    """Convert flags like weights, since q, k and v become one parameter."""
     flags = {name: torch.tensor(float(p.requires_grad)).expand(p.shape) for name, p in model.named_parameters()}
     learned = normalise(flags).state
     for name, parameter in network.named_parameters():
@@ -191,16 +190,16 @@ def _carry_choices(model: nn.Module, network: EfficientFormer) -> None:
 
 
 def _check_results(model: nn.Module, result: nn.Module, probe: Tensor) -> None:
-    """The accuracy rule on the probe, with their weights and with drawn ones.
+    """Apply the accuracy rule to the probe, with their weights and with random ones.
 
     Raises:
         AccelerationError: where it does not hold.
     """
     with torch.no_grad(), torch.autocast(probe.device.type, enabled=False), float32_as_such():
-        for drawn in (False, True):
+        for random in (False, True):
             theirs, ours = _copy(model), _copy(result)
-            if drawn:
-                _draw(theirs)
+            if random:
+                _randomise(theirs)
                 _load(ours, theirs)
             eager, found = _outputs(theirs, probe), _outputs(ours, probe)
             exact = _outputs(theirs.double(), probe.double())
@@ -211,12 +210,12 @@ def _check_results(model: nn.Module, result: nn.Module, probe: Tensor) -> None:
                 # In float64 theirs is exact by definition, and ours sums in another order.
                 exactly = errors.max_error <= 1e-9 * tensors[1].abs().max().item()
                 if not (exactly if probe.dtype == torch.float64 else errors.passes()):
-                    how = " with drawn layer scales and bias tables" if drawn else ""
+                    how = " with random layer scales and bias tables" if random else ""
                     raise AccelerationError(f"output {index}{how} is not that of model: {errors}")
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy, also of timm's attention after a forward with gradients, which it keeps an expanded bias of."""
+    """A deep copy, also of timm's attention after a forward with gradients: it keeps an expanded bias."""
     memo: dict[int, Tensor] = {}
     for module in model.modules():
         for value in vars(module).values():
@@ -226,8 +225,8 @@ def _copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _draw(model: nn.Module) -> None:
-    """What fresh networks have next to nothing in."""
+def _randomise(model: nn.Module) -> None:
+    """Fill the parameters that are nearly zero in new networks."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if _LAYER_SCALE.search(name):

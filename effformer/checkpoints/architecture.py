@@ -1,4 +1,4 @@
-"""The architecture of somebody else's EfficientFormer, read from its state dict and its modules."""
+"""The architecture of another library's EfficientFormer, read from its state dict and its modules."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..config import DENSE_TASKS, EfficientFormerConfig
-from ..model.blocks import ACTIVATION_MODULES
+from ..model.fusion import ACTIVATION_MODULES
 from .formats import Format, Normalised, our_path
 
 _ACTIVATIONS: dict[type[nn.Module], str] = {kind: name for name, kind in ACTIVATION_MODULES.items() if name != "swish"}
 
 
 class Architecture(NamedTuple):
-    """What `EfficientFormer` is built with, beside device and dtype; `task` is that of a NetsPresso backbone."""
+    """The arguments of `EfficientFormer`, without device and dtype; `task` is that of a NetsPresso backbone."""
 
     config: EfficientFormerConfig
     settings: dict[str, Any]
@@ -25,23 +25,23 @@ class Architecture(NamedTuple):
 
 
 def our_modules(model: nn.Module, format: Format) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of `model` by the paths that ours would have."""
+    """The modules of `model`, by their paths in ours."""
     for path, module in model.named_modules():
         yield our_path(path, format), module
 
 
 def read_architecture(model: nn.Module, file: Normalised) -> Architecture:
-    """What the network `model`, whose normalised state dict is `file`, is built like.
+    """Read the architecture of the network `model`, whose normalised state dict is `file`.
 
     Raises:
-        ValueError: for parts that no EfficientFormer of ours has, naming them.
+        ValueError: for parts that our EfficientFormer never has, naming them.
     """
     state, modules = file.state, dict(our_modules(model, file.format))
     widths = [state["stem.conv2.weight"].shape[0]]
     while (weight := state.get(f"stages.{len(widths)}.downsample.conv.weight")) is not None:
         widths.append(weight.shape[0])
     stages = len(widths)
-    # timm's pruned networks still know the widths of what is gone.
+    # timm's pruned networks still know the widths of the stages that are gone.
     info = getattr(model, "feature_info", None) or []
     widths += [entry["num_chs"] for entry in list(info)[stages:]]
     if len(widths) != 4:
@@ -58,13 +58,8 @@ def read_architecture(model: nn.Module, file: Normalised) -> Architecture:
         heads = {"num_heads": num_heads, "key_dim": key_dim, "value_ratio": value_dim / key_dim}
         heads["table_resolution"] = math.isqrt(entries)
     task: str | None = None
-    dialect: dict[str, Any] = {}
     if file.format == "netspresso":
-        dense = any(key.startswith("feature_norms.") for key in state)
-        task = str(getattr(model, "task", DENSE_TASKS[0] if dense else "classification")).lower()
-        dialect = {"bias_resize": "matrix-bilinear", "feature_norm": "inline" if dense else None}
-    elif file.format == "original-dense":
-        dialect = {"bias_resize": "matrix-bicubic", "feature_norm": "tap"}
+        task = str(getattr(model, "task", DENSE_TASKS[0] if file.dense else "classification")).lower()
     config = EfficientFormerConfig(
         depths=(*blocks, *[1] * (4 - stages)),  # type: ignore[arg-type]
         widths=tuple(widths),  # type: ignore[arg-type]
@@ -74,7 +69,7 @@ def read_architecture(model: nn.Module, file: Normalised) -> Architecture:
         attn_drop=_rate(modules, "token_mixer"),
         proj_drop=_rate(modules, "mlp"),
         **heads,
-        **dialect,
+        **file.settings(),
     )
     head = state.get("head.weight")
     settings = {
@@ -91,7 +86,7 @@ def _count(state: Mapping[str, Tensor], prefix: str, suffix: str) -> int:
 
 
 def _mlp_ratio(state: Mapping[str, Tensor], widths: Sequence[int]) -> float:
-    """A ratio of which every stage's hidden channels are the whole part; the first stage's where there is none."""
+    """A ratio that gives every stage its hidden channels, rounded down; the first stage's ratio where none does."""
     hidden = [state.get(f"stages.{index}.blocks.0.mlp.fc1.weight") for index in range(len(widths))]
     pairs = [(width, weight.shape[0]) for width, weight in zip(widths, hidden, strict=True) if weight is not None]
     least = max(channels / width for width, channels in pairs)

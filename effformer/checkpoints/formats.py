@@ -1,7 +1,7 @@
 """State dicts of timm, the original repository and NetsPresso Trainer, to our naming and back.
 
-Our naming is timm's, with `feature_norms.N` added for the dense variants. In all of them stage i of the network is
-entry 2i of the original's list and the downsampling before it entry 2i - 1; blocks are counted alike, `Flat` included.
+Our naming is timm's, with `feature_norms.N` added for the dense variants. Stage i of the network is entry 2i of the
+original's list, and the downsampling before it is entry 2i - 1. Blocks are counted alike everywhere, `Flat` included.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import check_choice
-from ..reference import bias_index
+from ..checks import check_choice
+from ..reference import bias_index, why_other_index
 
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 Format = Literal["timm", "original", "original-dense", "netspresso"]
@@ -24,26 +24,40 @@ TARGETS = ("effformer", "timm", "original")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, is not one of EfficientFormer, or does not fit the network."""
+    """A checkpoint cannot be read, is not an EfficientFormer's, or does not fit the network."""
 
 
 class Normalised(NamedTuple):
     """A checkpoint in our naming.
 
-    `state` has an `attention_bias_idxs` for every bias table, whether the file had it or not; `ignored` lists the
-    file's keys that have no place in it.
+    `state` has an `attention_bias_idxs` for every bias table, also where the file had none. `ignored` lists the file's
+    keys that have no place in it.
     """
 
     state: dict[str, Tensor]
     format: Format
     ignored: tuple[str, ...]
 
+    @property
+    def dense(self) -> bool:
+        """Whether it has norms of the feature maps."""
+        return any(key.startswith("feature_norms.") for key in self.state)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of `EfficientFormerConfig` that its format decides: bias_resize and feature_norm, or neither."""
+        match self.format:
+            case "netspresso":
+                return {"bias_resize": "matrix-bilinear", "feature_norm": "inline" if self.dense else None}
+            case "original-dense":
+                return {"bias_resize": "matrix-bicubic", "feature_norm": "tap"}
+        return {}
+
 
 def normalise(state: Mapping[str, Tensor]) -> Normalised:
-    """Tell a state dict's format and bring it into our naming. Unknown keys stay as they are.
+    """Find out a state dict's format and convert it to our naming. Unknown keys stay as they are.
 
     Raises:
-        CheckpointError: for a state dict of something else, a bias index that is not the standard one, or q, k, v
+        CheckpointError: for a state dict of another network, a bias index that is not the standard one, or q, k, v
             that do not belong together.
     """
     state, ignored = _strip_prefixes(state)
@@ -68,36 +82,32 @@ def normalise(state: Mapping[str, Tensor]) -> Normalised:
 def convert_state_dict(state: Mapping[str, Tensor], to: str) -> dict[str, Tensor]:
     """A checkpoint of any known format in the naming `to`: "effformer", "timm" or "original".
 
-    The result is complete for a strict load: derived buffers are filled in. What the names do not say is left to the
-    caller: whether `feature_norms` are tapped or inline, and how the bias is resized.
+    The result is complete for a strict load: derived buffers are filled in. Two settings are not in the names, and the
+    caller chooses them: whether `feature_norms` are tapped or inline, and how the bias is resized.
 
     Raises:
-        CheckpointError: as `normalise`, or for feature norms that `to` has no place for.
+        CheckpointError: as `normalise`, or for feature norms that have no place in `to`.
         ValueError: for another `to`.
     """
     check_choice("to", to, TARGETS)
-    ours, format, _ = normalise(state)
-    dense = any(key.startswith("feature_norms.") for key in ours)
-    if to == "effformer":
+    file = normalise(state)
+    ours, dense = file.state, file.dense
+    if dense and to == "timm":
+        raise CheckpointError("to: got 'timm', which has no feature norms; allowed are effformer, original")
+    if to != "original":
         return ours
-    if to == "timm":
-        if dense:
-            raise CheckpointError("to: got 'timm', which has no feature norms; allowed are effformer, original")
-        return ours
-    if dense and format == "netspresso":
+    if dense and file.format == "netspresso":
         raise CheckpointError(
-            "to: got 'original', whose norms are off the path; NetsPresso's are in it: allowed is effformer"
+            "to: got 'original', where norms do not feed the next stage; NetsPresso's do: allowed is effformer"
         )
     converted = _renamed(ours, _ours_to_original)
-    if dense:
-        converted = _add_dead_buffers(converted)
-    return converted
+    return _add_dead_buffers(converted) if dense else converted
 
 
 def _strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """(state without what wrappers put before its keys, keys that are none of the network's).
+    """(state without the prefixes of wrappers, keys that do not belong to the network).
 
-    Of a whole trainer model that is what does not stand below `backbone.`.
+    Of a whole trainer model, all keys outside of `backbone.` do not belong to it.
     """
     stripped = {key: value for key, value in state.items() if key != "n_averaged"}  # AveragedModel's counter
     beside = [key for key in state if key not in stripped]
@@ -123,7 +133,7 @@ def _detect(state: Mapping[str, Tensor]) -> Format:
         dense = any(key.endswith("attention_biases_seg") for key in state) or "norm0.weight" in state
         return "original-dense" if dense else "original"
     some = ", ".join(list(state)[:5])
-    raise CheckpointError(f"the keys are those of no known EfficientFormer (timm, original, NetsPresso): {some}, ...")
+    raise CheckpointError(f"the keys belong to no known EfficientFormer (timm, original, NetsPresso): {some}, ...")
 
 
 def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
@@ -197,7 +207,7 @@ def _netspresso_to_ours(key: str) -> str:
 
 
 def our_path(path: str, format: Format) -> str:
-    """Our path of a module that has this one in a network of that format; what has no place in ours stays as it is."""
+    """Our path of a module, from its path in a network of that format; unknown paths stay as they are."""
     rename = {"original": _original_to_ours, "original-dense": _original_to_ours, "netspresso": _netspresso_to_ours}
     return path if format == "timm" else rename[format](f"{path}.weight").removesuffix(".weight")
 
@@ -221,15 +231,17 @@ def _check_indices(state: dict[str, Tensor]) -> None:
         resolution = math.isqrt(table.shape[-1]) if table.ndim == 2 else 0
         if table.ndim != 2 or resolution**2 != table.shape[1]:
             raise CheckpointError(f"{prefix}attention_biases: got {list(table.shape)}, allowed is [heads, T * T]")
-        standard = bias_index(resolution, resolution, device=torch.device("cpu"))
-        index = state.setdefault(key, standard)
-        if index.shape != standard.shape or not torch.equal(index.cpu().long(), standard):
-            raise CheckpointError(f"{key}: not the standard index |dy| * {resolution} + |dx|, the only one supported")
+        if key not in state:
+            state[key] = bias_index(resolution, resolution, torch.device("cpu"))
+        elif problem := why_other_index(state[key], resolution):
+            raise CheckpointError(f"{key}: {problem}")
 
 
 def _constant_bias_as_zero(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """NetsPresso's index is all ones until a checkpoint brings the real one. Such a bias is one constant for each
-    head, which softmax cancels: a table of zeros computes the same.
+    """Replace tables under a constant index by zeros.
+
+    NetsPresso's index is all ones until a checkpoint brings the real one. The bias is then one constant for each head,
+    which softmax cancels.
     """
     state = dict(state)
     for prefix in _mixers(state, "attention_bias_idxs"):
@@ -237,8 +249,8 @@ def _constant_bias_as_zero(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if table is None or index.numel() < 2 or not bool((index == index.flatten()[0]).all()):
             continue
         warnings.warn(
-            f"{prefix}attention_bias_idxs is constant: this network was trained without an attention bias, and gets "
-            "a bias table of zeros, which is the same",
+            f"{prefix}attention_bias_idxs is constant: this network was trained without an attention bias; it gets "
+            "a bias table of zeros, which computes the same",
             stacklevel=4,
         )
         state[prefix + "attention_biases"] = torch.zeros_like(table)
@@ -266,8 +278,9 @@ def _interleave(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _add_dead_buffers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The original's dense variant keeps its table under another name, beside a classification table that it never
-    reads but that a strict load asks for.
+    """Rename the table as in the original's dense variant, and add the classification table.
+
+    The original never reads the second one, but a strict load asks for it.
     """
     dense = {re.sub(r"(attention_biases|attention_bias_idxs)$", r"\1_seg", key): value for key, value in state.items()}
     for prefix in _mixers(state, "attention_biases"):

@@ -20,8 +20,8 @@ def locate(checkpoint: str | Path, **download: Any) -> Path:
 
     Args:
         checkpoint: a weight file; a folder with one of `WEIGHT_FILES`; or a hub id "owner/name" or
-            "owner/name@revision", with or without timm's "hf-hub:" before it. What exists as a path is a path.
-        **download: keywords of `hf_hub_download`, as revision, token or cache_dir.
+            "owner/name@revision", with or without timm's "hf-hub:" before it. Existing paths come first.
+        **download: keywords of `hf_hub_download`, such as revision, token or cache_dir.
 
     Raises:
         FileNotFoundError: for a path that does not exist, a folder or repository without weights.
@@ -40,10 +40,10 @@ def locate(checkpoint: str | Path, **download: Any) -> Path:
 def read_config(checkpoint: str | Path, **download: Any) -> dict[str, Any]:
     """The `config.json` of a checkpoint's folder or repository, timm's or `config_file`'s; {} without one.
 
-    A file that is named as in `WEIGHT_FILES` is taken for one of such a folder. `download` is `locate`'s.
+    Of a file named as in `WEIGHT_FILES`, its folder is looked at. `download` is as for `locate`.
 
     Raises:
-        ValueError: where it is no JSON object.
+        ValueError: where it is not a JSON object.
         FileNotFoundError, ImportError, OSError: as `locate`.
     """
     if Path(checkpoint).is_file():
@@ -56,10 +56,18 @@ def read_config(checkpoint: str | Path, **download: Any) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from error
+        raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got {type(content).__name__}, allowed is a JSON object")
     return content
+
+
+def read_config_if_there(checkpoint: str | Path) -> dict[str, Any]:
+    """As `read_config`, but {} where it cannot be had: offline, the cache may hold the weights alone."""
+    try:
+        return read_config(checkpoint)
+    except OSError:
+        return {}
 
 
 def _fetch(checkpoint: str | Path, name: str, download: dict[str, Any]) -> Path | None:
@@ -69,7 +77,7 @@ def _fetch(checkpoint: str | Path, name: str, download: dict[str, Any]) -> Path 
         return folder / name if (folder / name).is_file() else None
     match = _HUB_ID.fullmatch(str(checkpoint))
     if match is None or folder.suffix in _WEIGHT_SUFFIXES:
-        raise FileNotFoundError(f"checkpoint: {checkpoint} is no file, no folder and no hub id (owner/name)")
+        raise FileNotFoundError(f"checkpoint: {checkpoint} is not a file, a folder or a hub id (owner/name)")
     try:
         import huggingface_hub
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -77,7 +85,7 @@ def _fetch(checkpoint: str | Path, name: str, download: dict[str, Any]) -> Path 
         raise ImportError(f"checkpoint: {checkpoint} is a hub id: install effformer[hub] to download it") from error
     try:
         return Path(huggingface_hub.hf_hub_download(match["repo"], name, **{"revision": match["revision"], **download}))
-    except LocalEntryNotFoundError:  # neither in the cache nor within reach
+    except LocalEntryNotFoundError:  # neither cached nor reachable
         raise
     except EntryNotFoundError:
         return None

@@ -1,40 +1,41 @@
-"""Checkpoints: reading them, telling whose they are, and loading them strictly."""
+"""Checkpoints: read them, find out which network they hold, load them strictly."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ..config import PRESETS
-from ..model.netspresso import Backbone
+from ..model.netspresso import network_within
 from ..model.network import EfficientFormer, init_linear
+from . import config_file, hub
 from .formats import CheckpointError, Normalised, normalise
 
 # Where training scripts put the weights, the averaged ones first, as timm looks for them.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-# Derived from the architecture, or only counted in training: any file may leave them out.
+# Any file may leave these out: they follow from the architecture, or only count steps of training.
 _OPTIONAL = ("attention_bias_idxs", "num_batches_tracked")
 _HEADS = ("head", "head_dist")
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What `load_checkpoint` did.
+    """The outcome of `load_checkpoint`.
 
     Attributes:
         format: "timm", "original", "original-dense" or "netspresso".
         ignored: keys of the file that have no place in the network and were not loaded: heads for a network without
-            any, what stands beside `backbone.` in a trainer's file, dead buffers.
-        reinitialised: parameters of the network that the file does not have and that were drawn anew.
-        missing, unexpected: keys that did not meet (always empty with strict=True).
+            any, all but `backbone.` of a trainer's file, unused buffers.
+        reinitialised: parameters of the network that the file lacks and that were initialised anew.
+        missing, unexpected: keys of the network or of the file alone (always empty with strict=True).
         cast: dtypes that were converted, as "float64 -> float32".
         container: the entry of the file that held the weights, None if the file was the weights.
     """
@@ -48,14 +49,13 @@ class CheckpointReport:
     container: str | None = None
 
 
-@dataclass
-class _Comparison:
-    """How a converted state dict meets a network's."""
+class _Comparison(NamedTuple):
+    """The differences between a converted state dict and a network's."""
 
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[str] = field(default_factory=list)
-    cast: set[str] = field(default_factory=set)
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+    cast: set[str]
 
 
 def load_checkpoint(
@@ -67,28 +67,26 @@ def load_checkpoint(
 ) -> CheckpointReport:
     """Load a checkpoint of timm, the original repository (classification or dense) or NetsPresso Trainer.
 
-    The format is told from the keys; NetsPresso's separate q, k, v are interleaved. Nothing is loaded unless all of
-    it fits. A dense original file has no final norm: that of the network is reset.
+    The keys show the format; NetsPresso's separate q, k, v are interleaved. Nothing is loaded unless all of it fits.
+    A dense original file has no final norm: that of the network is reset.
 
     Args:
-        model: an `EfficientFormer`, or what `build_backbone` returns.
+        model: an `EfficientFormer`, or a `Backbone` of `build_backbone`.
         source: a safetensors file, a torch file (read with weights_only=True), or a state dict; bare or under one of
             `CONTAINERS`, with or without the prefixes `module.`, `_orig_mod.`, `backbone.`.
         strict: with False, missing and unexpected keys are reported instead of refused.
-        reset_head: where the file has no heads or heads for another number of classes, draw both heads anew.
+        reset_head: initialise both heads anew where the file has none, or has them for another number of classes.
 
     Returns:
         a `CheckpointReport`.
 
     Raises:
-        CheckpointError: (a RuntimeError) listing every missing, unexpected and mis-shaped key, or saying what else
-            the file is instead of a checkpoint of this network.
+        CheckpointError: (a RuntimeError) listing every missing, unexpected and mis-shaped key, or the reason why the
+            file is not a checkpoint of this network.
         OSError: where the file cannot be read.
-        TypeError: for a model that is none of ours.
+        TypeError: for another library's model.
     """
-    network = model.network if isinstance(model, Backbone) else model
-    if not isinstance(network, EfficientFormer):
-        raise TypeError(f"model: got {type(model).__name__}, allowed is an EfficientFormer or a Backbone")
+    network = network_within(model)
     if any(parameter.is_meta for parameter in network.parameters()):
         raise ValueError("model: got parameters on the meta device, allowed is a model with storage: use to_empty()")
 
@@ -144,14 +142,36 @@ def read_state_dict(source: str | Path | Mapping[str, Any]) -> tuple[str | None,
     return container, dict(content)
 
 
-def settings_for(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """Name and keywords of `create_model` for the network of a checkpoint, as far as its keys and shapes say.
+def network_of(checkpoint: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Find out which network a checkpoint holds: the name and the keywords for `create_model`.
 
-    A file with one head alone gets a network without heads: a mean with a random one would mean nothing.
+    A `config.json` as `save_pretrained` writes it decides; otherwise the keys and shapes of the weights do, which show
+    neither the activation nor the drop rates.
+
+    Args:
+        checkpoint: a file, a folder or a hub id, as for `hub.locate`; or a state dict, as for `load_checkpoint`.
 
     Raises:
-        CheckpointError: as `normalise`; for widths that no published model has; for feature norms in our own naming,
-            which does not say whether they are tapped or inline.
+        CheckpointError: (a RuntimeError) for a file without weights, or with weights of no published model.
+        ValueError: for a `config.json` with unknown, missing or wrong keys.
+        OSError, ImportError: where the checkpoint cannot be read or downloaded.
+    """
+    if not isinstance(checkpoint, Mapping):
+        saved = hub.read_config_if_there(checkpoint)
+        if config_file.is_saved(saved):
+            return config_file.keywords_of(saved, str(checkpoint))
+        checkpoint = hub.locate(checkpoint)
+    return settings_for(read_state_dict(checkpoint)[1])
+
+
+def settings_for(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """Name and keywords of `create_model` for the network of a state dict, from its keys and shapes.
+
+    A file with only one head gets a network without heads, since a mean with a random head would be useless.
+
+    Raises:
+        CheckpointError: as `normalise`; for widths of no published model; for feature norms in our own naming, which
+            does not show whether they are tapped or inline.
     """
     file = normalise(state)
     downsamples = [file.state.get(f"stages.{index}.downsample.conv.weight") for index in (1, 2, 3)]
@@ -164,12 +184,8 @@ def settings_for(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
 
     heads = [file.state.get(f"{head}.weight") for head in _HEADS]
     settings: dict[str, Any] = {"num_classes": 0 if heads[0] is None or heads[1] is None else heads[0].shape[0]}
-    dense = any(key.startswith("feature_norms.") for key in file.state)
-    if file.format == "netspresso":
-        settings |= {"bias_resize": "matrix-bilinear", "feature_norm": "inline" if dense else None}
-    elif file.format == "original-dense":
-        settings |= {"bias_resize": "matrix-bicubic", "feature_norm": "tap"}
-    elif dense:
+    settings |= file.settings()
+    if file.dense and "feature_norm" not in settings:
         raise CheckpointError(
             "the checkpoint does not say whether its feature norms are tapped or inline: build the network with "
             "feature_norm and bias_resize, then load_checkpoint"
@@ -185,21 +201,21 @@ def _read_file(path: Path) -> Any:
         try:
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     try:
         # Training scripts of the DeiT family store their arguments, a plain holder of attributes, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # damaged files end in whatever the bytes happen to mean
+    except Exception as error:  # a damaged file may raise anything
         raise CheckpointError(
-            f"{path} is no torch file of weights alone (anything else could run code and is not read): {error}"
+            f"{path} is not a torch file of weights alone (other files could run code and are not read): {error}"
         ) from error
 
 
 def _fresh_modules(network: EfficientFormer, file: Normalised, reset_head: bool) -> dict[str, nn.Module]:
-    """Modules of `network` that keep nothing of the file and are drawn anew."""
+    """Modules of `network` that take nothing from the file and are initialised anew."""
     fresh: dict[str, nn.Module] = {}
     has_norm = any(key.startswith("norm.") for key in file.state)
     if file.format == "original-dense" and not has_norm and isinstance(network.norm, nn.LayerNorm):
@@ -213,7 +229,9 @@ def _fresh_modules(network: EfficientFormer, file: Normalised, reset_head: bool)
 
 
 def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fresh: list[str]) -> _Comparison:
-    result = _Comparison()
+    settled = {*state, *fresh}
+    missing = [key for key in expected if key not in settled and key.rpartition(".")[2] not in _OPTIONAL]
+    result = _Comparison(missing, [], [], set())
     for key, value in state.items():
         if key not in expected:
             result.unexpected.append(key)
@@ -225,8 +243,6 @@ def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fresh:
             result.mismatched.append(f"{key}: got {value.dtype}, allowed is {target.dtype}")
         elif value.is_floating_point() and value.dtype != target.dtype:
             result.cast.add(f"{value.dtype} -> {target.dtype}".replace("torch.", ""))
-    settled = {*state, *fresh}
-    result.missing = [key for key in expected if key not in settled and key.rpartition(".")[2] not in _OPTIONAL]
     return result
 
 
@@ -241,7 +257,7 @@ def _complaint(format: str, comparison: _Comparison, strict: bool) -> str:
             lines += [f"  {key}" for key in keys]
     everything = " ".join(comparison.mismatched + comparison.missing)
     if "head." in everything or "head_dist." in everything:
-        lines.append("reset_head=True draws both heads anew; num_classes=0 builds a network without heads")
+        lines.append("reset_head=True initialises both heads anew; num_classes=0 builds a network without heads")
     if any("attention_biases" in line for line in comparison.mismatched):
         lines.append("the bias table of the file has another table_resolution than the network")
     return "\n".join(lines)

@@ -19,7 +19,6 @@ import functools
 import importlib.util
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -70,10 +69,10 @@ def main(arguments: argparse.Namespace) -> int:
     file = open_results(arguments, networks.FILE)
     on_gpu = file.machine.is_gpu
     todo = networks.in_order(
-        _distinct(arguments.model) or [*networks.MODELS[: None if on_gpu else 1]],
-        _distinct(arguments.batch_size) or ([256, 1, 8, 64, 1024] if on_gpu else [1, 8]),
-        _distinct(arguments.dtype) or (["bfloat16", "float16"] if on_gpu else ["float32", "bfloat16"]),
-        _distinct(arguments.size) or ([(224, 224), (384, 384), (512, 512)] if on_gpu else [(224, 224)]),
+        arguments.model or networks.MODELS[: None if on_gpu else 1],
+        arguments.batch_size or ([256, 1, 8, 64, 1024] if on_gpu else [1, 8]),
+        arguments.dtype or (["bfloat16", "float16"] if on_gpu else ["float32", "bfloat16"]),
+        arguments.size or ([(224, 224), (384, 384), (512, 512)] if on_gpu else [(224, 224)]),
     )
     known = dict.fromkeys(provider.name for one in todo for provider in networks.chosen(one, None))
     providers = arguments.provider
@@ -136,7 +135,7 @@ def show(
         lines = [record.as_json() for record in records] if arguments.json else [*map(as_text, compare(records)), ""]
         print("\n".join(lines), flush=True)
 
-    say = common.printer(arguments.json)
+    say, tell = common.printer(arguments.json), common.printer(True)
     say_missing(say)
     say("  ".join(f"{name} {version}" for name, version in versions().items()))
     say(f"{file.machine.gpu}, commit {file.machine.commit}; results go to {file.path}")
@@ -147,13 +146,13 @@ def show(
     for one in done if arguments.json else ():
         show_records(file.records(key(one)))
     try:
-        for records in measure(todo, file, common.torch_device(arguments.device), tell=_tell):
+        for records in measure(todo, file, common.torch_device(arguments.device), tell=tell):
             show_records(records)
     except DeviceLostError as error:
-        _tell(f"effformer: {error}; the same command goes on without it")
+        tell(f"effformer: {error}; the same command goes on without it")
     wrong = failures(record for one in todo for record in file.records(key(one)))
     for line in wrong:
-        _tell(f"FAIL {line}")
+        tell(f"FAIL {line}")
     left = [one for one in todo if not is_complete(one)]
     if left:
         names = "; ".join(map(str, left[:4])) + (" ..." if len(left) > 4 else "")
@@ -165,11 +164,3 @@ def say_missing(say: Callable[[str], object]) -> None:
     """Say in one line which optional packages are missing, and the consequence."""
     if missing := [f"{name} ({loss})" for name, loss in OPTIONAL.items() if importlib.util.find_spec(name) is None]:
         say(f"not installed: {', '.join(missing)}")
-
-
-def _distinct(values: list[T] | None) -> list[T]:
-    return list(dict.fromkeys(values or ()))
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -43,7 +43,12 @@ def main(arguments: argparse.Namespace) -> int:
         raise ValueError("--check: got no --readme, allowed is only together with the file to check")
     if arguments.readme is not None and arguments.gpu is not None:
         raise ValueError("--readme: got --gpu as well, allowed is only without: README shows every GPU measured")
-    folders = _folders(arguments.results, arguments.gpu)
+    files = (NETWORKS, OPERATIONS)
+    known = {path.parent.name: path.parent for name in files for path in sorted(arguments.results.glob(f"*/{name}"))}
+    if arguments.gpu is not None and arguments.gpu not in known:
+        names = ", ".join(sorted(known)) or "none: it has no results"
+        raise ValueError(f"--gpu: got {arguments.gpu!r}, allowed in {arguments.results} are {names}")
+    folders = [known[name] for name in sorted(known) if arguments.gpu in (None, name)]
     if not folders and arguments.readme is None:
         raise ValueError(f"--results: got {arguments.results}, which has no results; allowed is a folder that "
                          f"holds <gpu>/{NETWORKS} or <gpu>/{OPERATIONS}, as `effformer bench` writes them")  # fmt: skip
@@ -55,19 +60,6 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.readme is None:
         return 0
     return _readme(arguments.readme, found, check=arguments.check)
-
-
-def _folders(results: Path, gpu: str | None) -> list[Path]:
-    from ..bench.report.comparison import NETWORKS, OPERATIONS
-
-    known = sorted({path.parent for name in (NETWORKS, OPERATIONS) for path in results.glob(f"*/{name}")})
-    if gpu is None:
-        return known
-    chosen = [folder for folder in known if folder.name == gpu]
-    if not chosen:
-        names = ", ".join(folder.name for folder in known) or "none: it has no results"
-        raise ValueError(f"--gpu: got {gpu!r}, allowed in {results} are {names}")
-    return chosen
 
 
 def _write_reports(found: list[ResultsFolder], output: Path | None) -> None:

@@ -9,7 +9,8 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,6 +19,7 @@ from ..config import PRESETS
 if TYPE_CHECKING:
     import torch
 
+    from ..apps.images import Preprocessing
     from ..model.network import EfficientFormer
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -81,29 +83,20 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 
 def model(text: str) -> str:
     """An argparse type: the name of a published model, or its end."""
-    name = text if text in PRESETS else f"efficientformer_{text}"
-    if name not in PRESETS:
-        short = [known.removeprefix("efficientformer_") for known in PRESETS]
-        raise _refused(text, [*short, *PRESETS])
-    return name
+    return _meant(text, {name.removeprefix("efficientformer_"): name for name in PRESETS} | {n: n for n in PRESETS})
 
 
 def dtype(text: str) -> str:
     """An argparse type: a dtype's name as torch spells it, from that or a short one."""
-    for name, short in DTYPES.items():
-        if text in (name, *short):
-            return name
-    raise _refused(text, [spelling for name, short in DTYPES.items() for spelling in (name, *short)])
+    return _meant(text, {spelling: name for name, short in DTYPES.items() for spelling in (name, *short)})
 
 
 def one_of(module: str, names: str, *others: str) -> Type:
     """An argparse type: one of `others`, or of `names` in `effformer.<module>`, imported when a value comes."""
 
     def choice(text: str) -> str:
-        allowed = [*getattr(importlib.import_module(f"effformer.{module}"), names), *others]
-        if text not in allowed:
-            raise _refused(text, allowed)
-        return text
+        allowed = *getattr(importlib.import_module(f"effformer.{module}"), names), *others
+        return _meant(text, dict(zip(allowed, allowed, strict=True)))
 
     return choice
 
@@ -149,8 +142,10 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def _refused(text: str, allowed: Iterable[str]) -> argparse.ArgumentTypeError:
-    return argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(allowed)}")
+def _meant(text: str, allowed: Mapping[str, str]) -> str:
+    if text not in allowed:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are {', '.join(allowed)}")
+    return allowed[text]
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
@@ -162,7 +157,8 @@ def printer(as_json: bool) -> Callable[[str], None]:
 
 
 def print_json(facts: dict[str, Any]) -> None:
-    print(json.dumps(facts, indent=2, allow_nan=False))
+    """Print `facts`, with names in place of paths, devices and dtypes."""
+    print(json.dumps(facts, indent=2, allow_nan=False, default=lambda value: str(value).removeprefix("torch.")))
 
 
 def report_failures(failures: Mapping[Path, str], total: int) -> int:
@@ -188,8 +184,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """The dtype of an entry of `DTYPES`."""
     import torch
 
-    found: torch.dtype = getattr(torch, name)
-    return found
+    return getattr(torch, name)
 
 
 def torch_device(name: str) -> torch.device:
@@ -225,18 +220,19 @@ def load_network(
     from ..factory import create_model
 
     torch.manual_seed(0)
-    fallback = name or "efficientformer_l1"
+    path, fallback = None, name or "efficientformer_l1"
     source = hub.PRETRAINED[fallback] if checkpoint in ("auto", "pretrained") else checkpoint
     try:
         if checkpoint == "auto":
             say(f"looking for {source} (--checkpoint none skips this) ...")
-        path = None if checkpoint == "none" else hub.locate(source)
+        if checkpoint != "none":
+            path = hub.locate(source)
     except (ImportError, OSError) as error:
         if checkpoint != "auto":
             raise
         say(f"no trained weights: {str(error).splitlines()[0]}")
-        path = None
     if path is None:
+        say(f"model:    {fallback}, weights: random (seed 0)")
         return create_model(fallback, backend=backend), fallback, {}, "none"
     try:
         hub_config = hub.read_config(source)
@@ -253,4 +249,35 @@ def load_network(
     for part in ("ignored", "reinitialised", "cast"):
         if entries := getattr(report, part):
             say(f"  {part}: {', '.join(entries)}")
+    say(f"model:    {found}, weights: {source}")
     return network, found, hub_config, source
+
+
+def load_for_images(
+    arguments: argparse.Namespace, backend: str, say: Callable[[str], object]
+) -> tuple[EfficientFormer, Preprocessing, dict[str, Any]]:
+    """Load the network of a command with `add_network` and `add_images`, onto its device and in eval mode.
+
+    Returns:
+        the network, the preparation of its images, and facts about both for --json.
+
+    Raises:
+        ImportError: without the extra `image`.
+    """
+    try:
+        import PIL  # noqa: F401
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error}: install effformer's extra 'image' to read images") from error
+    from ..apps.images import Preprocessing
+    from ..apps.info import devices
+
+    device = torch_device(arguments.device)
+    network, name, hub_config, weights = load_network(arguments.model, arguments.checkpoint, backend, say)
+    prepare = Preprocessing.from_config(hub_config)
+    prepare = replace(prepare, size=arguments.size or prepare.size)
+    (height, width), described = prepare.size, devices()[str(device)]
+    say(f"device:   {device} ({described}), {arguments.dtype}")
+    say(f"input:    {height}x{width}, {prepare.interpolation}, centre crop {prepare.crop_pct}")
+    facts = {"model": name, "weights": weights, "device": device, "device_name": described, "dtype": arguments.dtype}
+    return network.to(device, torch_dtype(arguments.dtype)).eval(), prepare, facts | {"size": prepare.size}

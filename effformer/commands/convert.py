@@ -57,8 +57,8 @@ def main(arguments: argparse.Namespace) -> int:
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         raise OSError(f"{target} cannot be written: {error}") from error
     if arguments.json:
-        facts = {"source": arguments.source, "format": file.format, "target": str(target), "to": arguments.to}
-        common.print_json(facts | {"tensors": len(converted), "left_out": list(file.ignored)})
+        facts = {"source": arguments.source, "format": file.format, "target": target, "to": arguments.to}
+        common.print_json(facts | {"tensors": len(converted), "left_out": file.ignored})
         return 0
     print(f"{arguments.source} ({file.format}) -> {target} ({arguments.to}): {len(converted)} tensors")
     for key in file.ignored:

@@ -12,7 +12,7 @@ For example:
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from . import common
@@ -31,48 +31,32 @@ def add(commands: common.Commands) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    try:
-        import PIL  # noqa: F401
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(f"{error}: install effformer's extra 'image' to evaluate on images") from error
     import torch
 
     from ..apps.evaluate import TIMED, evaluate, find_labelled
-    from ..apps.images import Preprocessing
-    from ..apps.info import devices, versions
+    from ..apps.info import versions
 
     if arguments.checkpoint in ("auto", "none"):
         raise ValueError(f"--checkpoint: got {arguments.checkpoint!r}, allowed are trained weights")
     classes = None if arguments.classes is None else common.read_lines("--classes", arguments.classes)
-    device = common.torch_device(arguments.device)
-    say = common.printer(arguments.json)
-    network, name, hub_config, weights = common.load_network(arguments.model, arguments.checkpoint, "auto", say)
+    network, preprocessing, facts = common.load_for_images(arguments, "auto", common.printer(arguments.json))
+    from tqdm import tqdm
+
     if not network.num_classes:
-        raise ValueError(f"--checkpoint: got {weights} without classification heads, allowed is one that has both")
+        raise ValueError(f"--checkpoint: got {facts['weights']} without classification heads, allowed is one with both")
     found = find_labelled(arguments.folder, network.num_classes, classes)
     images = found if arguments.limit is None else found.spread(arguments.limit)
-    network = network.to(device, common.torch_dtype(arguments.dtype)).eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads lack it
-    preprocessing = Preprocessing.from_config(hub_config)
-    if arguments.size is not None:
-        preprocessing = replace(preprocessing, size=arguments.size)
     with tqdm(total=len(images.paths), unit="image", disable=None) as bar:
         result = evaluate(network, images, preprocessing, batch_size=arguments.batch_size, progress=bar.update)
 
     status = common.report_failures(result.failures, len(images.paths))
     if arguments.json:
-        facts = {
-            "model": name,
-            "weights": weights,
-            "device": str(device),
-            "device_name": devices()[str(device)],
-            "dtype": arguments.dtype,
-            "size": list(preprocessing.size),
-            "folder": str(arguments.folder),
+        facts |= {
+            "folder": arguments.folder,
             "class_folders": images.folders,
             "images_found": len(found.paths),
-            "ignored": list(map(str, found.ignored)),
+            "ignored": found.ignored,
             "versions": versions(),
             "timed": TIMED,
             **asdict(result),
@@ -81,10 +65,6 @@ def main(arguments: argparse.Namespace) -> int:
         }
         common.print_json(facts)
         return status
-    height, width = preprocessing.size
-    print(f"model:    {name}, weights: {weights}")
-    print(f"device:   {device} ({devices()[str(device)]}), {arguments.dtype}")
-    print(f"input:    {height}x{width}, {preprocessing.interpolation}, centre crop {preprocessing.crop_pct}")
     print(f"images:   {result.images} of {len(found.paths)}, from {images.folders} class folders")
     if found.ignored:
         print(f"ignored:  {len(found.ignored)} files without an image's suffix, such as {found.ignored[0]}")

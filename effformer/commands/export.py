@@ -17,12 +17,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from . import common
-
-if TYPE_CHECKING:
-    from ..serving.export import Exported
 
 
 def add(commands: common.Commands) -> None:
@@ -48,17 +44,15 @@ def main(arguments: argparse.Namespace) -> int:
     from ..serving.export import export
 
     target: Path = arguments.target
-    format = _format(target, arguments.format)
     if target.exists() and not arguments.force:
         raise FileExistsError(f"{target} exists: --force replaces it")
     device = common.torch_device(arguments.device)
     say = common.printer(arguments.json)
     network, name, _, weights = common.load_network(arguments.model, arguments.checkpoint, "eager", say)
-    say(f"model:    {name}, weights: {'random (seed 0)' if weights == 'none' else weights}")
     written = export(
         network.to(device).eval(),
         target,
-        format,
+        arguments.format or ("onnx" if target.suffix == ".onnx" else "pt2"),
         output=arguments.output,
         size=arguments.size,
         dynamic_size=arguments.dynamic_size,
@@ -66,34 +60,9 @@ def main(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
     )
     if arguments.json:
-        common.print_json({"model": name, "weights": weights} | _facts(written))
+        checks = [{"shape": shape, **asdict(found)} for shape, found in written.checks.items()]
+        facts = {"model": name, "weights": weights, "bytes": target.stat().st_size}
+        common.print_json(facts | asdict(written) | {"checks": checks})
     else:
         print(written)
     return 0
-
-
-def _format(target: Path, asked: str | None) -> Any:
-    """The format that was asked for, or that TARGET's suffix stands for."""
-    from ..serving.export import SUFFIXES
-
-    fitting = [format for format, suffix in SUFFIXES.items() if suffix == target.suffix]
-    if not fitting:
-        raise ValueError(
-            f"TARGET: got {target}, allowed are {', '.join(f'*{s}' for s in dict.fromkeys(SUFFIXES.values()))}"
-        )
-    if asked not in (None, *fitting):
-        raise ValueError(f"--format: got {asked}, allowed with *{target.suffix} are {', '.join(fitting)}")
-    return asked or fitting[0]
-
-
-def _facts(written: Exported) -> dict[str, Any]:
-    return {
-        "path": str(written.path),
-        "bytes": written.path.stat().st_size,
-        "format": written.format,
-        "images": list(written.images),
-        "dtype": str(written.dtype).removeprefix("torch."),
-        "outputs": list(written.outputs),
-        "needs": written.needs,
-        "checks": [{"shape": list(shape), **asdict(found)} for shape, found in written.checks.items()],
-    }

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +44,11 @@ def add(commands: common.Commands) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    try:
-        import PIL  # noqa: F401
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(f"{error}: install effformer's extra 'image' to run on images") from error
-    from ..apps.extract import Extraction
-    from ..apps.images import Preprocessing, default_workers, find_images
-    from ..apps.info import describe_backend, devices
+    import torch
+
+    from ..apps.extract import extract
+    from ..apps.images import find_images, open_image
+    from ..apps.info import describe_backend
     from ..bench.measure.timing import measure
 
     paths = find_images(arguments.paths)
@@ -61,85 +57,55 @@ def main(arguments: argparse.Namespace) -> int:
     labels = None if arguments.labels is None else common.read_lines("--labels", arguments.labels)
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        _refuse_collisions(paths)
+        names: dict[str, Path] = {}
+        for path in paths:
+            if (other := names.setdefault(path.name, path)) is not path:
+                raise ValueError(f"--output: {other} and {path} would be written to the same file")
 
     say = common.printer(arguments.json)
-    device = common.torch_device(arguments.device)
-    asked = arguments.model, arguments.checkpoint, arguments.backend
-    network, name, hub_config, weights = common.load_network(*asked, say)
-    network = network.to(device, common.torch_dtype(arguments.dtype)).eval()
-    preprocessing = Preprocessing.from_config(hub_config)
-    if arguments.size is not None:
-        preprocessing = replace(preprocessing, size=arguments.size)
+    network, preprocessing, facts = common.load_for_images(arguments, arguments.backend, say)
+    from tqdm import tqdm
+
     if labels is not None and len(labels) != network.num_classes:
         raise ValueError(f"--labels: got {len(labels)} lines, allowed are the network's {network.num_classes} classes")
-    has_head = weights != "none" and network.num_classes > 0
-
-    facts: dict[str, Any] = {
-        "model": name,
-        "weights": weights,
-        "backend": describe_backend(arguments.backend, device),
-        "device": str(device),
-        "dtype": arguments.dtype,
-        "size": list(preprocessing.size),
-    }
-    say(f"model:    {name}, weights: {_describe_weights(weights, has_head)}")
+    has_head = facts["weights"] != "none" and network.num_classes > 0
+    device, size, alone = facts["device"], min(arguments.batch_size, len(paths)), len(paths) == 1
+    facts |= {"backend": describe_backend(arguments.backend, device)}
     say(f"backend:  {facts['backend']}")
-    say(f"device:   {device} ({devices()[str(device)]}), {arguments.dtype}")
-    height, width = preprocessing.size
-    say(f"input:    {height}x{width}, {preprocessing.interpolation}, centre crop {preprocessing.crop_pct}")
-    extraction = Extraction(
-        network,
-        paths,
-        preprocessing,
-        batch_size=min(arguments.batch_size, len(paths)),
-        workers=default_workers(),
-        has_head=has_head,
-    )
-    metadata = {"model": name, "weights": weights, "effformer": __version__}
-    last, alone, images = None, len(paths) == 1, []
+    if not has_head:
+        say("top 5:    none, without a classification head that is trained")
+    metadata = {"model": facts["model"], "weights": facts["weights"], "effformer": __version__}
+    last, images, failures = None, [], {}
     with tqdm(total=len(paths), unit="image", disable=True if alone else None) as bar:
-        for batch in extraction:
+        for batch, unread in extract(network, paths, preprocessing, size, has_head=has_head):
+            failures |= unread
             for features in batch:
                 try:
                     written = features.save(arguments.output, preprocessing, metadata)
                 except OSError as error:
-                    extraction.failures[features.path] = str(error)
+                    failures[features.path] = str(error)
                     continue
                 last = features.path
                 if arguments.json:
-                    images.append(_facts(features, labels) | {"written": list(map(str, written))})
+                    images.append(_facts(features, labels) | {"written": written})
                     continue
                 tqdm.write(_describe(features, labels, whole=alone))
                 if alone:
                     tqdm.write("written:  " + ", ".join(map(str, written)))
-            bar.update(min(extraction.batch_size, len(paths) - bar.n))
+            bar.update(len(batch) + len(unread))
 
     if last is not None:
-        size = extraction.batch_size
-        timing = measure(extraction.forward_of(last), device)
+        x = preprocessing(open_image(last)).to(device, network.stem.conv1.weight.dtype).expand(size, -1, -1, -1)
+        timing = measure(torch.no_grad()(lambda: network(x)), device)
         facts |= {"forward_ms_per_image": timing.p50 / size, "batch_size": size}
         say(
             f"time:     {timing.p50 / size:.2f} ms an image (p20 {timing.p20 / size:.2f}, p80 {timing.p80 / size:.2f}; "
             f"forward alone, batch {size}, {timing.repeats} repeats)"
         )
     if arguments.json:
-        failures = {str(path): reason for path, reason in extraction.failures.items()}
-        common.print_json(facts | {"images": images, "failures": failures})
-    return common.report_failures(extraction.failures, len(paths))
-
-
-def _refuse_collisions(paths: Sequence[Path]) -> None:
-    names: dict[str, Path] = {}
-    for path in paths:
-        if (other := names.setdefault(path.name, path)) is not path:
-            raise ValueError(f"--output: {other} and {path} would be written to the same file")
-
-
-def _describe_weights(weights: str, has_head: bool) -> str:
-    if weights == "none":
-        return "random (seed 0): the features mean nothing, and there is no top 5"
-    return weights if has_head else f"{weights} (without a classification head: there is no top 5)"
+        reasons = {str(path): reason for path, reason in failures.items()}
+        common.print_json(facts | {"images": images, "failures": reasons})
+    return common.report_failures(failures, len(paths))
 
 
 def _describe(features: ImageFeatures, labels: Sequence[str] | None, *, whole: bool) -> str:

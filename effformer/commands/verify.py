@@ -18,15 +18,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from ..config import PRESETS
 from ..workload import OPERATIONS
 from . import common
-
-if TYPE_CHECKING:
-    from ..apps.verify_report import Outcome
 
 
 def add(commands: common.Commands) -> None:
@@ -36,6 +33,7 @@ def add(commands: common.Commands) -> None:
     option("--op", nargs="+", type=common.one_of("workload", "OPERATIONS", "network", "all"), help="of "
            f"{', '.join(OPERATIONS)}, network; default: all")  # fmt: skip
     option("--dtype", nargs="+", type=common.or_all(common.dtype), help="fp16, bf16, fp32 or all; default: all")
+    parser.set_defaults(model=["efficientformer_l1"], op=["all"], dtype=["all"])
     common.add_size(parser)
     option("--batch-size", type=common.positive, metavar="N", help="default: 8 on a GPU, 2 on a CPU")
     common.add_device(parser)
@@ -57,62 +55,45 @@ def main(arguments: argparse.Namespace) -> int:
     batch_size = arguments.batch_size or (8 if on_gpu else 2)
     repeats = arguments.repeats if arguments.repeats is not None else 3 if on_gpu else 0
     todo = checks(
-        _chosen(arguments.model, PRESETS, ["efficientformer_l1"]),
-        _chosen(arguments.op, CHECKED, CHECKED),
-        [common.torch_dtype(name) for name in _chosen(arguments.dtype, common.DTYPES, common.DTYPES)],
+        _chosen(arguments.model, PRESETS),
+        _chosen(arguments.op, CHECKED),
+        [common.torch_dtype(name) for name in _chosen(arguments.dtype, common.DTYPES)],
         size=arguments.size,
         batch_size=batch_size,
     )
     reason, table = why_not_verified(device), Columns(todo)
     facts: dict[str, Any] = {
         "versions": versions(),
-        "device": str(device),
+        "device": device,
         "device_name": devices()[str(device)],
         "interpreted": reason is None and not on_gpu,
         "backend": describe_backend("auto", device),
-        "size": [*arguments.size],
+        "size": arguments.size,
         "batch_size": batch_size,
         "seed": arguments.seed,
         "repeats": repeats,
     }
-    if not arguments.json:
-        height, width = arguments.size
-        print("  ".join(f"{name} {version}" for name, version in versions().items()))
-        print(f"device:   {device} ({facts['device_name']}){', interpreted' if facts['interpreted'] else ''}")
-        print(f"backend:  {facts['backend']}; verified here: {'none' if reason else 'triton'}")
-        print(f"input:    {batch_size}x3x{height}x{width}, seed {arguments.seed}, {repeats} further runs\n")
-        if reason is None:
-            print(table.head())
+    say, (height, width) = common.printer(arguments.json), arguments.size
+    say("  ".join(f"{name} {version}" for name, version in versions().items()))
+    say(f"device:   {device} ({facts['device_name']}){', interpreted' if facts['interpreted'] else ''}")
+    say(f"backend:  {facts['backend']}; verified here: {'none' if reason else 'triton'}")
+    say(f"input:    {batch_size}x3x{height}x{width}, seed {arguments.seed}, {repeats} further runs\n")
+    if reason is None:
+        say(table.head())
     outcomes = []
-    followed, write = _followed(verify(todo, device, seed=arguments.seed, repeats=repeats), len(todo))
-    for outcome in followed:
+    for outcome in verify(todo, device, seed=arguments.seed, repeats=repeats):
         outcomes.append(outcome)
-        if not arguments.json and not outcome.skipped:
-            write(table.line(outcome))
-
+        if not outcome.skipped:
+            say(table.line(outcome))
+    say("\n".join(["", *conclusion(outcomes)] if reason is None else conclusion(outcomes)))
     counts = {verdict: sum(outcome.verdict == verdict for outcome in outcomes) for verdict in VERDICTS}
     passed = counts["pass"] > 0 and counts["fail"] == 0
     if arguments.json:
         facts |= {"passed": passed, "counts": counts, "why_no_kernel": reason}
         common.print_json(facts | {"checks": [outcome.facts() for outcome in outcomes]})
-    else:
-        if reason is None:
-            print()
-        print("\n".join(conclusion(outcomes)))
     return 0 if passed else 1
 
 
-def _chosen(named: list[str] | None, allowed: Iterable[str], default: Iterable[str]) -> list[str]:
+def _chosen(named: list[str], allowed: Iterable[str]) -> list[str]:
     """The names that a list option stands for."""
-    return [*default] if named is None else [*allowed] if "all" in named else named
-
-
-def _followed(outcomes: Iterator[Outcome], total: int) -> tuple[Iterable[Outcome], Callable[[str], object]]:
-    """`outcomes` behind a progress bar, and a function that prints beside it; no bar without tqdm or a terminal."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        if sys.stderr.isatty():
-            print("effformer: no progress bar without tqdm, of the extra 'image'", file=sys.stderr)
-        return outcomes, print
-    return tqdm(outcomes, total=total, unit="check", disable=None, leave=False), tqdm.write
+    return [*allowed] if "all" in named else named

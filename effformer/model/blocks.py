@@ -1,8 +1,8 @@
 """The parts of an EfficientFormer: stem, downsampling, 4D and 3D MetaBlocks (arXiv 2206.01191, section 4).
 
-A block calls the fused operations of `effformer.ops` where those describe what is to be computed, and is composed of
-plain modules where batch statistics, dropout, a parametrised activation, hooks or replaced submodules ask for it.
-Module names are timm's. `dd` holds the factory keywords `device` and `dtype`.
+`forward` of a block calls its modules, as in the paper. Where `fusable` finds that the fused operations of
+`effformer.ops` compute the same, `fused` runs in its place. Module names are timm's. `dd` holds the keywords `device`
+and `dtype` of torch's modules.
 """
 
 from __future__ import annotations
@@ -14,18 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops, reference
 from ..config import EfficientFormerConfig
-from .fusion import is_active, is_plain, why_changed, why_unrolled
-
-ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
-    "gelu": nn.GELU,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "swish": nn.SiLU,
-    "hard_swish": nn.Hardswish,
-    "relu6": nn.ReLU6,
-    "leaky_relu": nn.LeakyReLU,
-    "prelu": nn.PReLU,
-}
+from .fusion import ACTIVATION_MODULES, Fusable, fusable
 
 
 def _activation(name: str, dd: dict[str, Any]) -> nn.Module:
@@ -61,6 +50,9 @@ class DropPath(nn.Module):
         keep = 1 - self.rate
         mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
         return x * (mask / keep if keep > 0 else mask)
+
+
+_DROP_PATHS = (nn.Identity, DropPath)
 
 
 class Stem(nn.Sequential):
@@ -125,10 +117,11 @@ class ConvMlp(nn.Module):
         return self.drop(self.norm2(self.fc2(x)))
 
 
-class Meta4D(nn.Module):
+class Meta4D(Fusable):
     """4D MetaBlock (paper section 4): pooling token mixer, then convolutional MLP; [B, C, H, W] -> the same.
 
-    Fused, the output has x's dtype; composed under autocast, the float32 layer scales promote it, as in timm.
+    The fused operation returns x's dtype. The modules under autocast return float32, as in timm: the layer scales
+    promote the sum.
     """
 
     def __init__(
@@ -143,12 +136,14 @@ class Meta4D(nn.Module):
         self.drop_path2 = _drop_path(drop_path)
         self.activation = config.act
         self.backend = backend
+        self.note_parts(drop_path1=_DROP_PATHS, drop_path2=_DROP_PATHS)
 
+    @fusable
     def forward(self, x: Tensor) -> Tensor:
-        if reason := self.why_composed() or why_unrolled(x, self.backend):
-            ops.refuse_triton(self.backend, reason)
-            x = x + self.drop_path1(self.ls1(self.token_mixer(x)))
-            return x + self.drop_path2(self.ls2(self.mlp(x)))
+        x = x + self.drop_path1(self.ls1(self.token_mixer(x)))
+        return x + self.drop_path2(self.ls2(self.mlp(x)))
+
+    def fused(self, x: Tensor) -> Tensor:
         return ops.meta4d(x, *self.folded(), activation=self.activation, backend=self.backend)
 
     def folded(self) -> tuple[Tensor, ...]:
@@ -156,44 +151,14 @@ class Meta4D(nn.Module):
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         scale1, shift1 = _fold(fc1, self.mlp.norm1)
         scale2, shift2 = _fold(fc2, self.mlp.norm2, self.ls2.gamma)
-        weight1, weight2 = fc1.weight.flatten(1), fc2.weight.flatten(1)
-        return ops.upcast(self.ls1.gamma), weight1, scale1, shift1, weight2, scale2, shift2
-
-    def why_composed(self) -> str | None:
-        """Why `ops.meta4d` does not describe this forward; None where it does."""
-        own = self._modules  # not by attribute: this runs at each forward, and nn.Module.__getattr__ is slow
-        inner = self.mlp._modules
-        parts = (
-            ("token_mixer", own["token_mixer"], (Pooling,)),
-            ("token_mixer.pool", self.token_mixer._modules.get("pool"), (nn.AvgPool2d,)),
-            ("ls1", own["ls1"], (LayerScale,)),
-            ("drop_path1", own["drop_path1"], (nn.Identity, DropPath)),
-            ("mlp", own["mlp"], (ConvMlp,)),
-            ("mlp.fc1", inner.get("fc1"), (nn.Conv2d,)),
-            ("mlp.norm1", inner.get("norm1"), (nn.BatchNorm2d,)),
-            ("mlp.act", inner.get("act"), (ACTIVATION_MODULES[self.activation],)),
-            ("mlp.fc2", inner.get("fc2"), (nn.Conv2d,)),
-            ("mlp.norm2", inner.get("norm2"), (nn.BatchNorm2d,)),
-            ("mlp.drop", inner.get("drop"), (nn.Dropout,)),
-            ("ls2", own["ls2"], (LayerScale,)),
-            ("drop_path2", own["drop_path2"], (nn.Identity, DropPath)),
-        )
-        if reason := why_changed(parts, self.activation):
-            return reason
-        mlp = self.mlp
-        if any(norm.training or norm.running_mean is None for norm in (mlp.norm1, mlp.norm2)):
-            return "BatchNorm uses batch statistics here (training mode)"
-        if is_active(mlp.drop, self.drop_path1, self.drop_path2):
-            return "dropout or stochastic depth is active here (training mode)"
-        return None
+        return ops.upcast(self.ls1.gamma), fc1.weight.flatten(1), scale1, shift1, fc2.weight.flatten(1), scale2, shift2
 
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     mean, var = norm.running_mean, norm.running_var
-    assert mean is not None  # `why_composed` looked
-    assert var is not None
+    assert mean is not None and var is not None  # noqa: PT018 (`why_composed` looked)
     folded = ops.fold_batch_norm(conv.bias, norm.weight, norm.bias, mean, var, norm.eps, layer_scale)
-    return folded[0], folded[1]  # FX cannot unpack what it has not run
+    return folded[0], folded[1]  # FX cannot unpack the result of a recorded call
 
 
 class Flat(nn.Module):
@@ -203,12 +168,12 @@ class Flat(nn.Module):
         return x.flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
+class Attention(Fusable):
     """Multi-head self-attention with a learned bias for each offset between two tokens; [B, N, C] -> the same.
 
-    `attention_bias_idxs` stands in the state dict because timm's and the original's do. It is no buffer: an average of
-    weights would average it, too, and round it down. The bias is computed from the map's size at each forward, never
-    from this index, and never cached.
+    The state dict holds `attention_bias_idxs`, as timm's and the original's do. It is not a buffer, since averaging
+    weights would average it, too, and round it down. Each forward computes the bias from the map's size; neither the
+    index nor a cache is used.
     """
 
     def __init__(self, width: int, config: EfficientFormerConfig, backend: str, **dd: Any) -> None:
@@ -222,6 +187,7 @@ class Attention(nn.Module):
         self.attn_drop = nn.Dropout(config.attn_drop)
         self.proj_drop = nn.Dropout(config.attn_drop)
         self.attention_biases = nn.Parameter(torch.zeros(self.num_heads, self.resolution**2, **dd))
+        self.parts = (("", "attn_drop", (nn.Dropout,)),)  # `attend` calls no other
 
     @property
     def attention_bias_idxs(self) -> Tensor:
@@ -229,15 +195,17 @@ class Attention(nn.Module):
         return reference.bias_index(self.resolution, self.resolution, self.attention_biases.device)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        qkv, bias = self.qkv(x), self.bias(height, width)
-        if reason := self.why_composed() or why_unrolled(x, self.backend):
-            ops.refuse_triton(self.backend, reason)
-            x = reference.bias_attention(
-                qkv, bias, num_heads=self.num_heads, key_dim=self.key_dim, dropout=self.attn_drop
-            )
-        else:
-            x = ops.bias_attention(qkv, bias, num_heads=self.num_heads, key_dim=self.key_dim, backend=self.backend)
+        x = self.attend(self.qkv(x), self.bias(height, width))
         return self.proj_drop(self.proj(x))
+
+    @fusable
+    def attend(self, qkv: Tensor, bias: Tensor) -> Tensor:
+        """softmax(q · kᵀ * key_dim**-0.5 + bias) · v for each head, with dropout on the probabilities."""
+        heads = {"num_heads": self.num_heads, "key_dim": self.key_dim}
+        return reference.bias_attention(qkv, bias, **heads, dropout=self.attn_drop)
+
+    def fused(self, qkv: Tensor, bias: Tensor) -> Tensor:
+        return ops.bias_attention(qkv, bias, num_heads=self.num_heads, key_dim=self.key_dim, backend=self.backend)
 
     def bias(self, height: int, width: int) -> Tensor:
         """The bias [num_heads, N, N] of a [height, width] map, N = height * width."""
@@ -245,45 +213,21 @@ class Attention(nn.Module):
             self.attention_biases, height, width, resolution=self.resolution, resize=self.bias_resize
         )
 
-    def why_composed(self) -> str | None:
-        """Why `ops.bias_attention` does not describe this forward; None where it does."""
-        if not is_plain(self.attn_drop, (nn.Dropout,)):
-            return "submodule 'attn_drop' was replaced, changed or has hooks"
-        if self.attn_drop.training and self.attn_drop.p > 0:
-            return "attention dropout is active here (training mode)"
-        return None
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "attention_bias_idxs"] = self.attention_bias_idxs
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # The index is derived: a file may leave it out, but one that says something else means another network.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The index is derived, so a file may leave it out. Another index belongs to another network.
         key = prefix + "attention_bias_idxs"
-        standard = reference.bias_index(self.resolution, self.resolution, device=torch.device("cpu"))
-        if key in state_dict and not _same(state_dict[key], standard):
-            error_msgs.append(f"{key} is not the standard index |dy| * {self.resolution} + |dx|")
+        if key in state_dict and (problem := reference.why_other_index(state_dict[key], self.resolution)):
+            args[-1].append(f"{key}: {problem}")  # error_msgs
             return
         state_dict = {name: value for name, value in state_dict.items() if name != key}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _same(index: Tensor, standard: Tensor) -> bool:
-    return index.shape == standard.shape and (index.is_meta or torch.equal(index.cpu().long(), standard))
-
-
-class Mlp(nn.Module):
+class LinearMlp(nn.Module):
     """Linear, activation, Linear, on [B, N, C]."""
 
     def __init__(self, width: int, config: EfficientFormerConfig, **dd: Any) -> None:
@@ -300,11 +244,10 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(x))
 
 
-class Meta3D(nn.Module):
+class Meta3D(Fusable):
     """3D MetaBlock (paper section 4): attention, then MLP, each after LayerNorm; [B, N, C] -> the same.
 
-    `height` and `width` are the sides of the map that the N tokens came from. Fused, the output has x's dtype;
-    composed under autocast, the float32 layer scales promote it, as in timm.
+    `height` and `width` are the sides of the map that the N tokens came from. Dtypes are as in `Meta4D`.
     """
 
     def __init__(
@@ -316,34 +259,29 @@ class Meta3D(nn.Module):
         self.ls1 = LayerScale(width, layer_scale, dim=-1, **dd)
         self.drop_path1 = _drop_path(drop_path)
         self.norm2 = nn.LayerNorm(width, **dd)
-        self.mlp = Mlp(width, config, **dd)
+        self.mlp = LinearMlp(width, config, **dd)
         self.ls2 = LayerScale(width, layer_scale, dim=-1, **dd)
         self.drop_path2 = _drop_path(drop_path)
         self.activation = config.act
         self.backend = backend
+        self.note_parts(drop_path1=_DROP_PATHS, drop_path2=_DROP_PATHS)
 
+    @fusable
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        if reason := self.why_composed() or why_unrolled(x, self.backend):
-            ops.refuse_triton(self.backend, reason)
-            x = x + self.drop_path1(self.ls1(self.token_mixer(self.norm1(x), height, width)))
-            return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return self._fused_mlp(self._fused_mixer(x, height, width))
+        x = x + self.drop_path1(self.ls1(self.token_mixer(self.norm1(x), height, width)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
-    def _fused_mixer(self, x: Tensor, height: int, width: int) -> Tensor:
-        mixer = self.token_mixer
-        return ops.attention_mixer(
+    def fused(self, x: Tensor, height: int, width: int) -> Tensor:
+        mixer, backend = self.token_mixer, self.backend
+        x = ops.attention_mixer(
             x,
             *self.folded_mixer(mixer.bias(height, width)),
             num_heads=mixer.num_heads,
             key_dim=mixer.key_dim,
             eps=self.norm1.eps,
-            backend=self.backend,
+            backend=backend,
         )
-
-    def _fused_mlp(self, x: Tensor) -> Tensor:
-        return ops.linear_mlp(
-            x, *self.folded_mlp(), activation=self.activation, eps=self.norm2.eps, backend=self.backend
-        )
+        return ops.linear_mlp(x, *self.folded_mlp(), activation=self.activation, eps=self.norm2.eps, backend=backend)
 
     def folded_mixer(self, bias: Tensor) -> tuple[Tensor, ...]:
         """Norm, weights, the attention's `bias`, scale and shift, as `ops.attention_mixer` takes them after x."""
@@ -358,33 +296,3 @@ class Meta3D(nn.Module):
         scale = ops.fold_layer_scale(fc2.bias, self.ls2.gamma)
         norm = ops.upcast(self.norm2.weight), ops.upcast(self.norm2.bias)
         return *norm, fc1.weight, ops.upcast(fc1.bias), fc2.weight, scale[0], scale[1]
-
-    def why_composed(self) -> str | None:
-        """Why `ops.attention_mixer` and `ops.linear_mlp` do not describe this forward; None where they do."""
-        own = self._modules  # not by attribute, as in Meta4D
-        mixer, mlp = self.token_mixer._modules, self.mlp._modules
-        parts = (
-            ("norm1", own["norm1"], (nn.LayerNorm,)),
-            ("token_mixer", own["token_mixer"], (Attention,)),
-            ("token_mixer.qkv", mixer.get("qkv"), (nn.Linear,)),
-            ("token_mixer.attn_drop", mixer.get("attn_drop"), (nn.Dropout,)),
-            ("token_mixer.proj", mixer.get("proj"), (nn.Linear,)),
-            ("token_mixer.proj_drop", mixer.get("proj_drop"), (nn.Dropout,)),
-            ("ls1", own["ls1"], (LayerScale,)),
-            ("drop_path1", own["drop_path1"], (nn.Identity, DropPath)),
-            ("norm2", own["norm2"], (nn.LayerNorm,)),
-            ("mlp", own["mlp"], (Mlp,)),
-            ("mlp.fc1", mlp.get("fc1"), (nn.Linear,)),
-            ("mlp.act", mlp.get("act"), (ACTIVATION_MODULES[self.activation],)),
-            ("mlp.drop1", mlp.get("drop1"), (nn.Dropout,)),
-            ("mlp.fc2", mlp.get("fc2"), (nn.Linear,)),
-            ("mlp.drop2", mlp.get("drop2"), (nn.Dropout,)),
-            ("ls2", own["ls2"], (LayerScale,)),
-            ("drop_path2", own["drop_path2"], (nn.Identity, DropPath)),
-        )
-        if reason := why_changed(parts, self.activation):
-            return reason
-        dropouts = (self.token_mixer.attn_drop, self.token_mixer.proj_drop, self.mlp.drop1, self.mlp.drop2)
-        if is_active(*dropouts, self.drop_path1, self.drop_path2):
-            return "dropout or stochastic depth is active here (training mode)"
-        return None

@@ -1,17 +1,29 @@
-"""When a fused operation describes what a block of modules computes, and when the modules have to be called."""
+"""The choice, at each forward of a block, between its fused operation and its modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 
-# What the fused operations take for granted of a module beyond its class.
+ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "hard_swish": nn.Hardswish,
+    "relu6": nn.ReLU6,
+    "leaky_relu": nn.LeakyReLU,
+    "prelu": nn.PReLU,
+}
+
+# Settings that the fused operations assume of a module, beside its class.
 _EXPECTED: dict[type[nn.Module], Callable[[Any], bool]] = {
     nn.AvgPool2d: lambda m: (
         (m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override)
@@ -26,15 +38,92 @@ _EXPECTED: dict[type[nn.Module], Callable[[Any], bool]] = {
     nn.LeakyReLU: lambda m: m.negative_slope == 0.01,
 }
 
+_Kinds = tuple[type[nn.Module], ...]
+_P = ParamSpec("_P")
 
-def is_plain(
-    module: nn.Module | None,
-    kinds: tuple[type[nn.Module], ...],
-    expected: Callable[[Any], bool] | None = None,
-) -> bool:
-    """Whether calling `module` does what one of `kinds`, as it was built here, does, and nothing more.
 
-    `expected` replaces what the fused operations take for granted of the module.
+class Fusable(nn.Module):
+    """A module for which one or two fused operations compute the same as its own modules in eval mode.
+
+    Attributes:
+        parts: the classes that its submodules were built as, as (owner, "" for itself; name; classes). Without classes,
+            it is the class of `activation`.
+        activation: of the MLP, where there is one.
+        backend: "auto", "eager" or "triton", see `effformer.ops`.
+    """
+
+    parts: tuple[tuple[str, str, _Kinds], ...]
+    activation: str = "gelu"
+    backend: str
+
+    def note_parts(self, **others: _Kinds) -> None:
+        """Note the classes of all submodules at the end of `__init__`, by name also `others`, to find replaced ones."""
+        found = []
+        for path, module in self.named_modules():
+            owner, _, name = path.rpartition(".")
+            found.append((owner, name, () if name == "act" else others.get(name, (type(module),))))
+        self.parts = tuple(found[1:])
+
+    def fused(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The result by fused operations, for the arguments of the decorated method."""
+        raise NotImplementedError
+
+    def why_composed(self) -> str | None:
+        """The reason why the fused operation does not compute the same as the modules now; None where it does."""
+        if _has_any_global_hook():
+            return "hooks for all modules are registered"
+        parts: list[Any] = []
+        for owner, name, kinds in self.parts:
+            # Not by attribute: this runs at each forward, and nn.Module.__getattr__ is slow.
+            modules = self._modules[owner]._modules if owner else self._modules  # type: ignore[union-attr]
+            module = modules.get(name)
+            if not is_plain(module, kinds or (ACTIVATION_MODULES[self.activation],)):
+                path = f"{owner}.{name}" if owner else name
+                return f"submodule {path!r} was replaced, changed or has hooks"
+            parts.append(module)
+        if self.activation not in ops.ACTIVATIONS:
+            return f"activation {self.activation!r} has parameters"
+        if any(type(part) is nn.BatchNorm2d and (part.training or part.running_mean is None) for part in parts):
+            return "BatchNorm uses batch statistics here (training mode)"
+        if is_active(*parts):
+            return "dropout or stochastic depth is active here (training mode)"
+        return None
+
+
+_Block = TypeVar("_Block", bound=Fusable)
+
+
+def fusable(composed: Callable[Concatenate[_Block, _P], Tensor]) -> Callable[Concatenate[_Block, _P], Tensor]:
+    """Decorate a method that calls modules: where the fused operation computes the same, `fused` runs in its place.
+
+    Hooks on submodules, replaced submodules, batch statistics, active dropout and activations with parameters need the
+    modules. So does FX under the eager backend, since TorchScript compiles modules alone.
+
+    Raises:
+        UnsupportedError: by the decorated method, for backend="triton" where the modules are needed.
+    """
+
+    @functools.wraps(composed)
+    def chosen(self: _Block, /, *args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        reason = self.why_composed()
+        if reason is None:
+            if self.backend != "eager" or not _is_traced(*args, *kwargs.values()):
+                return self.fused(*args, **kwargs)
+            reason = "FX traces the eager backend"
+        ops.refuse_triton(self.backend, reason)
+        return composed(self, *args, **kwargs)
+
+    return chosen
+
+
+def _is_traced(*values: object) -> bool:
+    return any(isinstance(value, torch.fx.Proxy) for value in values)
+
+
+def is_plain(module: nn.Module | None, kinds: _Kinds, expected: Callable[[Any], bool] | None = None) -> bool:
+    """Whether `module` still is one of `kinds` as it was built here, without hooks or another forward.
+
+    `expected` replaces the settings that the fused operations assume of the module.
     """
     kind = type(module)
     if module is None or kind not in kinds or "forward" in module.__dict__:
@@ -45,28 +134,6 @@ def is_plain(
     return expected is None or expected(module)
 
 
-def why_changed(
-    parts: Iterable[tuple[str, nn.Module | None, tuple[type[nn.Module], ...]]], activation: str
-) -> str | None:
-    """Why parts (name, module, classes it was built as) with this activation are no fused operation; None if they are.
-
-    Modes (training or not) are for the caller to look at.
-    """
-    if _has_any_global_hook():
-        return "hooks for all modules are registered"
-    for name, module, kinds in parts:
-        if not is_plain(module, kinds):
-            return f"submodule {name!r} was replaced, changed or has hooks"
-    if activation not in ops.ACTIVATIONS:
-        return f"activation {activation!r} has parameters"
-    return None
-
-
-def why_unrolled(x: object, backend: str) -> str | None:
-    """Why FX is to record modules, which TorchScript compiles, and no fused operation; None without FX or eager."""
-    return "FX traces the eager backend" if backend == "eager" and isinstance(x, torch.fx.Proxy) else None
-
-
-def is_active(*dropouts: nn.Module) -> bool:
-    """Whether one of these, `nn.Dropout` or `DropPath`, drops anything now."""
-    return any(module.training and getattr(module, "p", getattr(module, "rate", 0)) > 0 for module in dropouts)
+def is_active(*modules: nn.Module) -> bool:
+    """Whether one of these, `nn.Dropout` or `DropPath`, drops anything now; other modules never do."""
+    return any(module.training and (vars(module).get("p") or vars(module).get("rate")) for module in modules)

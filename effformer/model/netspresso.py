@@ -8,13 +8,15 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ..config import DENSE_TASKS, TASKS, BiasResize, FeatureNorm, check_choice, read_netspresso
+from ..checks import check_choice
+from ..config import DENSE_TASKS, TASKS, BiasResize, FeatureNorm
 from .blocks import ConvMlp
+from .netspresso_file import read_netspresso
 from .network import EfficientFormer
 
 
 class BackboneOutput(TypedDict, total=False):
-    """What a trainer's head or neck receives; which key is there depends on the task."""
+    """The input of a trainer's head or neck; the task decides which key is there."""
 
     last_feature: Tensor
     intermediate_features: tuple[Tensor, ...]
@@ -72,9 +74,9 @@ def build_backbone(
     """Build the backbone that a NetsPresso Trainer configuration describes.
 
     Args:
-        source: a trainer's YAML file or its content, whole or the backbone's part: see `config.read_netspresso`.
-        task: "classification", "segmentation", "detection" or "pose_estimation"; beats the file's `model.task`,
-            and is classification where neither names one.
+        source: a trainer's YAML file or its content, whole or the backbone's part: see `read_netspresso`.
+        task: "classification", "segmentation", "detection" or "pose_estimation". It replaces the file's `model.task`;
+            where neither names one, the task is classification.
         backend: "auto", "eager" or "triton", see `effformer.ops`.
         bias_resize: how the attention bias meets other image sizes. The default is the trainer's way; "table" keeps
             the meaning of the learned offsets.
@@ -83,7 +85,7 @@ def build_backbone(
         device, dtype: of parameters and buffers.
 
     Returns:
-        a `Backbone` in training mode, its weights drawn as the trainer draws them.
+        a `Backbone` in training mode, its weights initialised as by the trainer.
 
     Raises:
         ConfigError: (a ValueError) naming every field of `source` that is missing, unknown or wrong.
@@ -99,8 +101,16 @@ def build_backbone(
     return Backbone(network, task)
 
 
+def network_within(model: nn.Module) -> EfficientFormer:
+    """`model` itself, or the network of a `Backbone`; a TypeError for anything else."""
+    network = model.network if isinstance(model, Backbone) else model
+    if not isinstance(network, EfficientFormer):
+        raise TypeError(f"model: got {type(model).__name__}, allowed is an EfficientFormer or a Backbone")
+    return network
+
+
 def _initialise_as_trainer(network: EfficientFormer) -> None:
-    """NetsPresso Trainer 1.4.1: the conv MLP's convolutions are drawn anew, all else keeps PyTorch's defaults."""
+    """As NetsPresso Trainer 1.4.1: convolutions of the conv MLP from a normal distribution, the rest by default."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
             module.reset_parameters()

@@ -11,21 +11,43 @@ from dataclasses import replace
 from typing import Any, Literal, cast, overload
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import EfficientFormerConfig, check_choice, check_count, check_finite, check_probability
+from ..backend import autocast
+from ..checks import FINITE, PROBABILITY, check, check_choice, check_count, check_floating, shape_of
+from ..config import EfficientFormerConfig
 from .blocks import Attention, Meta3D, Meta4D, Stem
 from .stage import Stage, StageOutput
 
 POOLS = ("avg", "")
 
 
+@torch.fx.wrap
+def check_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
+    """Return `x` if it is a batch of images [B, in_chans, H, W] in the dtype of `weight`; FX records this as one node.
+
+    Raises:
+        TypeError: for a dtype that the network does not compute in (outside autocast).
+        ValueError: for another shape.
+    """
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if x.ndim != 4 or x.shape[1] != in_chans:
+            raise ValueError(f"x: got shape {shape_of(x)}, allowed is [B, {in_chans}, H, W]")
+        check_floating("x", x)
+        if x.dtype != weight.dtype and not autocast(x.device.type):
+            raise TypeError(
+                f"x: got {x.dtype}, allowed is the network's {weight.dtype} (any floating dtype in autocast)"
+            )
+    return x
+
+
 class EfficientFormer(nn.Module):
     """EfficientFormer with timm's interface: images [B, in_chans, H, W] -> logits [B, num_classes].
 
-    H and W are free: 32 and more, square or not, a multiple of 32 or not. All published models are distilled: in
-    eval mode, and in training unless `set_distilled_training()` was called, the logits are the mean of both heads.
+    H and W may be any size from 32 on; the images need not be square. All published models are distilled: the logits
+    are the mean of both heads, except in training after `set_distilled_training()`.
 
     Args:
         config: the architecture.
@@ -64,15 +86,15 @@ class EfficientFormer(nn.Module):
         if not isinstance(config, EfficientFormerConfig):
             raise TypeError(f"config: got {type(config).__name__}, allowed is an EfficientFormerConfig")
         if proj_drop_rate is not None:
-            check_probability("proj_drop_rate", proj_drop_rate)
+            check("proj_drop_rate", proj_drop_rate, PROBABILITY)
             config = replace(config, proj_drop=proj_drop_rate)
         check_count("in_chans", in_chans, least=1)
         check_count("num_classes", num_classes)
         check_choice("global_pool", global_pool, POOLS)
         check_choice("backend", backend, ops.BACKENDS)
-        check_probability("drop_rate", drop_rate)
-        check_probability("drop_path_rate", drop_path_rate)
-        check_finite("layer_scale_init_value", layer_scale_init_value)
+        check("drop_rate", drop_rate, PROBABILITY)
+        check("drop_path_rate", drop_path_rate, PROBABILITY)
+        check("layer_scale_init_value", layer_scale_init_value, FINITE)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: got {dtype}, allowed is a floating dtype")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -126,7 +148,7 @@ class EfficientFormer(nn.Module):
     # --- inference ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, num_classes] of images [B, in_chans, H, W]; see `forward_head` for what else it may return."""
+        """Logits [B, num_classes] of images [B, in_chans, H, W]; `forward_head` describes the other results."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -140,9 +162,9 @@ class EfficientFormer(nn.Module):
     @overload
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of what `forward_features` returned, or the pooled features [B, C] with `pre_logits`.
+        """Logits of the result of `forward_features`, or the pooled features [B, C] with `pre_logits`.
 
-        In distilled training the two heads' logits are returned as a pair, else their mean.
+        In distilled training it returns the two heads' logits as a pair, otherwise their mean.
         """
         if self.global_pool == "avg":
             x = x.mean(dim=1)
@@ -198,7 +220,7 @@ class EfficientFormer(nn.Module):
             intermediates_only: return the maps alone.
 
         Returns:
-            what `forward_features` returns and the maps [B, C, h, w], h = ceil(H / reduction), in the stages' order.
+            the result of `forward_features`, and the maps [B, C, h, w], h = ceil(H / reduction), in the stages' order.
 
         Raises:
             ValueError: for an index out of range or another `output_fmt`.
@@ -222,7 +244,7 @@ class EfficientFormer(nn.Module):
 
     def _run_stages(self, x: Tensor, stop: int) -> Iterator[StageOutput]:
         """The outputs of the first `stop` stages on images `x`."""
-        x = self.stem(ops.check_images(x, self.in_chans, self.stem.conv1.weight))
+        x = self.stem(check_images(x, self.in_chans, self.stem.conv1.weight))
         size = (x.shape[2], x.shape[3])
         for index, stage in zip(range(stop), cast("Iterable[Stage]", self.stages), strict=False):
             size = stage.output_size(*size)
@@ -233,12 +255,12 @@ class EfficientFormer(nn.Module):
                 x = norm(x) if tokens_of is None else norm(to_map(x, *tokens_of)).flatten(2).transpose(1, 2)
             yield StageOutput(index, x, tokens_of)
 
-    # --- what timm's tools ask of a model -----------------------------------------------------------------------------
+    # --- the interface of timm's tools --------------------------------------------------------------------------------
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what `forward_intermediates(indices=indices)` does not need; returns the indices as non-negative."""
+        """Remove the parts that `forward_intermediates(indices=indices)` does not need; returns indices from 0 on."""
         take, last = _take_indices(indices, len(self.stages))
         prune_end = last < len(self.stages) - 1
         self.stages = nn.Sequential(*list(self.stages)[: last + 1])
@@ -320,10 +342,10 @@ def _take_indices(indices: int | Sequence[int] | None, count: int) -> tuple[list
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Choose who computes the fused operations of every block below `model`: "auto", "eager" or "triton".
+    """Set the backend of the fused operations in every block of `model`: "auto", "eager" or "triton".
 
     Raises:
-        ValueError: for another backend, or a model that holds no block of ours.
+        ValueError: for another backend, or a model without EfficientFormer blocks.
     """
     check_choice("backend", backend, ops.BACKENDS)
     blocks = [module for module in model.modules() if isinstance(module, (Meta4D, Meta3D, Attention))]

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..config import EfficientFormerConfig
+from ..workload import halved
 from .blocks import Downsample, Flat, Meta3D, Meta4D
 
 
@@ -60,7 +61,7 @@ class Stage(nn.Module):
         """Sides of this stage's map for an input map of [height, width]."""
         if isinstance(self.downsample, nn.Identity):
             return height, width
-        return (height + 1) // 2, (width + 1) // 2
+        return halved(height), halved(width)
 
 
 class StageOutput(NamedTuple):
@@ -72,14 +73,14 @@ class StageOutput(NamedTuple):
 
 
 def _checkpointed(block: nn.Module, *args: Any) -> Tensor:
-    if torch.compiler.is_compiling():  # the compiler admits no context, and repeats no side effect
+    if torch.compiler.is_compiling():  # the compiler accepts no context, and does not repeat side effects
         return checkpoint(block, *args, use_reentrant=False)
     contexts = (contextlib.nullcontext(), _FrozenStatistics(block))
     return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: contexts)
 
 
 class _FrozenStatistics:
-    """While a block is recomputed, its running statistics must not move a second time. May be entered again."""
+    """Keep a block's running statistics while it is recomputed: they have moved already. May be entered again."""
 
     def __init__(self, block: nn.Module) -> None:
         self.norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]

@@ -1,7 +1,7 @@
-"""A model as a file that runs without its Python code: `export`.
+"""`export`: a model as a file that runs without its Python code.
 
-What is exported is what `freeze` runs: the packed network, folded in float64. Of L1 that makes an ONNX graph of 244
-nodes instead of the live network's 265, in half the time.
+The exported graph is the packed network that `freeze` runs, folded in float64. For L1 in ONNX it has 244 nodes, where
+the live network has 265, and exporting takes half the time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..backend import refuse_triton, why_not_triton
-from ..config import check_choice, check_count
-from ..model.netspresso import Backbone
+from ..backend import no_autocast, refuse_triton, why_not_triton
+from ..checks import check_choice, check_count
+from ..model.netspresso import Backbone, network_within
 from ..model.network import EfficientFormer, set_backend
 from ..testing import Accuracy, accuracy
-from .frozen import Output, network_within, no_autocast
+from .frozen import Output
 from .packing import OUTPUTS, Packed, pack
 
 Format = Literal["pt2", "aoti", "onnx"]
@@ -34,7 +34,7 @@ SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
 LEAST_SIDE = 33  # of a dynamic size: at 32 the last map is one pixel wide, for which other code is traced
 OPSET = 20  # of ONNX: the first with Gelu
 
-# float64 is what files are compared with. onnxruntime's convolutions on a CPU take no bfloat16.
+# Not float64: files are compared with it. onnxruntime's convolutions on a CPU take no bfloat16.
 DTYPES = {
     "pt2": (torch.float32, torch.bfloat16, torch.float16),
     "aoti": (torch.float32, torch.bfloat16, torch.float16),
@@ -43,20 +43,20 @@ DTYPES = {
 
 
 class ExportError(RuntimeError):
-    """PyTorch's exporters or compilers failed, or the file does not compute what the model does."""
+    """PyTorch's exporters or compilers failed, or the file does not compute the same as the model."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote.
+    """The result of `export`.
 
     Attributes:
         path, format: the file.
         images: its input, free dimensions by name.
         dtype: of images and results.
         outputs: names of the results.
-        needs: what it loads with, and where it runs.
-        checks: images' shape -> errors of the loaded file against float64, beside eager's: the result with the worst.
+        needs: the function that loads it, and where it runs.
+        checks: images' shape -> errors of the loaded file and of eager against float64, for the result with the worst.
     """
 
     path: Path
@@ -93,22 +93,22 @@ def export(
     dtype: torch.dtype | None = None,
     backend: Literal["eager", "triton"] = "eager",
 ) -> Exported:
-    """Write `model` to a file, load it again and compare what it computes with float64; an existing file is replaced.
+    """Write `model` to a file, load it again, and compare its results with float64; an existing file is replaced.
 
-    BatchNorm, biases and layer scales are folded as by `freeze`, and as there models in training mode, with hooks or
-    replaced modules are refused. The batch is always free. Nothing is chosen by the machine that loads the file:
-    `backend` is that of the graph, and no "auto" (the model's own backend plays no part).
+    As by `freeze`, BatchNorm, biases and layer scales are folded, and models in training mode, with hooks or replaced
+    modules are refused. The batch size is always free. The backend is fixed in the graph: the machine that loads the
+    file does not choose it, and the model's own backend is not used.
 
     Args:
-        model: an `EfficientFormer`, or what `build_backbone` returns, in eval mode; it is not changed. The file is for
-            the device that it is on, but ONNX.
+        model: an `EfficientFormer`, or a `Backbone` of `build_backbone`, in eval mode; it is not changed. The file is
+            for its device, except with ONNX.
         path: *.pt2, or *.onnx for ONNX.
         format: "pt2", a graph for `torch.export.load`; "aoti", compiled code for `torch._inductor.aoti_load_package`
             and C++ (needs a C++ compiler); "onnx", through PyTorch's dynamo exporter (extra `export`).
         output: "logits" [B, num_classes]; "pooled" [B, C]; "features", the list of maps that `forward_intermediates`
             returns. ONNX names them logits, pooled, stage1 to stage4; its input is called images.
         size: height and width of the images.
-        dynamic_size: leave both free, from 33 on; `size` is then what compilers tune for. AOTInductor takes minutes.
+        dynamic_size: leave both free, from 33 on; compilers then tune for `size`. AOTInductor takes minutes.
         dtype: of weights, images and results, by default the model's; for ONNX float32 or float16.
         backend: "eager" is plain PyTorch operations. "triton" calls the kernels: the file loads only in a process that
             imported `effformer.kernels.operators`, since they are registered from Python.
@@ -118,7 +118,7 @@ def export(
         UnsupportedError: for backend="triton" where the kernels cannot run.
         ImportError: for "onnx" without the extra `export`.
         OSError: where the file cannot be written.
-        ExportError: where exporting fails, or what the loaded file computes breaks the rule of
+        ExportError: where exporting fails, or the loaded file's results break the rule of
             `effformer.testing.Accuracy` for the model in eager PyTorch; `path` is left as it was.
     """
     network, path = network_within(model), Path(path)
@@ -138,7 +138,7 @@ def export(
         axes = {0: "batch"} | ({2: "height", 3: "width"} if dynamic_size else {})
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             partial = Path(folder) / path.name
-            with _told(format):
+            with _one_error(format):
                 images = torch.zeros(2, network.in_chans, *size, dtype=dtype, device=device)
                 _write(module, images, axes, partial, format, outputs)
                 run = _load(partial, format)
@@ -147,17 +147,17 @@ def export(
             checks = {}
             for batch, *sides in shapes:
                 shape = batch, network.in_chans, *sides
-                with _told(format):
+                with _one_error(format):
                     checks[shape] = _worst(run, exact, eager, shape)
                 if not checks[shape].passes():
                     found = f"{output} of images {_listed(shape)}: {checks[shape]}"
-                    raise ExportError(f"format={format!r}: the file does not compute what the model does: {found}")
+                    raise ExportError(f"format={format!r}: the file does not compute the same as the model: {found}")
             os.replace(partial, path)
     free = tuple(axes.get(place, length) for place, length in enumerate(images.shape))
     return Exported(path, format, free, dtype, outputs, _needs(format, backend, device), checks)
 
 
-# --- what is exported -------------------------------------------------------------------------------------------------
+# --- the exported module ----------------------------------------------------------------------------------------------
 
 
 class _Steps(nn.Module):
@@ -171,11 +171,11 @@ class _Steps(nn.Module):
         self.packed, self.backend = packed, backend
         for index, step in enumerate(packed.steps):
             for place, tensor in enumerate(step.all_tensors()):
-                # Filters are channels_last, as the kernels want them; exporters would rather have them contiguous.
+                # The kernels take channels_last filters; exporters handle contiguous ones better.
                 tensor = tensor.contiguous() if backend == "eager" else tensor
                 self.register_buffer(f"step{index}_{step.operation}_{place}", tensor)
         self.tensors = [name for name, _ in self.named_buffers()]
-        # As it is: one prepared for the kernels would be for this GPU's tiles alone.
+        # Not prepared for the kernels: that would fix this GPU's tiles.
         biases = [] if size is None else packed.biases(*size, "eager")
         for index, bias in enumerate(biases):
             self.register_buffer(f"bias{index}", bias)
@@ -208,7 +208,7 @@ def _write(
                 program,
                 input_names=["images"],
                 output_names=outputs,
-                dynamic_shapes=(axes,),  # names alone: what is free is the program's
+                dynamic_shapes=(axes,),  # names alone: the program says which sizes are free
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -235,7 +235,7 @@ def _load(path: Path, format: str) -> Callable[[Tensor], Tensor | list[Tensor]]:
 
 
 def _needs(format: str, backend: str, device: torch.device) -> str:
-    """What a file loads with, and where it runs."""
+    """The function that loads a file, and where it runs."""
     if format == "onnx":
         return f"onnxruntime.InferenceSession and its like: opset {OPSET}, self-contained"
     call = "torch.export.load" if format == "pt2" else "torch._inductor.aoti_load_package"
@@ -248,11 +248,11 @@ def _needs(format: str, backend: str, device: torch.device) -> str:
     return f"{call}, self-contained, {here}"
 
 
-# --- what is checked --------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _check_format(path: Path, format: str, dtype: torch.dtype, backend: str) -> None:
-    """Everything that depends on the format; the compiler and libraries that it takes."""
+    """Check the arguments that depend on the format, and the compiler or libraries that it needs."""
     check_choice("format", format, FORMATS)
     check_choice("backend", backend, BACKENDS)
     if path.suffix != SUFFIXES[format]:
@@ -289,7 +289,7 @@ def _check_size(size: tuple[int, int], dynamic: bool) -> None:
 
 
 class _Reference:
-    """The model in eager PyTorch: its weights as they are, but for rounding to `dtype`."""
+    """The model in eager PyTorch, its weights unfolded and rounded to `dtype`."""
 
     def __init__(self, network: EfficientFormer, device: torch.device, dtype: torch.dtype, output: str) -> None:
         self.network = deepcopy(network).to(device, dtype)
@@ -307,7 +307,7 @@ class _Reference:
 def _worst(
     run: Callable[[Tensor], Tensor | list[Tensor]], exact: _Reference, eager: _Reference, shape: tuple[int, ...]
 ) -> Accuracy:
-    """Errors of the loaded file on drawn images, of that result which is closest to breaking the rule."""
+    """Errors of the loaded file on random images, for the result that comes closest to breaking the rule."""
     generator = torch.Generator("cpu").manual_seed(0)
     images = torch.randn(shape, generator=generator, device="cpu").to(eager.device, eager.dtype)
     results = run(images)
@@ -317,8 +317,8 @@ def _worst(
 
 
 @contextlib.contextmanager
-def _told(format: str) -> Iterator[None]:
-    """What exporters and compilers raise, errors of many kinds with many lines, becomes an `ExportError` of one."""
+def _one_error(format: str) -> Iterator[None]:
+    """Turn the long errors of exporters and compilers, of many types, into an `ExportError` of one line."""
     with warnings.catch_warnings():  # PyTorch's, about itself
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
         warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..backend import BACKENDS, refuse_triton, why_not_triton
-from ..checks import autocast, shape_of
-from ..config import check_choice, check_count
-from ..model.netspresso import Backbone
+from ..backend import BACKENDS, no_autocast, refuse_triton, why_not_triton
+from ..checks import check_choice, check_count, shape_of
+from ..model.netspresso import Backbone, network_within
 from ..model.network import EfficientFormer
 from .graphs import capture_graph, wait_for
-from .packing import OUTPUTS, pack
+from .packing import OUTPUTS, normalisation, pack
 
 Output = Literal["logits", "pooled", "features"]
 WhenFull = Literal["run", "pad"]
@@ -41,28 +40,27 @@ def freeze(
     deterministic: bool = True,
     backend: str = "auto",
 ) -> Frozen:
-    """A snapshot of `model` for inference alone: folded, packed, replayed as CUDA graphs.
+    """Make a snapshot of `model` for inference: folded, packed, replayed as CUDA graphs.
 
-    BatchNorm, convolution biases and layer scales are folded (in float64) into the scales and shifts of fused
-    operations, both heads into one, once. What `model` learns later does not reach the frozen form: `Frozen.refresh`
-    takes new weights. It computes what `model` computes in eval mode, without gradients, on the device that the model
-    is on, and on a CPU, too, eagerly.
+    BatchNorm, convolution biases and layer scales are folded once, in float64, into the scales and shifts of fused
+    operations; both heads become one. The result computes the same as `model` in eval mode, without gradients, on the
+    model's device (a CPU, too). Later changes of `model` do not reach it: `Frozen.refresh` takes new weights.
 
     Args:
-        model: an `EfficientFormer`, or what `build_backbone` returns, in eval mode; it is not changed.
+        model: an `EfficientFormer`, or a `Backbone` of `build_backbone`, in eval mode; it is not changed.
         dtype: float16, bfloat16, float32 or float64, of weights, images and results.
-        cuda_graphs: capture a CUDA graph for each (batch, height, width) seen, on GPUs. Launching one takes
-            microseconds; without, some thirty kernels are launched by Python.
-        output: "logits" [B, num_classes]; "pooled" [B, C], what the heads are applied to; "features", the list of maps
+        cuda_graphs: on GPUs, capture a CUDA graph for each (batch, height, width) seen. Launching a graph takes
+            microseconds; without it, Python launches some thirty kernels.
+        output: "logits" [B, num_classes]; "pooled" [B, C], the input of the heads; "features", the list of maps
             [B, C, h, w] that `forward_intermediates` returns.
         mean, std: of the channels, of images in 0 to 1, such as (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225). With
             them the frozen form takes uint8 images as well, and normalises them within its first convolution.
-        max_graphs: graphs that are captured by calls at most; the first shapes get them. Each keeps its images and
-            results in memory, those of one height and width their attention bias; what lies between, all graphs share.
-        when_full: what becomes of other shapes. "run": no graph. "pad": the batch is padded up to the next larger one
-            of a graph for the same height and width, if there is one.
-        new_outputs: results are new tensors. False: those of a graph are the graph's own, which the next call that it
-            is replayed for overwrites; it saves a copy.
+        max_graphs: the most graphs that calls capture; the first shapes get them. Each graph keeps its images and
+            results in memory. Graphs of one height and width share their attention bias, and all share the rest.
+        when_full: the treatment of other shapes. "run": without a graph. "pad": the batch is padded to the next larger
+            one that has a graph for the same height and width; without a graph if there is none.
+        new_outputs: return new tensors. With False, results of a graph are the graph's own tensors, which its next
+            replay overwrites; this saves a copy.
         deterministic: the same images give the same bits. False allows atomic additions in small batches.
         backend: "auto", "eager" or "triton", see `effformer.ops`.
 
@@ -71,19 +69,21 @@ def freeze(
             modules, or an activation with parameters.
         UnsupportedError: for backend="triton" where the kernels cannot run.
     """
-    return Frozen(
-        model,
-        dtype,
-        cuda_graphs,
-        output,
-        mean=mean,
-        std=std,
-        max_graphs=max_graphs,
-        when_full=when_full,
-        new_outputs=new_outputs,
-        deterministic=deterministic,
-        backend=backend,
-    )
+    network = network_within(model)
+    device = network.stem.conv1.weight.device
+    reason: str | None = "asked for"
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: got {dtype}, allowed are {', '.join(map(str, DTYPES))}")
+    check_choice("output", output, OUTPUTS)
+    check_choice("when_full", when_full, ("run", "pad"))
+    check_choice("backend", backend, BACKENDS)
+    check_count("max_graphs", max_graphs)
+    if backend != "eager":
+        reason = why_not_triton(device, dtype, network.config.act, backend == "triton")
+        refuse_triton(backend, reason)
+    pixels = normalisation(mean, std, network.in_chans)
+    most = max_graphs if cuda_graphs and device.type == "cuda" else 0
+    return Frozen(network, dtype, output, reason, pixels, most, when_full == "pad", new_outputs, deterministic)
 
 
 # Batch, height, width, and whether the images are uint8.
@@ -101,65 +101,48 @@ class _Graph:
 
 
 class Frozen:
-    """What `freeze` returns: call it with images.
+    """The result of `freeze`: call it with images.
 
-    Calls from several threads, and on several streams, are safe: they wait for each other. A graph is captured while
-    other threads use the GPU, unless they wait for all of it (`torch.cuda.synchronize`), which CUDA does not allow
-    meanwhile: capture before they start. As with any tensors, let the streams come to their end before you give up what
-    they read.
+    Calls from several threads, and on several streams, are safe: they wait for each other. While a graph is captured,
+    other threads may use the GPU, but CUDA forbids them to wait for all of it (`torch.cuda.synchronize`): capture
+    before they start. As with any tensors, let streams finish before you free the tensors that they read.
 
-    Where a call finds its stream being captured by the caller, it becomes part of the caller's graph. That reads the
-    weights kept here, and must not outlive them; call once without it before, so that all is compiled.
+    If the caller is capturing the current stream, the call becomes part of the caller's graph. That graph reads the
+    weights kept here, and must not outlive them. Call once before the capture, so that everything is compiled.
 
     Attributes:
         device, dtype, output: see `freeze`.
-        backend: "eager" or "triton", whichever computes.
-        reason: why that is "eager"; None where it is not.
+        backend: "eager" or "triton", resolved.
+        reason: why the backend is "eager"; None where it is "triton".
     """
 
     def __init__(
         self,
-        model: EfficientFormer | Backbone,
+        network: EfficientFormer,
         dtype: torch.dtype,
-        cuda_graphs: bool,
         output: Output,
-        *,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
+        reason: str | None,
+        pixels: tuple[Sequence[float], Sequence[float]] | None,
         max_graphs: int,
-        when_full: WhenFull,
+        pads: bool,
         new_outputs: bool,
         deterministic: bool,
-        backend: str,
     ) -> None:
-        network = network_within(model)
-        if dtype not in DTYPES:
-            raise TypeError(f"dtype: got {dtype}, allowed are {', '.join(map(str, DTYPES))}")
-        check_choice("output", output, OUTPUTS)
-        check_choice("when_full", when_full, ("run", "pad"))
-        check_choice("backend", backend, BACKENDS)
-        check_count("max_graphs", max_graphs)
-        self.device, self.dtype, self.output = network.stem.conv1.weight.device, dtype, output
-        self.in_chans = network.in_chans
-        self.reason: str | None = "asked for"
-        if backend != "eager":
-            self.reason = why_not_triton(self.device, dtype, network.config.act, backend == "triton")
-            refuse_triton(backend, self.reason)
-        self.backend = "eager" if self.reason else "triton"
-        self._pixels = _normalisation(mean, std, self.in_chans)
-        self._deterministic, self._new_outputs = deterministic, new_outputs
-        self._max_graphs = max_graphs if cuda_graphs and self.device.type == "cuda" else 0
-        self._pads = when_full == "pad"
+        self.device, self.in_chans = network.stem.conv1.weight.device, network.in_chans
+        self.dtype, self.output, self.reason = dtype, output, reason
+        self.backend = "triton" if reason is None else "eager"
+        self._pixels, self._deterministic = pixels, deterministic
+        self._max_graphs, self._pads, self._new_outputs = max_graphs, pads, new_outputs
         self._lock = threading.RLock()
         self._graphs: dict[Key, _Graph] = {}
         self._biases: dict[tuple[int, int], list[Tensor]] = {}  # of images without a graph
         self._pool: Any = None
-        self._ready: torch.cuda.Event | None = None  # what the last call enqueued is done
+        self._ready: torch.cuda.Event | None = None  # the work of the last call is done
         self._model = weakref.ref(network)
         with self._turn():
             self._outside_a_graph("freeze")
             self._packed = self._pack(network)
-            self._wait()  # a caller's graph may be replayed on another stream, and waits for nothing
+            self._wait()  # a caller's graph may run on another stream, and does not wait
 
     def __repr__(self) -> str:
         graphs = ", ".join(f"{b}x{h}x{w}" for b, h, w, _ in self.graphs) or "none"
@@ -175,7 +158,7 @@ class Frozen:
 
     @property
     def held_bytes(self) -> int:
-        """Memory of the graphs' own images and results, which stay; what lies between them is in the graphs' pool."""
+        """Memory of the graphs' images and results, which stay allocated; the graphs' pool is not counted."""
         tensors = (
             tensor
             for graph in tuple(self._graphs.values())  # another thread may capture meanwhile
@@ -191,7 +174,7 @@ class Frozen:
                 [B, in_chans, H, W] or [B, H, W, in_chans]; on the frozen device.
 
         Returns:
-            what `output` says, in the frozen dtype; maps are channels_last.
+            the `output` asked for, in the frozen dtype; maps are channels_last.
 
         Raises:
             TypeError, ValueError: for images of another dtype, shape or device, or that need a gradient.
@@ -209,8 +192,8 @@ class Frozen:
         """Capture a graph for each (batch, height, width), before a call does; these count into `max_graphs`.
 
         Raises:
-            ValueError: for more than `max_graphs`, where there are no graphs, for what is no (batch, height, width), or
-                for sides or a batch below 1.
+            ValueError: for more than `max_graphs`, where graphs are off, for shapes other than (batch, height, width),
+                or for sizes below 1.
         """
         if uint8 and self._pixels is None:
             raise ValueError("uint8: got True, allowed is False for a model frozen without mean and std")
@@ -243,7 +226,7 @@ class Frozen:
             return self._graphs[batch, height, width, uint8].images
 
     def clear(self) -> None:
-        """Give up all graphs and their memory. The next calls capture anew.
+        """Free all graphs and their memory. The next calls capture anew.
 
         Raises:
             RuntimeError: where the current stream is being captured.
@@ -256,10 +239,10 @@ class Frozen:
             self._pool = None
 
     def refresh(self, model: EfficientFormer | Backbone | None = None) -> None:
-        """Take new weights: those that the frozen model has now, or those of another of the same architecture.
+        """Take new weights: the frozen model's of now, or those of `model`, of the same architecture.
 
-        They are copied to where the old ones lie, from whatever device, and captured graphs stay. The next call without
-        `model` takes those of the model given last.
+        They are copied over the old ones, from any device, and captured graphs stay. The next call without `model`
+        takes the weights of the model given last.
 
         Raises:
             ValueError: for another architecture, or without `model` where the frozen one no longer exists.
@@ -287,7 +270,7 @@ class Frozen:
         return pack(network, self.dtype, self.output, mean, std, deterministic=self._deterministic)
 
     def _check(self, images: Tensor) -> Tensor:
-        """`images` as [B, in_chans, H, W], if they are what can be run."""
+        """Check `images`, and return them as [B, in_chans, H, W]."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images: got {type(images).__name__}, allowed is a torch.Tensor")
         uint8 = images.dtype == torch.uint8
@@ -314,7 +297,7 @@ class Frozen:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """One call at a time, in order on the GPU, too, whatever their streams; without gradients or autocast."""
+        """One call at a time, also on the GPU for calls on several streams; without gradients or autocast."""
         # Tensors made in inference mode could not be written again outside of it.
         with self._lock, torch.inference_mode(False), torch.no_grad(), no_autocast(self.device):
             if self.device.type != "cuda":
@@ -336,7 +319,7 @@ class Frozen:
     def _run(self, images: Tensor) -> Tensor | list[Tensor]:
         sides = images.shape[2], images.shape[3]
         within = self._within_a_graph()
-        # The caller's graph keeps what is computed within it, and may be replayed when what is kept here was given up.
+        # The caller's graph keeps the bias computed within it: it may be replayed when the one kept here is freed.
         biases = None if within else self._biases.get(sides)
         if biases is None:
             biases = self._packed.biases(*sides, self.backend)
@@ -345,16 +328,16 @@ class Frozen:
                 while len(self._biases) > _SIZES:
                     del self._biases[next(iter(self._biases))]
         if self.device.type == "cuda":
-            for bias in biases:  # it may be given up while this stream still reads it
+            for bias in biases:  # it may be freed while this stream still reads it
                 bias.record_stream(torch.cuda.current_stream())
         return self._packed.run(images, biases, self.backend)
 
     def _within_a_graph(self) -> bool:
-        """Whether the caller is capturing a graph: what is computed now will only exist when that is replayed."""
+        """Whether the caller is capturing a graph, so that results exist only when that is replayed."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _outside_a_graph(self, method: str) -> None:
-        """An error before CUDA's, which would end the caller's capture."""
+        """Raise an error before CUDA does, which would end the caller's capture."""
         if self._within_a_graph():
             raise RuntimeError(f"{method}: called within the capture of a graph, allowed is before or after it")
 
@@ -372,7 +355,7 @@ class Frozen:
     def _replay(self, graph: _Graph, images: Tensor) -> Tensor | list[Tensor]:
         batch = images.shape[0]
         if (images.data_ptr(), images.stride()) != (graph.images.data_ptr(), graph.images.stride()):
-            graph.images[:batch].copy_(images)  # what is padded is what an earlier call left
+            graph.images[:batch].copy_(images)  # rows beyond `batch` hold old images; their results are dropped
         graph.graph.replay()
 
         def own(result: Tensor) -> Tensor:
@@ -398,34 +381,3 @@ class Frozen:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             wait_for(self.device)
-
-
-def network_within(model: nn.Module) -> EfficientFormer:
-    """`model`, or the network of a `Backbone`; a TypeError for anything else."""
-    network = model.network if isinstance(model, Backbone) else model
-    if not isinstance(network, EfficientFormer):
-        raise TypeError(f"model: got {type(model).__name__}, allowed is an EfficientFormer or a Backbone")
-    return network
-
-
-def _normalisation(
-    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    if mean is None and std is None:
-        return None
-    found = []
-    for name, values, allowed in (("mean", mean, "0 to 1"), ("std", std, "more than 0")):
-        right: Callable[[float], bool] = (lambda v: 0 <= v <= 1) if name == "mean" else (lambda v: 0 < v < float("inf"))
-        try:
-            numbers = tuple(float(value) for value in (() if values is None else values))
-        except (TypeError, ValueError):  # one number for all channels, or what is no number
-            numbers = ()
-        if len(numbers) != channels or not all(right(value) for value in numbers):
-            raise ValueError(f"{name}: got {values}, allowed are {channels} numbers, {allowed}, beside the other")
-        found.append(numbers)
-    return found[0], found[1]
-
-
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """A context: frozen weights have one dtype: autocast is not for them."""
-    return torch.autocast(device.type, enabled=False) if autocast(device.type) else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""A network in eval mode as a list of fused operations with their arguments: what `effformer.freeze` runs.
+"""A network in eval mode as a list of fused operations with their arguments, for `freeze` and `export`.
 
 BatchNorm, convolution biases and layer scales are folded into scales and shifts, in float64; both heads become one.
 """
@@ -6,6 +6,7 @@ BatchNorm, convolution biases and layer scales are folded into scales and shifts
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, cast
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..model.blocks import Downsample, Flat, Meta3D, Meta4D, Stem
-from ..model.fusion import is_active, is_plain, why_changed
+from ..model.fusion import is_active, is_plain
 from ..model.network import EfficientFormer, to_map
 from ..model.stage import Stage
 from ..reference import PIXEL_OFFSET
+from ..workload import halved
 
 OUTPUTS = ("logits", "pooled", "features")
 
@@ -64,20 +66,20 @@ class Packed:
     pixels: Step | None
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that is read, in an order that depends on the architecture alone."""
+        """All tensors that `run` reads, in an order that depends on the architecture alone."""
         for step in self.steps if self.pixels is None else [*self.steps, self.pixels]:
             yield from step.all_tensors()
 
     def holding(self, tensors: Iterable[Tensor]) -> Packed:
-        """The same steps on other tensors, which come in the order of `tensors`."""
+        """The same steps with other tensors, given in the order of `tensors`."""
         remaining = iter(tensors)
 
-        def held(step: Step) -> Step:
+        def replaced(step: Step) -> Step:
             own = tuple(next(remaining) for _ in step.tensors)
             return replace(step, tensors=own, table=None if step.table is None else next(remaining))
 
-        steps = [held(step) for step in self.steps]
-        return Packed(self.dtype, steps, None if self.pixels is None else held(self.pixels))
+        steps = [replaced(step) for step in self.steps]
+        return Packed(self.dtype, steps, None if self.pixels is None else replaced(self.pixels))
 
     def take(self, other: Packed) -> None:
         """Copy the tensors of the same network with other weights, on any device, into this one's, in place.
@@ -91,11 +93,11 @@ class Packed:
             target.copy_(source)
 
     def biases(self, height: int, width: int, backend: str) -> list[Tensor]:
-        """The attention bias of each 3D block for images of these sides, as `run` wants them."""
+        """The attention bias of each 3D block for images of these sides, as `run` takes them."""
         sides = height, width
         for step in self.steps:
             if step.operation == "conv_norm":
-                sides = (sides[0] + 1) // 2, (sides[1] + 1) // 2
+                sides = halved(sides[0]), halved(sides[1])
         found = []
         for step in self.steps:
             if step.table is not None:
@@ -142,7 +144,7 @@ class Packed:
                     maps = x if x.ndim == 4 else to_map(x, *sides)
                     weight, bias = (vector.to(x.dtype) for vector in step.tensors)
                     maps = F.group_norm(maps, 1, weight, bias, step.options["eps"])
-                    maps = maps.contiguous(memory_format=torch.channels_last)  # on a GPU it returns others
+                    maps = maps.contiguous(memory_format=torch.channels_last)  # which it is not on a GPU
                     if step.options["inline"]:
                         x = maps if x.ndim == 4 else maps.flatten(2).transpose(1, 2)
                         features += [maps] * step.options["wanted"]
@@ -172,8 +174,8 @@ def pack(
     """The steps of `model` in `dtype`; with `mean` and `std`, for uint8 images as well.
 
     Raises:
-        ValueError: for a model that is in training mode, or does what the fused operations do not; for an output that
-            it does not have.
+        ValueError: for a model in training mode, or with parts that the fused operations do not compute; for an output
+            that it does not have.
     """
     _check(model, output)
     return _Packer(model, dtype, output, deterministic).packed(mean, std)
@@ -208,7 +210,7 @@ class _Packer:
         return Step(operation, tuple(self.own(tensor) for tensor in tensors), options)
 
     def own(self, tensor: Tensor, *, vector: bool = False) -> Tensor:
-        """As the operations want it. What is packed are copies already: see `_exact`."""
+        """Convert a tensor to the operations' dtype and layout; it is a copy already, see `_exact`."""
         accumulation = torch.float64 if self.dtype == torch.float64 else torch.float32
         kind = accumulation if vector or tensor.ndim == 1 else self.dtype
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
@@ -234,7 +236,7 @@ class _Packer:
         yield self.step("linear_mlp", *block.folded_mlp(), eps=block.norm2.eps, **options)
 
     def feature(self, stage: int) -> Iterator[Step]:
-        """What happens to a stage's output on its way to the next, or to the caller."""
+        """The norm of a stage's output, and its return to the caller."""
         wanted, kind = self.output == "features", self.model.config.feature_norm
         if kind == "inline" or (kind == "tap" and wanted):
             norm = cast("nn.GroupNorm", _exact(self.model.feature_norms[stage]))
@@ -243,13 +245,31 @@ class _Packer:
             yield Step("feature")
 
     def end(self) -> Step:
-        """Final norm, pooling and, for logits, both heads, whose mean is that of their weights and biases."""
+        """Final norm, pooling and, for logits, one head with the mean of both heads' weights and biases."""
         norm = cast("nn.LayerNorm", _exact(self.model.norm))
         if self.output == "pooled":
             return self.step("head", norm.weight, norm.bias, eps=norm.eps)
         one, other = (cast("nn.Linear", _exact(head)) for head in self.model.get_classifier())
         weight, bias = (one.weight + other.weight) / 2, (one.bias + other.bias) / 2
         return self.step("head", norm.weight, norm.bias, weight, bias, eps=norm.eps)
+
+
+def normalisation(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std as numbers, None where both are; a ValueError names the wrong one."""
+    if mean is None and std is None:
+        return None
+    found = []
+    for name, values, allowed in (("mean", mean, "0 to 1"), ("std", std, "more than 0")):
+        try:
+            numbers = tuple(float(value) for value in (() if values is None else values))
+        except (TypeError, ValueError):  # not a sequence, or not of numbers
+            numbers = ()
+        if len(numbers) != channels or not all(0 <= v <= 1 if name == "mean" else 0 < v < math.inf for v in numbers):
+            raise ValueError(f"{name}: got {values}, allowed are {channels} numbers, {allowed}, beside the other")
+        found.append(numbers)
+    return found[0], found[1]
 
 
 def _for_pixels(
@@ -260,8 +280,8 @@ def _for_pixels(
     Padding is 0 in normalised images: in pixels it is the mean, which becomes the border.
     """
     weight, scale, shift = conv
-    middle = std.mean()  # keeps the weights' size, and what is left is the scale's
-    weight = (weight * (middle / std)[:, None, None]).to(dtype).double()  # what is computed with is what is corrected
+    middle = std.mean()  # weights keep their size this way; the scale takes the rest
+    weight = (weight * (middle / std)[:, None, None]).to(dtype).double()  # rounded, so that the shift corrects for it
     border = 255 * mean - PIXEL_OFFSET
     scale = scale / (255 * middle)
     return weight, scale, shift - scale * (weight.sum((2, 3)) @ border), border
@@ -272,10 +292,10 @@ def _exact(module: _Module) -> _Module:
     return copy.deepcopy(module).double()
 
 
-# --- what can be packed -----------------------------------------------------------------------------------------------
+# --- which models can be packed ---------------------------------------------------------------------------------------
 
 
-# A subclass may add to these methods' class, but not change what they do.
+# A subclass may add methods, but not replace these.
 _COMPUTING = (
     "__call__", "forward", "forward_features", "forward_head", "forward_intermediates", "logits", "_run_stages"
 )  # fmt: skip
@@ -286,7 +306,7 @@ def _check(model: EfficientFormer, output: str) -> None:
         raise ValueError("model: got one in training mode, allowed is one in eval mode: call model.eval()")
     for name, module, kinds in _parts(model):
         if reason := _why_not(module, kinds):
-            raise ValueError(f"model: {name}: {reason}; allowed is what `create_model` builds, in eval mode")
+            raise ValueError(f"model: {name}: {reason}; allowed is a model as built by `create_model`, in eval mode")
     if output == "features":
         return
     complete = len(model.stages) == model.num_stages and is_plain(model.norm, (nn.LayerNorm,))
@@ -294,17 +314,19 @@ def _check(model: EfficientFormer, output: str) -> None:
         raise ValueError(f"output: got {output!r}, allowed is 'features' for a model without the pooled end")
     if not is_plain(model.head_drop, (nn.Dropout,)) or is_active(model.head_drop):
         reason = "it was replaced, has hooks or is active"
-        raise ValueError(f"model: head_drop: {reason}; allowed is what `create_model` builds, in eval mode")
+        raise ValueError(f"model: head_drop: {reason}; allowed is a model as built by `create_model`, in eval mode")
     if output == "logits":
         heads = model.head, model.head_dist
         if model.num_classes == 0:
             raise ValueError("output: got 'logits', allowed are 'pooled' and 'features' for a model without heads")
         if not all(is_plain(head, (nn.Linear,)) for head in heads):
-            raise ValueError("model: a head was replaced, changed or has hooks; allowed is what `create_model` builds")
+            raise ValueError(
+                "model: a head was replaced, changed or has hooks; allowed is a model as built by `create_model`"
+            )
 
 
 def _parts(model: EfficientFormer) -> Iterator[tuple[str, nn.Module, tuple[type[nn.Module], ...]]]:
-    """Name, module, and the classes that it may be of; what lies within one is only looked at after it."""
+    """Name, module, and its allowed classes; outer modules come before inner ones."""
     kind = type(model)
     same = all(getattr(kind, method) is getattr(EfficientFormer, method) for method in _COMPUTING)
     yield "the model", model, (kind if same else EfficientFormer,)
@@ -320,27 +342,29 @@ def _parts(model: EfficientFormer) -> Iterator[tuple[str, nn.Module, tuple[type[
 
 
 def _why_not(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None:
-    """Why the steps would not compute what `module` does; None if they do."""
+    """The reason why the steps would not compute the same as `module`; None if they do."""
     if not is_plain(module, kinds):
         return "it was replaced, changed or has hooks"
     match module:
         case Meta4D() | Meta3D():
             return module.why_composed()
         case Stem():
-            # A Sequential: it calls whatever it holds, in that order.
+            # A Sequential calls all its modules, in their order.
             if tuple(module._modules) != ("conv1", "norm1", "act1", "conv2", "norm2", "act2"):
                 return "modules were added, removed or moved"
             pairs = [(module.conv1, module.norm1), (module.conv2, module.norm2)]
-            relus = [("act1", module.act1, (nn.ReLU,)), ("act2", module.act2, (nn.ReLU,))]
+            for name, relu in (("act1", module.act1), ("act2", module.act2)):
+                if not is_plain(relu, (nn.ReLU,)):
+                    return f"submodule {name!r} was replaced, changed or has hooks"
         case Downsample():
-            pairs, relus = [(module.conv, module.norm)], []
+            pairs = [(module.conv, module.norm)]
         case _:
             return None
     if any(not _is_halving(conv) or not is_plain(norm, (nn.BatchNorm2d,)) for conv, norm in pairs):
         return "a convolution or its norm was replaced, changed or has hooks"
     if any(norm.training or norm.running_mean is None for _, norm in pairs):
         return "BatchNorm uses batch statistics"
-    return why_changed(relus, "relu")
+    return None
 
 
 def _is_halving(conv: nn.Module) -> bool:
