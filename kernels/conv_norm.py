@@ -8,6 +8,7 @@ channels lie anyhow, are gathered element by element; pixels (uint8) are centred
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,6 @@ from .register import register
 from .rows import channels_of, cut, locate, split, start, width
 from .tiling.choose import Question, conv_config
 from .tiling.device import device_of
-from .tiling.table import LinearConfig
 
 GATHERED = 15  # channels up to which a map is read as it lies
 PIXEL_OFFSET = 120  # taken from uint8, see `effformer.ops.conv_norm`
@@ -133,31 +133,36 @@ def _multiplied(
     return b_next
 
 
-def conv_norm_launch(
+def conv_norm_launches(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
     shift: Tensor,
     activation: str | None,
     border: Tensor | None,
+    *,
     out: Tensor,
-    question: Question,
-    config: LinearConfig,
-) -> Launch:
-    """x [B, C, H, W] of any strides, but with channels next to each other (`dense_map`) if they are more than GATHERED.
+) -> list[Launch]:
+    """One launch; none where the table leaves it to the vendor's library.
 
+    x [B, C, H, W] of any strides, but with channels next to each other (`dense_map`) if they are more than GATHERED.
     weight [O, C, 3, 3] channels_last, scale and shift [O] float32; border [C] float32 with uint8, else None; out
     [B, O, ceil(H / 2), ceil(W / 2)] channels_last, in the weight's dtype.
     """
-    source, target = map_rows(x), map_rows(out)
+    source, target, device = map_rows(x), map_rows(out), device_of(x.device)
     channels, outputs = source.channels, target.channels
+    inputs = channels if border is None else min(channels, GATHERED)  # pixels are gathered, however many
+    question = Question("conv_norm", weight.dtype, (outputs, inputs, target.count))
+    config = conv_config(question, device)
+    if config is None:
+        return []
     gather = channels <= GATHERED or border is not None
     strides = source.stride_b, source.stride_h, source.stride_w, x.stride(1) if gather else 0
     unit = math.gcd(8, *strides)
     units = dict(zip(("units_xb", "units_xh", "units_xw", "units_xc"), (s // unit for s in strides), strict=True))
     depths = (_depth(9 * channels, config.block_k),) if gather else _depths(channels, config.block_k)
     block_n = sum(config.widths)
-    return Launch(
+    launch = Launch(
         conv_norm_kernel,
         -(-target.count // config.block_m) * -(-outputs // block_n),
         {
@@ -181,7 +186,7 @@ def conv_norm_launch(
             "GATHER": gather,
             "OFFSET": PIXEL_OFFSET if border is not None else 0,
             "ACTIVATION": form(activation, weight.dtype) if activation else "none",
-            "PRECISION": dot_precision(weight.dtype, float32_products(device_of(x.device))),
+            "PRECISION": dot_precision(weight.dtype, float32_products(device)),
             "BLOCK_M": config.block_m,
             "WIDTHS": config.widths,
             "BLOCK_N": block_n,
@@ -193,6 +198,7 @@ def conv_norm_launch(
         config.num_warps,
         config.num_stages,
     )
+    return [launch]
 
 
 def _depth(size: int, most: int) -> int:
@@ -206,26 +212,6 @@ def _depths(channels: int, most: int) -> tuple[int, ...]:
         if channels % parts == 0 and sum(split(channels // parts)) == channels // parts:
             return split(channels // parts)
     return (_depth(channels, most),)
-
-
-def conv_norm_launches(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    activation: str | None,
-    border: Tensor | None,
-    *,
-    out: Tensor,
-) -> list[Launch]:
-    """One launch; none where the table leaves it to the vendor's library."""
-    rows, channels = map_rows(out).count, weight.shape[1]
-    inputs = channels if border is None else min(channels, GATHERED)  # pixels are gathered, however many
-    question = Question("conv_norm", weight.dtype, (weight.shape[0], inputs, rows))
-    config = conv_config(question, device_of(x.device))
-    if config is None:
-        return []
-    return [conv_norm_launch(x, weight, scale, shift, activation, border, out, question, config)]
 
 
 def _by_vendor(
@@ -251,12 +237,7 @@ def new_halved(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _implementation(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    activation: str | None,
-    border: Tensor | None,
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, activation: str | None, border: Tensor | None
 ) -> Tensor:
     out = new_halved(x, weight)
     weight = weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
@@ -271,14 +252,7 @@ def _implementation(
     return y if y.stride() == out.stride() else out.copy_(y)
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    activation: str | None,
-    border: Tensor | None,
-) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     return new_halved(x, weight)
 
 

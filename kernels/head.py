@@ -7,6 +7,8 @@ again; with many images that is most of what is read, and pooling and matrix pro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ from .launch import Launch, run
 from .layout import dense_tokens, packed, token_rows
 from .linear import linear_launch
 from .register import register
-from .tiling.choose import HeadTiles, Question, head_config, norm_config
+from .tiling.choose import Question, head_config, norm_config
 from .tiling.device import device_of
 
 
@@ -120,33 +122,16 @@ def head_launches(
     """One launch, or two with the pooled features in memory; x [B, N, C] with channels that lie together."""
     if weight is None or bias is None:
         return [_token_mean_launch(x, norm_weight, norm_bias, eps, out)]
-    (batch, _, channels), classes = x.shape, weight.shape[0]
+    (batch, tokens, channels), classes = x.shape, weight.shape[0]
     question = Question("head", weight.dtype, (channels, classes, batch))
     tiles = head_config(question, device_of(x.device))
-    if tiles is not None:
-        return [_head_launch(x, norm_weight, norm_bias, weight, bias, eps, out, question, tiles)]
-    pooled = torch.empty((batch, channels), dtype=weight.dtype, device=x.device)
-    return [
-        _token_mean_launch(x, norm_weight, norm_bias, eps, pooled),
-        linear_launch(token_rows(pooled[None]), weight, None, bias, token_rows(out[None])),
-    ]
-
-
-def _head_launch(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    out: Tensor,
-    question: Question,
-    tiles: HeadTiles,
-) -> Launch:
-    classes, channels = weight.shape
-    return Launch(
+    if tiles is None:
+        pooled = torch.empty((batch, channels), dtype=weight.dtype, device=x.device)
+        product = linear_launch(token_rows(pooled[None]), weight, None, bias, token_rows(out[None]))
+        return [_token_mean_launch(x, norm_weight, norm_bias, eps, pooled), product]
+    launch = Launch(
         head_kernel,
-        x.shape[0] * -(-classes // tiles.block_n),
+        batch * -(-classes // tiles.block_n),
         {
             "x_ptr": x,
             "norm_weight_ptr": norm_weight,
@@ -154,7 +139,7 @@ def _head_launch(
             "weight_ptr": weight,
             "bias_ptr": bias,
             "out_ptr": out,
-            "N": x.shape[1],
+            "N": tokens,
             "eps": eps,
             "stride_xb": x.stride(0),
             "stride_xn": x.stride(1),
@@ -162,7 +147,7 @@ def _head_launch(
         {
             "C": channels,
             "CLASSES": classes,
-            "BLOCK_T": _fitting(tiles.block_t, x.shape[1]),
+            "BLOCK_T": _fitting(tiles.block_t, tokens),
             "BLOCK_C": tiles.block_c,
             "BLOCK_N": tiles.block_n,
             "BLOCK_W": tiles.block_w,
@@ -170,6 +155,7 @@ def _head_launch(
         question,
         tiles.num_warps,
     )
+    return [launch]
 
 
 def _token_mean_launch(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, out: Tensor) -> Launch:
@@ -214,9 +200,7 @@ def _implementation(
     return out
 
 
-def _fake(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def _fake(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor | None, *arguments: Any) -> Tensor:
     return new_logits(x, weight)
 
 

@@ -70,7 +70,9 @@ def test_a_rotation_is_three_times_the_cache(monkeypatch: pytest.MonkeyPatch) ->
     assert len(rotation.times(6)) == 6
     assert called == [0, 1, 2, 3, 0, 1], "each in its turn, also from one measurement to the next"
     assert len(Rotation(make, CPU, 10**9).calls) == 2, "the weights of the only one would be cached"
-    assert device_time(make, CPU, 900, least_repeats=3, least_seconds=0.0).repeats == 3
+    for name, value in {"LEAST_REPEATS": 3, "LEAST_SECONDS": 0.0}.items():
+        monkeypatch.setattr(timing, name, value)
+    assert device_time(make, CPU, 900).repeats == 3
 
 
 class Gpu:
@@ -156,7 +158,8 @@ def test_device_time(monkeypatch: pytest.MonkeyPatch, footprint: int, copies: in
 
         return counted_call
 
-    found = device_time(made, CUDA, footprint, least_repeats=5, least_seconds=0.0)
+    monkeypatch.setattr(timing, "LEAST_SECONDS", 0.0)
+    found = device_time(made, CUDA, footprint)
     assert found == Timing(0.25, 0.25, 0.25, 0.25, 5), "of one call; without the launch that an idle device waits for"
     assert gpu.in_graph == calls
     assert called == [0, *[index % copies for index in range(calls)]]

@@ -33,7 +33,7 @@ from effformer.kernels.tiling.table import (
 )
 
 from effformer import list_models
-from effformer.apps.verify import Check
+from effformer.apps.verify_report import Check
 from effformer.cli import main
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from ...apps.verify_report import describe_dtype
 from ...testing import float32_as_such
 from .records import Machine, Record
 from .roofline import Ceilings
-from .timing import Timing, device_time
+from .timing import Timer, Timing, device_time
 
 GPU_SIDE, CPU_SIDE = 8192, 512  # of the matrices
-GPU_BYTES, CPU_BYTES = 2**30, 2**28  # that are copied
+GPU_BYTES, CPU_BYTES = 2**30, 2**28  # that are copied, far more than a cache holds
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,7 @@ class CeilingTimes:
         ]  # fmt: skip
 
 
-def measure_ceilings(
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    side: int | None = None,
-    copied: int | None = None,
-    timer: Callable[[Callable[[], Callable[[], object]], torch.device, int], Timing] = device_time,
-) -> CeilingTimes:
+def measure_ceilings(device: torch.device, dtype: torch.dtype, *, timer: Timer = device_time) -> CeilingTimes:
     """Measure a device, in `dtype`: on normally distributed numbers, since a GPU is faster on zeros.
 
     float32 products are float32's own (no TF32).
@@ -63,13 +56,9 @@ def measure_ceilings(
     Args:
         device: a GPU or a CPU.
         dtype: of the matrices and of the copied elements.
-        side: of the matrices; by default large, on a CPU smaller.
-        copied: bytes, a multiple of the dtype's; by default far more than a cache holds.
         timer: `device_time`.
     """
-    on_gpu = device.type == "cuda"
-    side = side or (GPU_SIDE if on_gpu else CPU_SIDE)
-    copied = copied or (GPU_BYTES if on_gpu else CPU_BYTES)
+    side, copied = (GPU_SIDE, GPU_BYTES) if device.type == "cuda" else (CPU_SIDE, CPU_BYTES)
 
     def product() -> Callable[[], object]:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

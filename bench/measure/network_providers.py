@@ -26,7 +26,6 @@ from .records import Key, Machine, Record, key_of
 from .timm_model import fold_batch_norm, import_timm
 
 TIMM_SIZE = (224, 224)  # its attention bias is for 7x7 tokens alone
-NO_TIMM = "timm is not installed (pip install 'effformer[timm]')"
 
 
 class Measurement(NamedTuple):
@@ -85,18 +84,13 @@ class NetworkProvider:
     def wants_graph(self) -> bool:
         return self.whose == "frozen" or self.captured or bool(self.options and self.options.get("triton.cudagraphs"))
 
-    @contextlib.contextmanager
-    def compiling(self) -> Iterator[None]:
+    def compiling(self) -> contextlib.AbstractContextManager[object]:
         """Make the first calls within it. Dynamo asks the global configuration, not the options of a compilation,
         whether to freeze weights, and else hands them to Inductor as inputs.
         """
-        if self.options is None:
-            yield
-            return
         from torch._inductor import config
 
-        with config.patch(dict(self.options)):
-            yield
+        return config.patch(self.options or {})
 
     @property
     def is_baseline(self) -> bool:
@@ -107,7 +101,7 @@ class NetworkProvider:
         """Why it cannot be run, None if it can."""
         if self.whose == "timm":
             if importlib.util.find_spec("timm") is None:
-                return NO_TIMM
+                return "timm is not installed (pip install 'effformer[timm]')"
             if (measurement.height, measurement.width) != TIMM_SIZE:
                 return "timm's network takes images of 224x224 alone"
         if self.captured and device.type == "cpu":
@@ -168,7 +162,7 @@ def draw_weights(name: str, dtype: torch.dtype | None = None) -> dict[str, Tenso
 
     `dtype` then holds them exactly: a provider that keeps some in float32 has no advantage.
     """
-    state = randomise(_ours(name, "eager")).state_dict()
+    state = randomise(create_model(name, backend="eager")).state_dict()
     if dtype is None:
         return state
     return {key: value.to(dtype).float() if value.is_floating_point() else value for key, value in state.items()}
@@ -181,81 +175,55 @@ def draw_images(measurement: Measurement, count: int) -> Tensor:
     return images.to(measurement.torch_dtype)
 
 
-@dataclass(frozen=True)
-class Built:
-    """A provider, ready to be called.
+class Captured(nn.Module):
+    """Calls of a network by one CUDA graph: images are copied in and results out, as in the frozen form."""
 
-    Attributes:
-        call: images [B, 3, H, W] -> logits.
-        model: its modules, None for the frozen form.
-        frozen: the frozen form.
-    """
-
-    call: Callable[[Tensor], Tensor]
-    model: nn.Module | None = None
-    frozen: Frozen | None = None
-
-    @property
-    def held_bytes(self) -> int:
-        """Memory of images and results that a graph of ours keeps."""
-        holder = self.frozen or self.call
-        return holder.held_bytes if isinstance(holder, Frozen | Captured) else 0
-
-
-class Captured:
-    """Calls of a function by one CUDA graph: images are copied in and results out, as in the frozen form."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
+    def __init__(self, network: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network = network
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         if self.graph is None:
             self.images = images.clone()
-            _, self.graph, self.result = capture_graph(lambda: self.function(self.images), None)
+            _, self.graph, self.result = capture_graph(lambda: self.network(self.images), None)
         self.images.copy_(images)
         self.graph.replay()
         return self.result.clone()
 
     @property
     def held_bytes(self) -> int:
+        """Memory of images and results, as `Frozen.held_bytes`."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.images, self.result))
 
 
 @torch.no_grad()
-def build(provider: NetworkProvider, measurement: Measurement, device: torch.device) -> Built:
-    """A provider with the weights of `draw_weights`, on `device`. Its first calls belong within `compiling`."""
-    state, dtype = draw_weights(measurement.model, measurement.torch_dtype), measurement.torch_dtype
-    model = _timm(measurement.model) if provider.whose == "timm" else _ours(measurement.model, provider.backend)
-    model.load_state_dict(state, strict=True)
+def build(provider: NetworkProvider, measurement: Measurement, device: torch.device) -> nn.Module | Frozen:
+    """A provider with the weights of `draw_weights`, on `device`: images [B, 3, H, W] -> logits.
+
+    Its first calls belong within `compiling`.
+    """
+    name, dtype = measurement.model, measurement.torch_dtype
+    of_timm = provider.whose == "timm"
+    model = import_timm().create_model(name) if of_timm else create_model(name, backend=provider.backend)
+    model.load_state_dict(draw_weights(name, dtype), strict=True)
     model.eval()
     if provider.folded:
         fold_batch_norm(model.double())
     if provider.whose == "frozen":
-        frozen = freeze(model.to(device), dtype, cuda_graphs=True, output="logits")  # type: ignore[arg-type]
-        return Built(frozen, frozen=frozen)  # type: ignore[arg-type]
+        return freeze(model.to(device), dtype, cuda_graphs=True, output="logits")
     layout = torch.channels_last if provider.channels_last else torch.contiguous_format
     model.to(device, dtype).to(memory_format=layout)  # type: ignore[call-overload]
-    call = model
     for module in model.modules():
         if fill := getattr(module, "get_attention_biases", None):
             fill(device)  # timm's cache: filling it later would mean compiling twice
     if provider.options is not None:
-        call = torch.compile(model, fullgraph=True, dynamic=False, options=dict(provider.options))  # type: ignore[assignment]
-    return Built(Captured(call) if provider.captured else call, model)
+        model = torch.compile(model, fullgraph=True, dynamic=False, options=dict(provider.options))
+    return Captured(model) if provider.captured else model
 
 
 def exact_network(measurement: Measurement, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Our eager network in float64 with the providers' weights, or in float32 with these before they were rounded."""
-    model = _ours(measurement.model, "eager")
+    model = create_model(measurement.model, backend="eager")
     model.load_state_dict(draw_weights(measurement.model, measurement.torch_dtype if dtype == torch.float64 else None))
     return model.eval().to(device, dtype)
-
-
-def _ours(name: str, backend: str) -> nn.Module:
-    return create_model(name, backend=backend)
-
-
-def _timm(name: str) -> nn.Module:
-    model: nn.Module = import_timm().create_model(name)
-    return model

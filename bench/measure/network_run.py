@@ -5,6 +5,7 @@ Memory, compiled code and crashes of one provider then touch no other. The figur
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -26,7 +27,7 @@ from .ceilings import measure_ceilings, speed
 from .network_providers import BY_NAME, Measurement, NetworkProvider, build, draw_images, exact_network
 from .profile import details_of, doubts, watched_freezing
 from .roofline import network_least_time
-from .timing import Timing, measure
+from .timing import Timing, measure, synchronise
 
 WARM_UP = 5  # calls; Inductor's graphs warm up, are captured, and are replayed from the third on
 LEAST_CALLS, LEAST_SECONDS = 10, 2.0  # of synchronised calls
@@ -38,9 +39,9 @@ MIB = 1 << 20
 
 @dataclass
 class Figures:
-    """Figures of a provider: metric -> (p20, p50, p80), the outer two None where it was measured once."""
+    """Figures of a provider: metric -> p20, p50, p80, the outer two None where it was measured once."""
 
-    metrics: dict[str, tuple[float | None, float, float | None]] = field(default_factory=dict)
+    metrics: dict[str, Sequence[Any]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
 
@@ -48,81 +49,59 @@ class Figures:
         self.metrics[metric] = p20, p50, p80
 
 
+@torch.no_grad()
 def measure_provider(
     provider: NetworkProvider, measurement: Measurement, device: torch.device, *, speed_alone: bool = False
 ) -> Figures:
     """All that is recorded of a provider; with `speed_alone` its latency and throughput."""
-    count = -(-COMPARED[device.type] // measurement.batch) * measurement.batch
-    figures, drawn = Figures(), draw_images(measurement, count)
-    logits = _run(provider, measurement, drawn, device, figures, speed_alone=speed_alone)
-    if logits is not None:
-        for metric, value in agreement(measurement, drawn, logits, device).items():
-            figures.put(metric, value)
-    if provider.whose == "frozen" and not speed_alone:
-        size, dtype = (measurement.height, measurement.width), measurement.torch_dtype
-        ceilings = measure_ceilings(device, dtype).ceilings
-        least = network_least_time(PRESETS[measurement.model], measurement.batch, size, dtype, ceilings)
-        figures.details |= {"roofline ms": 1e3 * least, **asdict(ceilings)}
-    return figures
-
-
-@torch.no_grad()
-def _run(
-    provider: NetworkProvider,
-    measurement: Measurement,
-    drawn: Tensor,
-    device: torch.device,
-    figures: Figures,
-    *,
-    speed_alone: bool,
-) -> Tensor | None:
-    """Fill in the figures of calls; return the logits for the drawn images, None with `speed_alone`."""
-    on_gpu = device.type == "cuda"
     torch.backends.cudnn.benchmark = True  # shapes are fixed; as in timm's own benchmark
     torch.backends.cudnn.benchmark_limit = 0  # all algorithms are tried
+    count = -(-COMPARED[device.type] // measurement.batch) * measurement.batch
+    figures, drawn = Figures(), draw_images(measurement, count)
     layout = torch.channels_last if provider.channels_last else torch.contiguous_format
     images = drawn[: measurement.batch].to(device).contiguous(memory_format=layout)
-
-    def synchronise() -> None:
-        if on_gpu:
-            torch.cuda.synchronize(device)
-
     known = cached_files()
     with provider.compiling(), watched_freezing() as freezing:
-        built = build(provider, measurement, device)
-        synchronise()
+        network: Any = build(provider, measurement, device)
+        synchronise(device)
         start = time.perf_counter()
-        built.call(images)
-        synchronise()
+        network(images)
+        synchronise(device)
         first = time.perf_counter() - start
         for _ in range(WARM_UP - 1):
-            built.call(images)
-        synchronise()
+            network(images)
+        synchronise(device)
         warm_up = time.perf_counter() - start
     if provider.options is not None:  # few, where another provider or an earlier run has compiled the same
         figures.details["files compiled"] = cached_files() - known
-
-    def call() -> Tensor:
-        return built.call(images)
-
-    if on_gpu and not speed_alone:
-        peak, memory = peak_memory(call, device, built.held_bytes)
+    call = functools.partial(network, images)
+    if device.type == "cuda" and not speed_alone:
+        peak, memory = peak_memory(call, device, getattr(network, "held_bytes", 0))
         figures.put("peak MiB", peak)
         figures.details |= memory
     latency = measure(call, device, least_repeats=LEAST_CALLS, least_seconds=LEAST_SECONDS)
     figures.put("ms", latency.p50, latency.p20, latency.p80)
     figures.put("p99 ms", latency.p99)
-    p20, p50, p80 = speed(measurement.batch, throughput(call, latency.p50, synchronise))
+    p20, p50, p80 = speed(measurement.batch, throughput(call, latency.p50, device))
     figures.put("img/s", p50, p20, p80)
     if speed_alone:
-        return None
+        return figures
     figures.put("first call s", first)
     figures.put("compile s", max(0.0, warm_up - WARM_UP * latency.p50 / 1e3))
-    figures.details |= {"calls": latency.repeats, **details_of(provider, built, images, freezing)}
+    figures.details |= {"calls": latency.repeats, **details_of(provider, network, images, freezing)}
     figures.doubts = doubts(provider, figures.details, device)
 
     chunks = (chunk.to(device).contiguous(memory_format=layout) for chunk in drawn.split(measurement.batch))
-    return torch.cat([built.call(chunk).to("cpu", copy=True) for chunk in chunks])
+    logits = torch.cat([network(chunk).to("cpu", copy=True) for chunk in chunks])
+    del network, call  # frees its memory for the two of `agreement`
+    for metric, value in agreement(measurement, drawn, logits, device).items():
+        figures.put(metric, value)
+    if provider.whose == "frozen":
+        size, dtype = (measurement.height, measurement.width), measurement.torch_dtype
+        ceilings = measure_ceilings(device, dtype).ceilings
+        least = network_least_time(PRESETS[measurement.model], measurement.batch, size, dtype, ceilings)
+        figures.details |= {"roofline ms": 1e3 * least, **asdict(ceilings)}
+    return figures
 
 
 def cached_files() -> int:
@@ -131,14 +110,14 @@ def cached_files() -> int:
     return sum(path.is_file() for path in Path(folder).rglob("*")) if folder else 0
 
 
-def throughput(call: Callable[[], object], ms: float, synchronise: Callable[[], None]) -> Timing:
+def throughput(call: Callable[[], object], ms: float, device: torch.device) -> Timing:
     """Time of a call where calls do not wait for each other, by rounds of many. `ms` is the time of one alone."""
     calls, rounds = max(3, round(1e3 * ROUND_SECONDS / ms)), []
     for _ in range(ROUNDS):
         start = time.perf_counter()
         for _ in range(calls):
             call()
-        synchronise()
+        synchronise(device)
         rounds.append(1e3 * (time.perf_counter() - start) / calls)
     return Timing.of(rounds)
 

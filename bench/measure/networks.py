@@ -40,10 +40,9 @@ def in_order(
     """
 
     def place(one: Measurement) -> tuple[int, ...]:
-        size, batch = sizes.index((one.height, one.width)), batches.index(one.batch)
-        first = FIRST_BATCHES.index(one.batch) if one.batch in FIRST_BATCHES else None
-        late = (1, batch, MODELS.index(one.model)) if first is None else (0, MODELS.index(one.model), first)
-        return (size, DTYPES.index(one.dtype), *late)
+        model, first = MODELS.index(one.model), one.batch in FIRST_BATCHES
+        place = (model, FIRST_BATCHES.index(one.batch)) if first else (batches.index(one.batch), model)
+        return sizes.index((one.height, one.width)), DTYPES.index(one.dtype), not first, *place
 
     found = itertools.product(models, batches, dtypes, sizes)
     return sorted({Measurement(model, batch, dtype, *size) for model, batch, dtype, size in found}, key=place)

@@ -7,6 +7,7 @@ prepared before the call, as in serving. A provider with several forms is as fas
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,6 @@ Form = Callable[[Case], Callable[[], Tensor]]
 OURS = "ours"
 
 
-def _runs_anywhere(device: torch.device, dtype: torch.dtype) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class OperationProvider:
     """One way to compute fused operations.
@@ -42,7 +39,7 @@ class OperationProvider:
     name: str
     forms: Callable[[torch.device], dict[str, Form]]
     operations: tuple[str, ...] | None = None
-    why_not: Callable[[torch.device, torch.dtype], str | None] = _runs_anywhere
+    why_not: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
 
     def computes(self, operation: str) -> bool:
         return self.operations is None or operation in self.operations
@@ -52,10 +49,7 @@ class OperationProvider:
 
 
 def _of_backend(backend: str) -> Callable[[torch.device], dict[str, Form]]:
-    def form(case: Case) -> Callable[[], Tensor]:
-        return lambda: case.run(backend)
-
-    return lambda device: {backend: form}
+    return lambda device: {backend: lambda case: lambda: case.run(backend)}
 
 
 def _why_not_ours(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -65,15 +59,11 @@ def _why_not_ours(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _compiled(device: torch.device) -> dict[str, Form]:
-    compiled: dict[str, Callable[..., Tensor]] = {}
+    @functools.cache
+    def compiled(operation: str) -> Callable[..., Tensor]:
+        return torch.compile(getattr(reference, operation), fullgraph=True, dynamic=False)
 
-    def form(case: Case) -> Callable[[], Tensor]:
-        if case.operation not in compiled:
-            function = getattr(reference, case.operation)
-            compiled[case.operation] = torch.compile(function, fullgraph=True, dynamic=False)
-        return lambda: compiled[case.operation](*case.arguments, **case.options)
-
-    return {"default": form}
+    return {"default": lambda case: lambda: compiled(case.operation)(*case.arguments, **case.options)}
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -183,28 +173,26 @@ def _convolutions(device: torch.device) -> dict[str, Form]:
     The padding is 0: a border is another operation.
     """
 
-    def by(convolution: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> Form:
+    def by(*, fused: bool) -> Form:
         def form(case: Case) -> Callable[[], Tensor]:
             activation = case.options["activation"]
             if activation not in (None, "relu") or case.options.get("border") is not None:
                 raise ValueError(f"activation: got {activation}, allowed are None and relu, without a border")
             x, weight, scale, shift = case.arguments
             folded = (weight * scale[:, None, None, None]).to(weight.dtype, memory_format=torch.channels_last)
-            bias = shift.to(weight.dtype)
-            return lambda: convolution(x, folded, bias, activation == "relu")
+            bias, relu = shift.to(weight.dtype), activation == "relu"
+
+            def call() -> Tensor:
+                if relu and fused:
+                    return torch.cudnn_convolution_relu(x, folded, bias, (2, 2), (1, 1), (1, 1), 1)
+                y = F.conv2d(x, folded, bias, stride=2, padding=1)
+                return y.relu_() if relu else y
+
+            return call
 
         return form
 
-    def plain(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-        y = F.conv2d(x, weight, bias, stride=2, padding=1)
-        return y.relu_() if relu else y
-
-    def fused(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-        if not relu:
-            return plain(x, weight, bias, relu)
-        return torch.cudnn_convolution_relu(x, weight, bias, (2, 2), (1, 1), (1, 1), 1)
-
-    return {"plain": by(plain)} | ({"fused": by(fused)} if device.type == "cuda" else {})
+    return {"plain": by(fused=False)} | ({"fused": by(fused=True)} if device.type == "cuda" else {})
 
 
 PROVIDERS = (

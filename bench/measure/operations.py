@@ -6,7 +6,6 @@ results file as soon as it is measured.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import time
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ...accuracy import Accuracy, accuracy
 from ...apps.verify import checks, draw
-from ...apps.verify_report import NETWORK, Check, describe_dtype
+from ...apps.verify_report import Check, describe_dtype
 from ...testing import Case, float32_as_such
 from . import records
 from .ceilings import CeilingTimes, measure_ceilings, speed
@@ -27,12 +26,11 @@ from .operation_providers import OURS, PROVIDERS, Form, OperationProvider
 from .records import Key, Machine, Record
 from .resume import DeviceLostError, FailedError, ResultsFile
 from .roofline import Ceilings, cost
-from .timing import Timing, device_time
+from .timing import Timer, Timing, device_time
 
 FILE = "kernels.jsonl"
 FIRST_BATCHES = (256, 1)
 PIECE = 32  # images whose float64 result is computed at a time
-Timer = Callable[[Callable[[], Callable[[], object]], torch.device, int], Timing]
 
 
 def in_order(
@@ -46,7 +44,6 @@ def in_order(
 
     Dtypes come in the order given; in each the batches of `FIRST_BATCHES`, model by model, then the others.
     """
-    operations = [name for name in operations if name != NETWORK]
     first = [batch for batch in FIRST_BATCHES if batch in batch_sizes]
     others = [batch for batch in dict.fromkeys(batch_sizes) if batch not in first]
     found: dict[Key, Check] = {}
@@ -110,65 +107,45 @@ def measure_operations(
             continue
         if time.monotonic() > file.deadline:
             return
+        operation: Operation | None = None  # the last one's tensors are freed
+        no_room = None
         if check.dtype not in ceilings:
             times = measure(device, check.dtype)
             ceilings[check.dtype] = times.ceilings
             file.add(times.records(file.machine))
         tell(f"{check} ...")
         with torch.no_grad(), float32_as_such():
-            finished = _measure(check, file, device, ceilings[check.dtype], providers, timer)
+            try:
+                operation = Operation.drawn(check, device, ceilings[check.dtype], timer)
+            except torch.OutOfMemoryError:
+                no_room = "the device has no room for the float64 result that errors are measured against"
+            finished = True
+            for provider in providers:
+                if finished and provider.computes(check.operation):
+                    start = begun(check, provider.name, file.machine)
+                    finished = file.measure(
+                        start,
+                        functools.partial(operation.measure, provider, start) if operation else list,
+                        provider.why_not(device, check.dtype) or no_room,
+                    )
         if found := file.records(key_of(check)):
             yield found
         if not finished:
             return
 
 
-def _measure(
-    check: Check,
-    file: ResultsFile,
-    device: torch.device,
-    ceilings: Ceilings,
-    providers: Sequence[OperationProvider],
-    timer: Timer,
-) -> bool:
-    """Measure the providers without a result; False if the time was over before."""
-    operation: Operation | None = None
-    no_room = None
-    try:
-        operation = Operation.drawn(check, device, ceilings, timer)
-    except torch.OutOfMemoryError:
-        no_room = "the device has no room for the float64 result that errors are measured against"
-    for provider in providers:
-        if provider.computes(check.operation):
-            start = begun(check, provider.name, file.machine)
-            run = functools.partial(operation.measure, provider, start) if operation else list
-            if not file.measure(start, run, provider.why_not(device, check.dtype) or no_room):
-                return False
-    return True
-
-
-@contextlib.contextmanager
-def _searching() -> Iterator[None]:
-    """Let cuDNN try its algorithms for every new shape."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
 @dataclass(frozen=True)
 class Operation:
     """One operation with drawn arguments, ready to be measured: `exact` in float64 and `eager` are its results."""
 
-    check: Check
     device: torch.device
     ceilings: Ceilings
     timer: Timer
     case: Case
     exact: Tensor
     eager: Tensor
+    flops: int
+    traffic: int
 
     @classmethod
     def drawn(cls, check: Check, device: torch.device, ceilings: Ceilings, timer: Timer) -> Operation:
@@ -179,7 +156,8 @@ class Operation:
         """
         case = draw(check, device)
         assert isinstance(case, Case), "networks are measured by networks.py"
-        return cls(check, device, ceilings, timer, case, exact_of(case), case.run("eager"))
+        amounts = cost(check.operation, check.shape, check.options, check.dtype)
+        return cls(device, ceilings, timer, case, exact_of(case), case.run("eager"), *amounts)
 
     def measure(self, provider: OperationProvider, start: Record) -> list[Record]:
         """The records of the provider's fastest form; `start` is its record with the metric "begun".
@@ -190,24 +168,37 @@ class Operation:
         """
         torch.compiler.reset()  # else compilations for other shapes count against Dynamo's limits
         best: tuple[Timing, Accuracy, dict[str, Any]] | None = None
-        failures = []
+        failures, searching = [], torch.backends.cudnn.benchmark
         for name, form in provider.forms(self.device).items():
             try:
-                with _searching():
-                    found = self._run(provider, form)
-                if best is None or found[0].p50 < best[0].p50:
-                    best = found[0], found[1], {"form": name, **found[2]}
+                torch.backends.cudnn.benchmark = True  # cuDNN tries its algorithms for every new shape
+                timing, errors, details = self._run(provider, form)
+                if best is None or timing.p50 < best[0].p50:
+                    best = timing, errors, {"form": name, **details}
             except Exception as error:  # of any kind: the other forms go on
                 message = str(error).strip().partition("\n")[0][:200]
                 failures.append(f"{name}: {type(error).__name__}: {message}")
+            finally:
+                torch.backends.cudnn.benchmark = searching
             if not recovers(self.device):
                 raise DeviceLostError(f"{provider.name} broke the device ({'; '.join(failures)})")
         if best is None:
             raise FailedError("; ".join(failures))
         timing, errors, details = best
-        if failures:
-            details["failed"] = failures
-        return self._records(start, timing, errors, details)
+        details |= {"failed": failures} if failures else {}
+        fraction = self.ceilings.least_time(self.flops, self.traffic) / (timing.p50 / 1e3)
+        found = [
+            replace(start, metric="ms", p50=timing.p50, p20=timing.p20, p80=timing.p80, roofline=fraction,
+                    details=start.details | details)
+        ]  # fmt: skip
+        for metric, amount in (("GB/s", self.traffic / 1e9), ("TFLOP/s", self.flops / 1e12)):
+            if amount:
+                p20, p50, p80 = speed(amount, timing)
+                found.append(replace(start, metric=metric, p50=p50, p20=p20, p80=p80, roofline=fraction))
+        scale = self.exact.abs().max().item() or 1.0
+        for metric, amount in (("max error", errors.max_error), ("mean error", errors.mean_error)):
+            found.append(replace(start, metric=metric, p50=amount / scale))
+        return found
 
     def _run(self, provider: OperationProvider, form: Form) -> tuple[Timing, Accuracy, dict[str, Any]]:
         details: dict[str, Any] = {}
@@ -226,29 +217,8 @@ class Operation:
             raise ValueError(f"{errors.misplaced} NaN or infinities where float64 has none, or the other way round")
         details["within the rule"] = errors.passes()
         del result
-        timing = self.timer(lambda: form(copied(self.case)), self.device, int(self._cost[1]))
+        timing = self.timer(lambda: form(copied(self.case)), self.device, self.traffic)
         return timing, errors, {**details, "repeats": timing.repeats}
-
-    @property
-    def _cost(self) -> tuple[float, float]:
-        """FLOPs and bytes."""
-        return cost(self.check.operation, self.check.shape, self.check.options, self.check.dtype)
-
-    def _records(self, start: Record, timing: Timing, errors: Accuracy, details: dict[str, Any]) -> list[Record]:
-        flops, traffic = self._cost
-        fraction = self.ceilings.least_time(flops, traffic) / (timing.p50 / 1e3)
-        found = [
-            replace(start, metric="ms", p50=timing.p50, p20=timing.p20, p80=timing.p80, roofline=fraction,
-                    details=start.details | details)
-        ]  # fmt: skip
-        for metric, amount in (("GB/s", traffic / 1e9), ("TFLOP/s", flops / 1e12)):
-            if amount:
-                p20, p50, p80 = speed(amount, timing)
-                found.append(replace(start, metric=metric, p50=p50, p20=p20, p80=p80, roofline=fraction))
-        scale = self.exact.abs().max().item() or 1.0
-        for metric, error in (("max error", errors.max_error), ("mean error", errors.mean_error)):
-            found.append(replace(start, metric=metric, p50=error / scale))
-        return found
 
 
 def recovers(device: torch.device) -> bool:

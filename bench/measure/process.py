@@ -35,8 +35,8 @@ def in_process(
         TimeoutError: after `seconds`.
         FailedError: with the last line that the process wrote, if it fails.
     """
-    facts = {"provider": provider.name, "measurement": measurement, "device": str(device), "speed_alone": speed_alone}
-    job = {**facts, "parent": os.getpid()}
+    job = {"provider": provider.name, "measurement": measurement, "device": str(device), "speed_alone": speed_alone,
+           "parent": os.getpid()}  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_file().with_name("inductor")))  # kept between runs
     with tempfile.TemporaryDirectory() as scratch:
@@ -54,8 +54,7 @@ def in_process(
                 process.wait()
         if status != 0 or not target.exists():
             raise FailedError(_reason(log.read_text(encoding="utf-8", errors="replace"), status))
-        found = json.loads(target.read_text(encoding="utf-8"))
-    return Figures({name: tuple(values) for name, values in found.pop("metrics").items()}, **found)
+        return Figures(**json.loads(target.read_text(encoding="utf-8")))
 
 
 def _reason(log: str, status: int) -> str:

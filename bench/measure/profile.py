@@ -7,7 +7,7 @@ import functools
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -17,50 +17,39 @@ from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 
 from ... import kernels
-from .network_providers import Built, NetworkProvider
+from ...serving.frozen import Frozen
+from .network_providers import NetworkProvider
+from .timing import synchronise
 
 BATCH_NORM = re.compile(r"batch_?norm|\bbn_fw", re.IGNORECASE)
 LAYOUT = re.compile(r"nchw_?to_?nhwc|nhwc_?to_?nchw", re.IGNORECASE)  # cuDNN's, where a map is in the other layout
 
 
-@dataclass(frozen=True)
-class Profile:
-    """One call: names of the kernels (on a CPU of the outermost operators), and how many graphs were launched."""
-
-    kernels: tuple[str, ...]
-    graphs: int
-
-    def count(self, pattern: re.Pattern[str]) -> int:
-        return sum(bool(pattern.search(name)) for name in self.kernels)
-
-
-def profile(call: Callable[[], object], device: torch.device) -> Profile:
-    """Profile one call."""
-    on_gpu = device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
-    for _ in range(2 if on_gpu else 1):  # the first one starts CUPTI, and may lack the first kernels
-        with torch.profiler.profile(activities=activities) as recorded:
+def profile(call: Callable[[], object], device: torch.device) -> Any:
+    """The profiler's events of one call."""
+    for _ in range(2):  # on a GPU the first one starts CUPTI, and may lack the first kernels
+        with torch.profiler.profile() as recorded:
             call()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-    return read_profile(recorded.events() or [], on_gpu)
+            synchronise(device)
+    return recorded.events() or []
 
 
-def read_profile(events: Any, on_gpu: bool) -> Profile:
-    """A `Profile` from the profiler's events, without copies, fills and annotations."""
-    if on_gpu:
-        on_device = [event for event in events if event.device_type == DeviceType.CUDA]
-        ran = [
-            event
-            for event in on_device
-            if not getattr(event, "is_user_annotation", False) and not event.name.startswith(("Memcpy", "Memset"))
-        ]
-    else:
-        ran = [event for event in events if "::" in event.name and not _within_operator(event)]
-    return Profile(
-        tuple(event.name for event in ran), sum(event.name.startswith("cudaGraphLaunch") for event in events)
-    )
+def kernels_of(events: Any, on_gpu: bool) -> list[str]:
+    """Names of a profile's kernels (on a CPU of its outermost operators), without copies, fills and annotations."""
+    if not on_gpu:
+        return [event.name for event in events if "::" in event.name and not _within_operator(event)]
+    return [
+        event.name
+        for event in events
+        if event.device_type == DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+        and not event.name.startswith(("Memcpy", "Memset"))
+    ]
+
+
+def count(pattern: re.Pattern[str], names: Iterable[str]) -> int:
+    """The number of names with the pattern."""
+    return sum(bool(pattern.search(name)) for name in names)
 
 
 def _within_operator(event: Any) -> bool:
@@ -102,7 +91,7 @@ def watched_freezing() -> Iterator[Freezing]:
         graph, inputs = freeze(*args, **kwargs)
         found.inputs = len(inputs)
         for node in graph.graph.nodes:
-            found.batch_norms += bool(BATCH_NORM.search(str(node.target)))
+            found.batch_norms += count(BATCH_NORM, [str(node.target)])
             if "convolution" in str(node.target) and len(node.args) > 1 and node.args[1].op == "get_attr":
                 found.channels_last &= _is_channels_last(getattr(graph, node.args[1].target))
         return graph, inputs
@@ -125,36 +114,36 @@ def maps_are_channels_last(model: nn.Module, images: Tensor) -> bool:
         kept.append(result.is_contiguous(memory_format=torch.channels_last))
 
     watched = [module for name, module in model.named_modules() if name.endswith(("stem.conv2", "downsample.conv"))]
-    hooks = [module.register_forward_hook(look) for module in watched]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in watched:
+            hooks.enter_context(module.register_forward_hook(look))
         model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return bool(kept) and all(kept)
 
 
-def details_of(provider: NetworkProvider, built: Built, images: Tensor, freezing: Freezing) -> dict[str, Any]:
+def details_of(
+    provider: NetworkProvider, network: nn.Module | Frozen, images: Tensor, freezing: Freezing
+) -> dict[str, Any]:
     """Details of a provider that has been called with `images`.
 
     "kernels" in one call, among them "batch_norm", "layout" (conversions between NCHW and NHWC) and "triton" (ours);
     "graph": whether one was replayed; "channels_last": of the maps, or of all that Inductor compiled; "freezing".
     """
-    seen = profile(lambda: built.call(images), images.device)
+    events = profile(lambda: network(images), images.device)
+    kernels = kernels_of(events, images.is_cuda)
     found: dict[str, Any] = {
-        "kernels": len(seen.kernels),
-        "batch_norm": seen.count(BATCH_NORM) + freezing.batch_norms,
-        "layout": seen.count(LAYOUT),
-        "triton": sum(name in own_kernels() for name in seen.kernels),
-        "graph": seen.graphs > 0,
+        "kernels": len(kernels),
+        "batch_norm": count(BATCH_NORM, kernels) + freezing.batch_norms,
+        "layout": count(LAYOUT, kernels),
+        "triton": sum(name in own_kernels() for name in kernels),
+        "graph": any(event.name.startswith("cudaGraphLaunch") for event in events),
     }
-    if built.frozen is not None:
-        return found | {"backend": built.frozen.backend, "backend_reason": built.frozen.reason}
-    assert built.model is not None
-    found["batch_norm_modules"] = sum(isinstance(module, nn.BatchNorm2d) for module in built.model.modules())
+    if isinstance(network, Frozen):
+        return found | {"backend": network.backend, "backend_reason": network.reason}
+    found["batch_norm_modules"] = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
     if provider.options is None:
-        return found | {"channels_last": maps_are_channels_last(built.model, images)}
-    weights = [module.weight for module in built.model.modules() if isinstance(module, nn.Conv2d)]
+        return found | {"channels_last": maps_are_channels_last(network, images)}
+    weights = [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
     given = all(map(_is_channels_last, [images, *weights]))
     return found | {
         "channels_last": given and freezing.channels_last,

@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -36,22 +36,9 @@ Key = tuple[str, str, str, tuple[int, ...], str]
 
 # Each with its unit. "max error" and "mean error" are relative to the largest value of the float64 result. Two have no
 # figure: "begun" says that a provider was started, "not run" that it gave no result.
-METRICS = (
-    "ms",
-    "img/s",
-    "GB/s",
-    "TFLOP/s",
-    "p99 ms",
-    "peak MiB",
-    "max error",
-    "mean error",
-    "top-1 agreement",
-    "compile s",
-    "first call s",
-    "begun",
-    "not run",
-)
-MODES = ("forward", "backward", "full")
+SPEEDS = ("ms", "p99 ms", "img/s", "GB/s", "TFLOP/s")
+ERRORS = ("max error", "mean error", "top-1 agreement")
+METRICS = (*SPEEDS, *ERRORS, "peak MiB", "compile s", "first call s", "begun", "not run")
 
 
 @dataclass(frozen=True)
@@ -94,7 +81,7 @@ class Record:
     Attributes:
         op: operation, such as "meta4d", or network, such as "efficientformer_l1".
         provider: such as "timm eager" or "ours frozen".
-        mode: of `MODES`.
+        mode: "forward", the only one so far.
         dtype: "bfloat16", ...
         shape: of the input, a network's being that of its images.
         metric: of `METRICS`.
@@ -123,7 +110,6 @@ class Record:
 
     def __post_init__(self) -> None:
         check_choice("metric", self.metric, METRICS)
-        check_choice("mode", self.mode, MODES)
 
     @property
     def key(self) -> Key:
@@ -146,36 +132,23 @@ def key_of(
     return op, mode, dtype, shape, json.dumps(dict(options or {}), sort_keys=True)
 
 
-def read_record(line: str, source: str) -> Record:
-    """A record from its line.
+def read_records(path: Path) -> list[Record]:
+    """All records of a file, none if it does not exist. An incomplete last line is left out.
 
     Raises:
-        ValueError: for a field that is missing, unknown or wrong; it names `source`.
+        ValueError: for a line with a field that is missing, unknown or wrong; it names the line.
     """
-    machine_fields = {field.name for field in dataclasses.fields(Machine)}
-    own_fields = {field.name for field in dataclasses.fields(Record)} - {"machine"}
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{source}: not JSON ({error})") from error
-    if not isinstance(found, dict) or set(found) != own_fields | machine_fields:
-        raise ValueError(f"{source}: got {line[:80]!r}, allowed are exactly the fields of a record")
-    machine = Machine(**{name: found.pop(name) for name in machine_fields})
-    found["shape"] = tuple(found["shape"])
-    found["p50"] = math.nan if found["p50"] is None else found["p50"]
-    try:
-        return Record(**found, machine=machine)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {error}") from error
-
-
-def read_records(path: Path) -> list[Record]:
-    """All records of a file, none if it does not exist. An incomplete last line is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    return [read_record(line, f"{path}, line {number}") for number, line in enumerate(whole.splitlines(), 1)]
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    records = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            found = json.loads(line)
+            machine = Machine(**{field.name: found.pop(field.name) for field in dataclasses.fields(Machine)})
+            p50 = math.nan if found["p50"] is None else found["p50"]
+            records.append(Record(**found | {"shape": tuple(found["shape"]), "p50": p50}, machine=machine))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: got {line[:80]!r}, which is not a record ({error})") from error
+    return records
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
@@ -220,25 +193,22 @@ def _version(package: str) -> str:
 @functools.cache
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names: Iterator[str] = iter(())
-    if info.exists():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"cpu: {next(names, platform.processor() or platform.machine())}, {torch.get_num_threads()} threads"
+    found = re.search(r"^model name\s*:(.*)", info.read_text(errors="replace"), re.MULTILINE) if info.exists() else None
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"cpu: {name}, {torch.get_num_threads()} threads"
 
 
 @functools.cache
 def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    found = _output(query) if shutil.which("nvidia-smi") else ""
-    return found.splitlines()[0].strip() if found else "unknown"
+    return _output(query).partition("\n")[0].strip() or "unknown"
 
 
 @functools.cache
 def _commit() -> str:
     if named := os.environ.get("EFFFORMER_COMMIT"):
         return named
-    head = _output(["git", "rev-parse", "--short=12", "HEAD"]) if shutil.which("git") else ""
+    head = _output(["git", "rev-parse", "--short=12", "HEAD"])
     if not head:
         return __version__
     changed = _output(["git", "status", "--porcelain", "--", ".", ":!bench/results"])
@@ -246,5 +216,8 @@ def _commit() -> str:
 
 
 def _output(command: list[str]) -> str:
+    """The output of a command; nothing where it fails or is not installed."""
+    if shutil.which(command[0]) is None:
+        return ""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""

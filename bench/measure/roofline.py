@@ -8,7 +8,7 @@ memory. Norms, activations and pooling are free.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...config import EfficientFormerConfig
 from ...testing import draw_case
-from ...workload import network_work
+from ...workload import Work, network_work
 
 
 @dataclass(frozen=True)
@@ -34,32 +34,6 @@ class Ceilings:
     def least_time(self, flops: float, bytes: float) -> float:
         """Seconds that so many FLOPs and bytes take at least."""
         return max(flops / self.flops, bytes / self.bandwidth)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Equal parts of a network, each computed by one fused operation.
-
-    Attributes:
-        name: such as "stage 1, 4D".
-        op: the operation, one of `effformer.workload.OPERATIONS`.
-        shape: of the operation's input.
-        count: how many of them the network has.
-        flops, bytes: of one.
-        options: as in `effformer.workload.Work`.
-    """
-
-    name: str
-    op: str
-    shape: tuple[int, ...]
-    count: int
-    flops: float
-    bytes: float
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    def least_time(self, ceilings: Ceilings) -> float:
-        """Seconds that one of them takes at least."""
-        return ceilings.least_time(self.flops, self.bytes)
 
 
 def cost(op: str, shape: tuple[int, ...], options: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
@@ -81,43 +55,22 @@ def cost(op: str, shape: tuple[int, ...], options: Mapping[str, Any], dtype: tor
 
 
 def network_parts(
-    config: EfficientFormerConfig,
-    batch_size: int,
-    size: tuple[int, int],
-    dtype: torch.dtype,
-    in_chans: int = 3,
-    num_classes: int | None = 1000,
-) -> list[Part]:
-    """The parts of a network in its order: `effformer.workload.network_work`, each with its cost.
+    config: EfficientFormerConfig, batch_size: int, size: tuple[int, int], dtype: torch.dtype
+) -> list[tuple[Work, tuple[int, int]]]:
+    """The parts of a network in its order: `effformer.workload.network_work`, with FLOPs and bytes of one call of each.
 
     The attention's bias is read as it is expanded, [heads, N, N].
 
     Raises:
         ValueError: for a batch size or a side below 1.
     """
-    return [
-        Part(
-            work.part,
-            work.operation,
-            work.shape,
-            work.count,
-            *cost(work.operation, work.shape, work.options, dtype),
-            work.options,
-        )
-        for work in network_work(config, batch_size, size, in_chans, num_classes)
-        if work.count
-    ]
+    works = [work for work in network_work(config, batch_size, size) if work.count]
+    return [(work, cost(work.operation, work.shape, work.options, dtype)) for work in works]
 
 
 def network_least_time(
-    config: EfficientFormerConfig,
-    batch_size: int,
-    size: tuple[int, int],
-    dtype: torch.dtype,
-    ceilings: Ceilings,
-    in_chans: int = 3,
-    num_classes: int | None = 1000,
+    config: EfficientFormerConfig, batch_size: int, size: tuple[int, int], dtype: torch.dtype, ceilings: Ceilings
 ) -> float:
     """Seconds that a forward takes at least: the sum over `network_parts`."""
-    parts = network_parts(config, batch_size, size, dtype, in_chans, num_classes)
-    return sum(part.count * part.least_time(ceilings) for part in parts)
+    parts = network_parts(config, batch_size, size, dtype)
+    return sum(work.count * ceilings.least_time(*amounts) for work, amounts in parts)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 COLD = 3  # the arguments of a rotation are this many times as large as the cache
+LEAST_REPEATS, LEAST_SECONDS = 5, 0.2  # of `device_time`, which stops once both are reached
 LEAST_CALLS = 10  # in a graph, so that the time to start one hardly counts
 CPU_CACHE = 64 * 2**20  # bytes: PyTorch does not know a CPU's
 
@@ -34,6 +35,12 @@ class Timing:
         return cls(cuts[19], cuts[49], cuts[79], cuts[98], len(times))
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has finished what was called."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def measure(
     call: Callable[[], object], device: torch.device, *, least_repeats: int = 5, least_seconds: float = 0.5
 ) -> Timing:
@@ -44,50 +51,44 @@ def measure(
         device: where it computes; a CUDA device is synchronised around each run.
         least_repeats, least_seconds: stop once both are reached.
     """
-
-    def synchronise() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     for _ in range(2):
         call()
-    synchronise()
+    synchronise(device)
     times: list[float] = []
-    total = 0.0
+    total = 0.0  # milliseconds
     gc.collect()
     gc.disable()
     try:
-        while len(times) < max(least_repeats, 2) or total < least_seconds:
-            start = time.perf_counter()
-            call()
-            synchronise()
-            times.append(time.perf_counter() - start)
+        while len(times) < max(least_repeats, 2) or total < 1e3 * least_seconds:
+            times.append(_wall_time(call, device))
             total += times[-1]
     finally:
         gc.enable()
-    return Timing.of([1e3 * taken for taken in times])
+    return Timing.of(times)
 
 
-def device_time(
-    make: Callable[[], Callable[[], object]],
-    device: torch.device,
-    footprint: int,
-    *,
-    least_repeats: int = 5,
-    least_seconds: float = 0.2,
-) -> Timing:
+def _wall_time(call: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def device_time(make: Callable[[], Callable[[], object]], device: torch.device, footprint: int) -> Timing:
     """Device time of one call in a `Rotation`, which explains `make`, `device` and `footprint`.
 
     On a GPU each time is the mean over one round of the rotation; launching from Python does not count.
-    `least_repeats`, `least_seconds`: stop once both are reached.
     """
     rotation = Rotation(make, device, footprint)
     rotation.times(2)
     times: list[float] = []
-    end = time.perf_counter() + least_seconds
-    while len(times) < max(least_repeats, 2) or time.perf_counter() < end:
-        times += rotation.times(max(least_repeats, 2) if device.type == "cuda" else 1)
+    end = time.perf_counter() + LEAST_SECONDS
+    while len(times) < LEAST_REPEATS or time.perf_counter() < end:
+        times += rotation.times(LEAST_REPEATS if device.type == "cuda" else 1)
     return Timing.of(times)
+
+
+Timer = Callable[[Callable[[], Callable[[], object]], torch.device, int], Timing]  # such as `device_time`
 
 
 class Rotation:
@@ -107,14 +108,14 @@ class Rotation:
         copies = max(2, -(-COLD * cache_size(device) // footprint))
         self.device = device
         self.calls = [make() for _ in range(copies)]
-        self._turn = 0
+        self._turns = itertools.cycle(self.calls)
         self._round = copies * -(-LEAST_CALLS // copies)
         self._graph = captured(self.calls, self._round, device) if device.type == "cuda" else None
 
     def times(self, repeats: int) -> list[float]:
         """Milliseconds of one call, `repeats` times: on a GPU of a round of them each, by CUDA events."""
         if self._graph is None:
-            return [self._wall_time() for _ in range(repeats)]
+            return [_wall_time(call, self.device) for call in itertools.islice(self._turns, repeats)]
         with torch.cuda.device(self.device):
             events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
             self._graph.replay()  # keeps the device busy while the next one is launched
@@ -124,13 +125,6 @@ class Rotation:
             events[-1].record()
             torch.cuda.synchronize(self.device)
         return [start.elapsed_time(end) / self._round for start, end in itertools.pairwise(events)]
-
-    def _wall_time(self) -> float:
-        call = self.calls[self._turn]
-        self._turn = (self._turn + 1) % len(self.calls)
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
 
 
 def cache_size(device: torch.device) -> int:

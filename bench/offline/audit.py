@@ -12,10 +12,11 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from multiprocessing import active_children, get_context
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import triton
 from ...config import PRESETS
 from ...kernels.launch import Launch
 from ...kernels.tiling import choose as config
-from ...kernels.tiling.choose import user_file
+from ...kernels.tiling.choose import user_file, write_whole
 from ...kernels.tiling.device import AMPERE, BLACKWELL, CLASSES, CONSUMER, HOPPER, Device, device_class
 from ...kernels.tiling.table import DTYPES, Entry, Table, read_table
 from .compile import TENSOR_CORES, Compiled, Source, compile_source, source_of
@@ -113,7 +114,8 @@ def jobs(
     found: dict[str, Job] = {}
     missing: list[str] = []
     whole = Table([*extra, *config.shipped_table().entries])
-    tables = whole, Table([entry for entry in whole.entries if not entry.exact])
+    general = [entry for entry in whole.entries if not entry.exact]
+    tables = [whole, Table(general)] if len(general) < len(whole.entries) else [whole]
     for target in targets:
         device = TARGETS[target]
         for dtype in dtypes:
@@ -127,11 +129,8 @@ def jobs(
                                 same.shapes.append(f"{owner} {operation} {shape}")
                         except LookupError as error:
                             missing.append(f"sm_{target}: {owner}: {error}")
-                if len(whole.entries) == len(table.entries) == len(tables[1].entries):
-                    break  # there are no such entries
             if len(models) == len(PRESETS):
-                name = device_class(device)
-                used = tables[0].used | tables[1].used
+                name, used = device_class(device), {use for table in tables for use in table.used}
                 for entry in whole.entries:
                     concerned = name in entry.devices and DTYPES[dtype] in entry.dtypes
                     if concerned and (entry, name, DTYPES[dtype]) not in used:
@@ -224,12 +223,6 @@ def compilers(workers: int) -> Iterator[Executor]:
             process.terminate()
 
 
-def audit_all(jobs: Sequence[Job], workers: int, cache: Path | None) -> Iterator[Record]:
-    """Records in the order of the jobs."""
-    with compilers(workers) as pool:
-        yield from pool.map(audit, jobs, [cache] * len(jobs))
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -251,21 +244,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"triton {triton.__version__}, {len(todo)} kernels", flush=True)
     print(_row(*_COLUMNS))
     records = []
-    for record in audit_all(todo, arguments.workers, cache):
-        records.append(record)
-        print(_describe(record), flush=True)
+    with compilers(arguments.workers) as pool:
+        for record in pool.map(audit, todo, [cache] * len(todo)):
+            records.append(record)
+            print(_describe(record), flush=True)
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text("".join(json.dumps(asdict(record)) + "\n" for record in records), encoding="utf-8")
+        write_whole(arguments.output, "".join(json.dumps(asdict(record)) + "\n" for record in records))
     print()
-    for line in _worst(records):
-        print(line)
+    print("\n".join(_worst(records)))
     failed = [record for record in records if record.faults]
     print(f"\n{len(records)} kernels, {len(failed)} with faults, {len(missing)} configurations missing or unused")
     for record in failed:
-        print(
-            f"{record.target} {record.dtype} {record.kernel} of {record.shapes[0]}, {_compact(record.configuration)}:"
-        )
+        configuration = ", ".join(f"{name}={value}" for name, value in record.configuration.items())
+        print(f"{record.target} {record.dtype} {record.kernel} of {record.shapes[0]}, {configuration}:")
         print("    " + "; ".join(record.faults))
     for line in missing:
         print(line)
@@ -297,23 +288,14 @@ def _describe(record: Record) -> str:
 
 def _worst(records: Sequence[Record]) -> Iterator[str]:
     """The largest figures of each target, each with its kernel, dtype and shape."""
-    figures: dict[str, Callable[[Compiled], int]] = {
-        "registers": lambda found: found.registers,
-        "spills": lambda found: found.spills,
-        "shared memory": lambda found: found.shared_memory,
-    }
-    for target in dict.fromkeys(record.target for record in records):
-        compiled = [(record, record.compiled) for record in records if record.target == target and record.compiled]
-        for name, figure in figures.items():
-            if compiled:
-                record, found = max(compiled, key=lambda pair: figure(pair[1]))
-                limit = f" of {record.shared_memory_limit}" if name == "shared memory" else ""
-                where = f"{record.kernel}, {record.dtype}, {record.shapes[0]}"
-                yield f"{target:<6} worst {name:<13} {figure(found)}{limit}  ({where})"
-
-
-def _compact(configuration: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in configuration.items())
+    compiled = [record for record in records if record.compiled]
+    for target in dict.fromkeys(record.target for record in compiled):
+        for name in ("registers", "spills", "shared_memory"):
+            figure = attrgetter(f"compiled.{name}")
+            record = max((one for one in compiled if one.target == target), key=figure)
+            limit = f" of {record.shared_memory_limit}" if name == "shared_memory" else ""
+            where = f"{record.kernel}, {record.dtype}, {record.shapes[0]}"
+            yield f"{target:<6} worst {name.replace('_', ' '):<13} {figure(record)}{limit}  ({where})"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -25,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...kernels.launch import Launch
+from ...kernels.tiling.choose import write_whole
 
 # By device class. Those of Hopper and Blackwell need tiles of 64 rows; smaller ones take HMMA there, too.
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
@@ -135,10 +135,7 @@ def compile_source(source: Source, cache: Path | None = None) -> Compiled:
     if file.exists():
         return Compiled(**json.loads(file.read_text(encoding="utf-8")))
     compiled = _compile(kernel, source)
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(asdict(compiled)), encoding="utf-8")
-    partial.replace(file)
+    write_whole(file, json.dumps(asdict(compiled)))
     return compiled
 
 

@@ -65,14 +65,9 @@ def fit(degree: int, cap: float, steps: int = 24) -> Fit:
     return Fit(tuple(float(c) for c in best), high, cap)
 
 
-def derive(degree: int) -> Fit:
-    """The best p, and its cap."""
-    return min((fit(degree, float(cap)) for cap in np.arange(2.5, 5.51, 0.125)), key=lambda found: found.error)
-
-
 def main() -> None:
     for degree in DEGREES:
-        found = derive(degree)
+        found = min((fit(degree, float(cap)) for cap in np.arange(2.5, 5.51, 0.125)), key=lambda found: found.error)
         numbers = ", ".join(f"{c:.9g}" for c in found.coefficients)
         print(f"exp{degree}: error {found.error:.2e}, cap {found.cap:g}, coefficients from the constant: {numbers}")
 

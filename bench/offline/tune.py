@@ -110,9 +110,8 @@ class State:
                 if record["owner"] == self.owner:
                     self._take(record)
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: not an outcome of a search ({error}): delete the file"
-                ) from error
+                reason = f"not an outcome of a search ({error}): delete the file"
+                raise ValueError(f"{path}, line {number}: {reason}") from error
 
     def _take(self, record: dict[str, Any]) -> None:
         operation, dtype, sizes = record["question"]
@@ -133,21 +132,18 @@ class State:
     def note(self, question: Question, use: Config | None, trial: float | str) -> None:
         """Note the milliseconds of a candidate, or the reason why it is refused."""
         self.trials.setdefault(question, {})[use] = trial
-        self._append(question, {"use": _plain(use), "trial": trial})
+        self._append(question, {"use": None if use is None else asdict(use), "trial": trial})
 
     def add(self, tuned: Tuned) -> None:
         self.tuned[tuned.question] = tuned
-        found = {**asdict(tuned), "own": _plain(tuned.own), "use": _plain(tuned.use)}
-        self._append(tuned.question, {name: value for name, value in found.items() if name != "question"})
+        self._append(tuned.question, asdict(tuned))
 
     def _append(self, question: Question, record: dict[str, Any]) -> None:
         operation, dtype, sizes = question
+        record |= {"owner": self.owner, "question": [operation, describe_dtype(dtype), sizes]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({"owner": self.owner, "question": [operation, describe_dtype(dtype), sizes], **record})
-                + "\n"
-            )
+            file.write(json.dumps(record) + "\n")
 
     def entries(self, gpu: str | None) -> list[Entry]:
         """Entries for what was tuned, for one card or (None) its device class.
@@ -170,10 +166,6 @@ class State:
                 devices = (device_class(self.device),)
                 found.append(Entry((operation,), devices, (dtype,), where + bound, tuned.use, gpu))
         return found
-
-
-def _plain(use: Config | None) -> dict[str, Any] | None:
-    return None if use is None else asdict(use)
 
 
 def tune(
@@ -209,9 +201,7 @@ def tune(
             with preferring(), recorded(run=False), asked() as questions:
                 subject.run("triton")
             # A fused MLP or head competes with separate products: these are tuned before it.
-            unknown = sorted(
-                set(questions) - set(state.tuned), key=lambda question: (question.operation in FUSED, repr(question))
-            )
+            unknown = sorted(set(questions) - set(state.tuned), key=lambda one: (one.operation in FUSED, repr(one)))
             if not unknown:
                 continue
             if time.monotonic() > deadline:

@@ -5,7 +5,6 @@ A setup is a machine with its versions and the code. Figures of two setups are n
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections import defaultdict
@@ -45,8 +44,7 @@ class Result:
     @property
     def roofline(self) -> float | None:
         """The fraction of the roofline's speed."""
-        found = (record.roofline for record in self.records.values())
-        return next((fraction for fraction in found if fraction is not None), None)
+        return next((record.roofline for record in self.records.values() if record.roofline is not None), None)
 
     @property
     def remarks(self) -> str:
@@ -81,8 +79,7 @@ class Comparison:
 
     @property
     def op(self) -> str:
-        op, mode = self.key[:2]
-        return op if mode == "forward" else f"{op}, {mode}"
+        return self.key[0]
 
     @property
     def name(self) -> str:
@@ -159,9 +156,8 @@ class Comparison:
     @property
     def missing(self) -> list[str]:
         """The compiled baselines of a network without a figure."""
-        found = self.results
         names = strongest(self._measurement) if self.is_network else []
-        return [name for name in names if name not in found or not found[name].ran("ms")]
+        return [name for name in names if name not in self.results or not self.results[name].ran("ms")]
 
     @property
     def is_whole(self) -> bool:
@@ -174,18 +170,13 @@ class Comparison:
     def _measurement(self) -> Measurement:
         return Measurement(self.op, self.batch, self.dtype, *self.shape[2:])
 
-    @property
-    def rank(self) -> tuple[bool, int, str]:
-        """Which of several setups counts: one with ours and a baseline, with the most providers, the newest."""
-        return self.ours is not None and bool(self.others), len(self.results), self.machine.date
-
 
 @dataclass(frozen=True)
 class ResultsFolder:
     """The results of one GPU.
 
     Attributes:
-        networks, operations: one comparison for each network or operation, dtype and shape: that of the highest rank.
+        networks, operations: one comparison for each network or operation, dtype and shape, by `compare`.
         ceilings: by dtype, the newest.
     """
 
@@ -194,7 +185,7 @@ class ResultsFolder:
     operations: tuple[Comparison, ...]
     ceilings: dict[str, Ceilings]
 
-    @functools.cached_property
+    @property
     def machines(self) -> list[Machine]:
         """Those of the comparisons, newest first."""
         found = {comparison.machine for comparison in self.networks + self.operations}
@@ -224,20 +215,22 @@ def read_folder(folder: Path) -> ResultsFolder:
 
 
 def compare(records: Iterable[Record]) -> tuple[Comparison, ...]:
-    """One comparison for each measurement, of the setup of the highest rank. Later records replace earlier ones."""
+    """One comparison for each measurement. Later records replace earlier ones.
+
+    Of several setups one with ours and a baseline counts, of these that with the most providers, then the newest.
+    """
     measurements: dict[Key, dict[Machine, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record.metric != "begun":
             measurements[record.key][record.machine.setup].append(record)
-    found = [
-        max((_comparison(key, run) for run in runs.values()), key=lambda one: one.rank)
-        for key, runs in measurements.items()
-    ]
+    found = []
+    for key, runs in measurements.items():
+        setups = []
+        for run in runs.values():
+            results: dict[str, Result] = {}
+            for record in run:
+                results.setdefault(record.provider, Result(record.provider, {})).records[record.metric] = record
+            newest = max((record.machine for record in run), key=lambda machine: machine.date)
+            setups.append(Comparison(key, newest, results))
+        found.append(max(setups, key=lambda one: (bool(one.ours and one.others), len(one.results), one.machine.date)))
     return tuple(sorted(found, key=lambda one: (one.op, networks.DTYPES.index(one.dtype), one.shape[1:], one.batch)))
-
-
-def _comparison(key: Key, run: list[Record]) -> Comparison:
-    results: dict[str, Result] = {}
-    for record in run:
-        results.setdefault(record.provider, Result(record.provider, {})).records[record.metric] = record
-    return Comparison(key, max((record.machine for record in run), key=lambda machine: machine.date), results)

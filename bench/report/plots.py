@@ -22,7 +22,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ...config import PRESETS
-from ..measure.roofline import Ceilings, Part, network_parts
+from ...workload import Work
+from ..measure.roofline import Ceilings, network_parts
 from .comparison import Comparison, Result, ResultsFolder
 from .tables import CPU_RUN, number, run_of, share, times, worst_error
 
@@ -36,26 +37,23 @@ LINES: tuple[tuple[str, Callable[[str], bool], dict[str, Any]], ...] = (
     ("timm, eager", lambda name: name.startswith("timm eager"), {"color": GREY, "marker": "v"}),
     ("effformer eager, compiled", lambda name: name.startswith("ours eager,"), {"color": ORANGE, "marker": "P"}),
 )
-OPERATIONS = {
-    "meta4d": (BLUE, "o"),
-    "conv_mlp": (SKY, "s"),
-    "linear_mlp": (GREEN, "^"),
-    "attention_mixer": (GREY, "D"),
-    "bias_attention": ("#CC79A7", "v"),
-    "conv_norm": (ORANGE, "P"),
-    "head": (BLACK, "X"),
+OPERATIONS: dict[str, dict[str, Any]] = {
+    "meta4d": {"color": BLUE, "marker": "o"},
+    "conv_mlp": {"color": SKY, "marker": "s"},
+    "linear_mlp": {"color": GREEN, "marker": "^"},
+    "attention_mixer": {"color": GREY, "marker": "D"},
+    "bias_attention": {"color": "#CC79A7", "marker": "v"},
+    "conv_norm": {"color": ORANGE, "marker": "P"},
+    "head": {"color": BLACK, "marker": "X"},
 }
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 10,
     "axes.axisbelow": True,
     "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "figure.dpi": 100,
     "savefig.dpi": 200,
 }
 WIDTH = 8.0  # inches
@@ -67,34 +65,30 @@ def draw(results: ResultsFolder, folder: Path) -> list[tuple[str, str]]:
     found = []
     with plt.rc_context(STYLE):
         for name, title, figure in _pictures(results):
-            figure.savefig(folder / name, metadata={"Software": None})
-            plt.close(figure)
-            found.append((name, title))
+            if figure is not None:
+                figure.savefig(folder / name, metadata={"Software": None})
+                plt.close(figure)
+                found.append((name, title))
     return found
 
 
-def _pictures(results: ResultsFolder) -> Iterator[tuple[str, str, Figure]]:
-    """(file name, title, figure); the speed-up comes first."""
+def _pictures(results: ResultsFolder) -> Iterator[tuple[str, str, Figure | None]]:
+    """(file name, title, figure or None where the results allow none); the speed-up comes first."""
     by_size = dict.fromkeys((one.dtype, one.size) for one in results.networks)
     for kind, title, picture in (
         ("speedup", "Speed-up over the baseline", speedup),
         ("throughput", "Throughput by batch", throughput),
     ):
         for dtype, size in by_size:
-            figure = picture([one for one in results.networks if (one.dtype, one.size) == (dtype, size)], title)
-            if figure is not None:
-                yield f"{kind}-{dtype}-{size}.png", f"{title}, {dtype}, {size}", figure
+            alike = [one for one in results.networks if (one.dtype, one.size) == (dtype, size)]
+            yield f"{kind}-{dtype}-{size}.png", f"{title}, {dtype}, {size}", picture(alike, title)
     for dtype in dict.fromkeys(one.dtype for one in results.operations):
-        if dtype not in results.ceilings:
-            continue
-        operations = [one for one in results.operations if one.dtype == dtype]
-        for network in PRESETS:
-            figure = blocks(operations, network, results.ceilings[dtype])
-            if figure is not None:
+        if ceilings := results.ceilings.get(dtype):
+            alike = [one for one in results.operations if one.dtype == dtype]
+            for network in PRESETS:
+                figure = blocks(alike, network, ceilings)
                 yield f"blocks-{network}-{dtype}.png", f"Time by block, {network}, {dtype}", figure
-        figure = roofline(operations, results.ceilings[dtype])
-        if figure is not None:
-            yield f"roofline-{dtype}.png", f"Roofline, {dtype}", figure
+            yield f"roofline-{dtype}.png", f"Roofline, {dtype}", roofline(alike, ceilings)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -102,17 +96,19 @@ def _pictures(results: ResultsFolder) -> Iterator[tuple[str, str, Figure]]:
 
 def throughput(comparisons: Sequence[Comparison], title: str) -> Figure | None:
     """Images a second by batch, a panel for each network; the legend gives the largest error of each line."""
-    lines = [(label, of, style) for label, of, style in LINES if any(_fastest(one, of) for one in comparisons)]
+    lines = []
+    for label, of, style in LINES:
+        if results := [found for one in comparisons if (found := _fastest(one, of))]:
+            lines.append((of, style | {"label": f"{label} (error {worst_error(results)})"}))
     if not lines:
         return None
     networks = [(name, list(group)) for name, group in groupby(comparisons, key=lambda one: one.op)]
     figure, axes = plt.subplots(1, len(networks), figsize=(WIDTH, 4.2), squeeze=False)
     for panel, (name, group) in zip(axes[0], networks, strict=True):
         batches = sorted({one.batch for one in group})
-        for _, of, style in lines:
-            points = [(one.batch, found.value("img/s")) for one in group if (found := _fastest(one, of))]
-            if points:
-                panel.plot(*zip(*points, strict=True), markersize=5, **style)
+        for of, style in lines:
+            points = {one.batch: found.value("img/s") for one in group if (found := _fastest(one, of))}
+            panel.plot([*points.keys()], [*points.values()], markersize=5, **style)
         panel.set(title=name, xlabel="batch", xscale="log", xticks=batches, xticklabels=batches)
         panel.minorticks_off()
         panel.set_xlim(batches[0] / 1.6, batches[-1] * 1.6)
@@ -120,12 +116,7 @@ def throughput(comparisons: Sequence[Comparison], title: str) -> Figure | None:
         panel.yaxis.set_major_formatter(lambda value, _: f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}")
         panel.grid(axis="y")
     axes[0][0].set_ylabel("images / s")
-    errors = [worst_error(found for one in comparisons if (found := _fastest(one, of))) for _, of, _ in lines]
-    handles = [
-        Line2D([], [], label=f"{label} (error {error})", **style)
-        for (label, _, style), error in zip(lines, errors, strict=True)
-    ]
-    figure.legend(handles=handles, loc="lower center", ncols=3, bbox_to_anchor=(0.5, 0.09))
+    figure.legend(handles=axes[0][0].get_lines(), loc="lower center", ncols=3, bbox_to_anchor=(0.5, 0.09))
     remark = "Of several forms the fastest counts. Errors are relative to the largest value of the float64 result."
     _finish(figure, comparisons, title, remark, legend=0.5)
     return figure
@@ -160,9 +151,7 @@ def speedup(comparisons: Sequence[Comparison], title: str) -> Figure | None:
     panel.set_yticks(range(len(rows)), [f"{one.name}, batch {one.batch}" for one in comparisons])
     panel.tick_params(axis="y", length=0)
     panel.grid(axis="x")
-    panel.set_xlabel("images / s of ours frozen over those of the baseline, which stands on the right")
-    panel.xaxis.set_label_coords(0, -0.32 / (height - 1.1))
-    panel.xaxis.label.set_horizontalalignment("left")
+    panel.set_xlabel("images / s of ours frozen over those of the baseline, which stands on the right", loc="left")
     _finish(figure, comparisons, title)
     figure.subplots_adjust(left=0.14, right=0.58, bottom=0.78 / height, top=1 - 0.36 / height)
     return figure
@@ -183,41 +172,40 @@ def blocks(operations: Sequence[Comparison], network: str, ceilings: Ceilings) -
         return None
     batch, dtype = _telling_batch(ran), getattr(torch, ran[0].dtype)
     parts = network_parts(PRESETS[network], batch, (224, 224), dtype)
-    found = [next((one for one in ran if _is_of(one, part)), None) for part in parts]
-    if not any(found):
+    found = [next((one for one in ran if _is_of(one, work)), None) for work, _ in parts]
+    measured = [one for one in found if one is not None]
+    if not measured:
         return None
     figure, panel = plt.subplots(figsize=(WIDTH, 0.3 * len(parts) + 1.75))
-    least = [1e6 * part.count * part.least_time(ceilings) for part in parts]
-    taken = [
-        None if one is None or one.ours is None else 1e3 * part.count * (one.ours.value("ms") or math.nan)
-        for part, one in zip(parts, found, strict=True)
-    ]
-    reach = max(filter(None, [*least, *taken]))
-    for row, (low, time, one) in enumerate(zip(least, taken, found, strict=True)):
-        text = f"roofline {number(low)}, not measured"
-        panel.barh(row, low, 0.7, color=GREY if time is None else BLUE, hatch="..." if time is None else None,
-                   edgecolor="white")  # fmt: skip
-        if time is not None:
+    known, reach = [], 0.0  # (least time, our time) of the parts that were measured; the longest bar
+    for row, ((work, amounts), one) in enumerate(zip(parts, found, strict=True)):
+        low = time = 1e6 * work.count * ceilings.least_time(*amounts)
+        text = f" roofline {number(low)}, not measured"
+        style: dict[str, Any] = {"color": GREY, "hatch": "..."}
+        if one is not None and one.ours is not None:
+            time = 1e3 * work.count * (one.ours.value("ms") or math.nan)
+            known.append((low, time))
             panel.barh(row, max(time - low, 0), 0.7, left=low, color=ORANGE, edgecolor="white")
-            error = worst_error([one.ours if one else None])
-            text = f"{number(time)} ({share(low / time)} of the roofline), error {error}"
-        panel.text(max(low, time or 0) + 0.01 * reach, row, text, va="center", fontsize=8)
-    panel.set_yticks(range(len(parts)), [f"{p.name}{f', x {p.count}' if p.count > 1 else ''}" for p in parts])
+            text = f" {number(time)} ({share(low / time)} of the roofline), error {worst_error([one.ours])}"
+            style = {"color": BLUE}
+        panel.barh(row, low, 0.7, edgecolor="white", **style)
+        panel.text(max(low, time), row, text, va="center", fontsize=8)
+        reach = max(reach, low, time)
+    panel.set_yticks(range(len(parts)), [f"{w.part}{f', x {w.count}' if w.count > 1 else ''}" for w, _ in parts])
     panel.set(xlim=(0, 1.65 * reach), ylim=(len(parts) - 0.4, -0.6), xlabel=f"µs in a forward of batch {batch}")
     panel.tick_params(axis="y", length=0)
     panel.grid(axis="x")
     handles = [Patch(color=color) for color in (BLUE, ORANGE)]
     panel.legend(handles, ["at the roofline", "ours, beyond it"], loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-    known = [(low, time) for low, time in zip(least, taken, strict=True) if time is not None]
     total = f"{len(known)} of {len(parts)} parts measured: {number(sum(time for _, time in known))} µs, "
     total += f"at the roofline {number(sum(low for low, _ in known))} µs"
-    _finish(figure, [one for one in found if one is not None], f"{network}: time by block", total)
+    _finish(figure, measured, f"{network}: time by block", total)
     return figure
 
 
-def _is_of(comparison: Comparison, part: Part) -> bool:
-    alike = (comparison.op, comparison.shape) == (part.op, part.shape)
-    return alike and part.options.items() <= comparison.options.items()
+def _is_of(comparison: Comparison, work: Work) -> bool:
+    alike = (comparison.op, comparison.shape) == (work.operation, work.shape)
+    return alike and work.options.items() <= comparison.options.items()
 
 
 def roofline(operations: Sequence[Comparison], ceilings: Ceilings) -> Figure | None:
@@ -234,8 +222,7 @@ def roofline(operations: Sequence[Comparison], ceilings: Ceilings) -> Figure | N
     peak, ridge = ceilings.flops / 1e12, ceilings.flops / ceilings.bandwidth
     intensities, speeds = [ridge], [peak]
     for one in found:
-        color, marker = OPERATIONS[one.op]
-        other, own = one.baseline("ms"), one.ours
+        other, own, style = one.baseline("ms"), one.ours, OPERATIONS[one.op]
         assert own is not None
         y = own.value("TFLOP/s") or 0.0
         x = 1e3 * y / (own.value("GB/s") or math.nan)
@@ -243,9 +230,9 @@ def roofline(operations: Sequence[Comparison], ceilings: Ceilings) -> Figure | N
         speeds.append(y)
         if other is not None and other.ran("TFLOP/s"):
             speeds.append(other.value("TFLOP/s") or 0.0)
-            panel.plot([x, x], [speeds[-1], y], color=color, linewidth=0.9, alpha=0.7)
-            panel.plot(x, speeds[-1], marker, markersize=6, markerfacecolor="white", markeredgecolor=color)
-        panel.plot(x, y, marker, markersize=6.5, color=color, markeredgecolor="white", markeredgewidth=0.5)
+            panel.plot([x, x], [speeds[-1], y], color=style["color"], linewidth=0.9, alpha=0.7)
+            panel.plot(x, speeds[-1], markersize=6, markerfacecolor="white", **style)
+        panel.plot(x, y, markersize=6.5, markeredgecolor="white", markeredgewidth=0.5, **style)
     left, right = min(intensities) / 2, max(intensities) * 2
     low = left * ceilings.bandwidth / 1e12
     panel.plot([left, ridge, right], [low, peak, peak], color="black", linewidth=1.3, zorder=1)
@@ -254,12 +241,9 @@ def roofline(operations: Sequence[Comparison], ceilings: Ceilings) -> Figure | N
     panel.text(right, 1.1 * peak, f"{number(peak)} TFLOP/s ", ha="right")
     panel.text(1.15 * left, 2.2 * low, f"{number(ceilings.bandwidth / 1e12)} TB/s", ha="left")
     panel.grid()
-    markers = {
-        op: {"color": OPERATIONS[op][0], "marker": OPERATIONS[op][1]} for op in dict.fromkeys(o.op for o in found)
-    }
-    markers |= {"ours": {"color": GREY, "marker": "o"}}
-    markers |= {"fastest other": {"color": GREY, "marker": "o", "markerfacecolor": "white"}}
-    handles = [Line2D([], [], linestyle="", label=label, **style) for label, style in markers.items()]  # type: ignore[arg-type]
+    markers = {one.op: OPERATIONS[one.op] for one in found} | {"ours": {"color": GREY, "marker": "o"}}
+    markers |= {"fastest other": markers["ours"] | {"markerfacecolor": "white"}}
+    handles = [Line2D([], [], linestyle="", label=label, **style) for label, style in markers.items()]
     figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.07), ncols=5)
     remark = f"Largest error of ours: {worst_error(one.ours for one in found)}, relative to the largest float64 value."
     _finish(figure, found, f"Roofline at batch {batch}", remark, legend=0.45)

@@ -75,7 +75,8 @@ def with_results(readme: str, found: Sequence[ResultsFolder], folder: Path) -> s
 
 
 def _section(results: ResultsFolder, folder: Path) -> Iterator[str]:
-    shown = [one for one in results.networks if is_shown(one)]
+    shown = [one for one in results.networks if (one.dtype, one.size) == (DTYPE, SIZE) and one.batch in BATCHES]
+    shown = [one for one in shown if one.is_whole]  # of others the strongest baseline is not known
     if not shown:
         return
     shown.sort(key=lambda one: (one.op, BATCHES.index(one.batch)))
@@ -92,11 +93,6 @@ def _section(results: ResultsFolder, folder: Path) -> Iterator[str]:
         yield f"To be read with care: {'; '.join(doubts)}."
     picture = results.folder.resolve() / "report" / f"speedup-{DTYPE}-{SIZE}.png"
     yield f"![Speed-up over the baseline]({Path(os.path.relpath(picture, folder)).as_posix()})"
-
-
-def is_shown(comparison: Comparison) -> bool:
-    """Whether it belongs in the table: of a whole measurement alone the strongest baseline is known."""
-    return (comparison.dtype, comparison.size) == (DTYPE, SIZE) and comparison.batch in BATCHES and comparison.is_whole
 
 
 def _row(comparison: Comparison) -> dict[str, str]:

@@ -91,31 +91,28 @@ def words(value: Any) -> str:
 
 def provider_rows(comparison: Comparison) -> list[Row]:
     """A row for each provider; speed-ups are over the baseline, which is marked."""
-    metric = "img/s" if comparison.is_network else "ms"
+    of_network = comparison.is_network
+    metric, time, scale = ("img/s", "ms p50 (p20 to p80)", 1.0) if of_network else ("ms", "µs p50 (p20 to p80)", 1e3)
     baseline = comparison.baseline(metric)
     rows = []
     for result in comparison.results.values():
         name = result.provider + (" (the baseline)" if result is baseline else "")
-        row = {"provider": name}
-        if comparison.is_network:
-            row |= {"img/s": number(result.value("img/s")), "x baseline": times(comparison.ratio(result, metric)),
-                    "ms p50 (p20 to p80)": _spread(result), "p99 ms": number(result.value("p99 ms")),
-                    "peak MiB": number(result.value("peak MiB"))}  # fmt: skip
-        else:
-            row |= {"µs p50 (p20 to p80)": _spread(result, 1e3), "x baseline": times(comparison.ratio(result, metric)),
-                    "GB/s": number(result.value("GB/s")), "TFLOP/s": number(result.value("TFLOP/s"))}  # fmt: skip
+        ratio = times(comparison.ratio(result, metric))
+        row = {"provider": name, "img/s": number(result.value("img/s")), "x baseline": ratio}
+        row |= {time: _spread(result, scale)}
+        row |= {metric: number(result.value(metric)) for metric in ("p99 ms", "peak MiB", "GB/s", "TFLOP/s")}
         row |= {"of roofline": share(result.roofline)}
         row |= {metric: error(result.value(metric)) for metric in ("max error", "mean error")}
         row |= {"top-1 agreement": share(result.value("top-1 agreement"))}
         row |= {metric: number(result.value(metric)) for metric in ("compile s", "first call s")}
         if result.not_run is not None:
-            row = dict.fromkeys(row, "") | {"provider": name, [*row][1]: "not run"}
+            row = dict.fromkeys(row, "") | {"provider": name, "img/s" if of_network else time: "not run"}
         details = {name: value for name, value in result.details.items() if name not in ("options", "where")}
         rows.append(row | {"remarks": result.remarks, "details": words(details)})
     return rows
 
 
-def _spread(result: Result, scale: float = 1.0) -> str:
+def _spread(result: Result, scale: float) -> str:
     record = result.records.get("ms")
     if record is None:
         return ""
@@ -162,13 +159,8 @@ def machine_rows(machines: Iterable[Machine]) -> list[Row]:
     return list(rows.values())
 
 
-def title_of(comparison: Comparison) -> str:
-    """The measurement in words."""
-    shape = "x".join(map(str, comparison.shape))
-    return ", ".join(filter(None, [comparison.op, shape, comparison.dtype, words(comparison.options)]))
-
-
 def as_text(comparison: Comparison) -> str:
     """One comparison for a terminal."""
-    doubts = f"\n{comparison.doubts}" if comparison.doubts else ""
-    return f"{title_of(comparison)}\n{table(provider_rows(comparison), LONG)}{doubts}"
+    shape = "x".join(map(str, comparison.shape))
+    title = ", ".join(filter(None, [comparison.op, shape, comparison.dtype, words(comparison.options)]))
+    return "\n".join(filter(None, [title, table(provider_rows(comparison), LONG), comparison.doubts]))

@@ -33,11 +33,6 @@ class LabelledImages:
     targets: tuple[int, ...]
     ignored: tuple[Path, ...] = ()
 
-    @property
-    def folders(self) -> int:
-        """Class folders that they come from."""
-        return len(set(self.targets))
-
     def spread(self, limit: int) -> LabelledImages:
         """At most `limit` images, evenly spaced over all of them; the same ones every time."""
         total, count = len(self.paths), min(limit, len(self.paths))
@@ -245,13 +240,13 @@ def evaluate(
         for backend, batches in judged.items():
             ahead, prediction = torch.cat(batches, dim=1)
             likeliest.append(prediction)
-            hits = [int(((ahead >= 0) & (ahead < places)).sum()) / count for places in (1, 5)]
+            top1, top5 = (int(((ahead >= 0) & (ahead < places)).sum()) / count for places in (1, 5))
             forward = None
             if backend == "eager" or not interpreted:
                 set_backend(network, backend)
                 forward = measure(lambda: network(timed), weight.device)
             speed = None if forward is None else 1e3 * len(timed) / forward.p50
-            scores[backend] = Score(*hits, int((ahead < 0).sum()), speed, forward)
+            scores[backend] = Score(top1, top5, int((ahead < 0).sum()), speed, forward)
     finally:
         set_backend(network, "auto")
     return Evaluation(

@@ -13,8 +13,6 @@ from torch import Tensor
 from ..model.network import EfficientFormer
 from .images import PICTURE_SUFFIX, Preprocessing, draw_features, open_image, read_batches
 
-FEATURES_SUFFIX = ".features.safetensors"
-
 
 @dataclass(frozen=True)
 class ImageFeatures:
@@ -41,7 +39,7 @@ class ImageFeatures:
             OSError: where they cannot be written.
         """
         stem = (folder or self.path.parent) / self.path.name
-        features, picture = Path(f"{stem}{FEATURES_SUFFIX}"), Path(f"{stem}{PICTURE_SUFFIX}")
+        features, picture = Path(f"{stem}.features.safetensors"), Path(f"{stem}{PICTURE_SUFFIX}")
         tensors = {f"stage{index}": feature for index, feature in enumerate(self.maps, 1)} | {"pooled": self.pooled}
         if self.logits is not None:
             tensors["logits"] = self.logits

@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 
 # `effformer run` writes these; they must not be inputs of the next run.
 PICTURE_SUFFIX = ".features.png"
-WORKERS = min(8, os.cpu_count() or 1)  # processes that decode
 
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"
 )  # fmt: skip
-
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")  # of Pillow
+WORKERS = min(8, os.cpu_count() or 1)  # processes that decode
 
 
 def _each(rule: Rule, count: int) -> Rule:
@@ -41,7 +39,7 @@ _RULES = {
     "size": _each(POSITIVE_INT, 2),
     "mean": _each(FINITE, 3),
     "std": _each(POSITIVE, 3),
-    "interpolation": one_of(_INTERPOLATIONS),
+    "interpolation": one_of(("nearest", "bilinear", "bicubic", "lanczos")),
     "crop_pct": Rule("a number above 0, at most 1", lambda value: is_number(value) and 0 < value <= 1),
 }
 
@@ -179,7 +177,7 @@ def read_batches(
     starts = range(0, len(paths), batch_size)
     workers = min(workers, len(starts)) if len(starts) > 1 else 0  # one batch takes no longer than starting a process
     # Bytes go through a pipe. Tensors would need shared memory, of which containers have little.
-    batches = DataLoader(
+    batches: Iterable[list[bytes | str]] = DataLoader(
         paths,  # type: ignore[arg-type]  # a sequence will do
         batch_size,
         num_workers=workers,

@@ -25,8 +25,7 @@ from ..model.network import EfficientFormer, set_backend
 from ..ops import why_not_triton
 from ..testing import Case, draw_case, draw_map, float32_as_such, randomise, unwritten_is_nan
 from ..workload import OPERATIONS, network_work
-from .verify_report import NETWORK, Outcome, Ran
-from .verify_report import Check as Check
+from .verify_report import NETWORK, Check, Outcome, Ran
 
 if TYPE_CHECKING:
     from ..kernels.launch import Launch

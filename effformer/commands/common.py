@@ -157,8 +157,9 @@ def printer(as_json: bool) -> Callable[[str], None]:
 
 
 def print_json(facts: dict[str, Any]) -> None:
-    """Print `facts`, with names in place of paths, devices and dtypes."""
-    print(json.dumps(facts, indent=2, allow_nan=False, default=lambda value: str(value).removeprefix("torch.")))
+    """Print `facts`: names for paths, devices and dtypes, null for NaN and infinities, which JSON does not have."""
+    text = json.dumps(facts, default=lambda value: str(value).removeprefix("torch."))
+    print(json.dumps(json.loads(text, parse_constant=lambda constant: None), indent=2))
 
 
 def report_failures(failures: Mapping[Path, str], total: int) -> int:

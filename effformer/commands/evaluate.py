@@ -50,11 +50,11 @@ def main(arguments: argparse.Namespace) -> int:
     with tqdm(total=len(images.paths), unit="image", disable=None) as bar:
         result = evaluate(network, images, preprocessing, batch_size=arguments.batch_size, progress=bar.update)
 
-    status = common.report_failures(result.failures, len(images.paths))
+    folders, status = len(set(images.targets)), common.report_failures(result.failures, len(images.paths))
     if arguments.json:
         facts |= {
             "folder": arguments.folder,
-            "class_folders": images.folders,
+            "class_folders": folders,
             "images_found": len(found.paths),
             "ignored": found.ignored,
             "versions": versions(),
@@ -65,7 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
         }
         common.print_json(facts)
         return status
-    print(f"images:   {result.images} of {len(found.paths)}, from {images.folders} class folders")
+    print(f"images:   {result.images} of {len(found.paths)}, from {folders} class folders")
     if found.ignored:
         print(f"ignored:  {len(found.ignored)} files without an image's suffix, such as {found.ignored[0]}")
     print(result)

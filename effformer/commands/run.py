@@ -14,7 +14,6 @@ For example:
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +74,8 @@ def main(arguments: argparse.Namespace) -> int:
     if not has_head:
         say("top 5:    none, without a classification head that is trained")
     metadata = {"model": facts["model"], "weights": facts["weights"], "effformer": __version__}
-    last, images, failures = None, [], {}
+    failures: dict[Path, str] = {}
+    last, images = None, []
     with tqdm(total=len(paths), unit="image", disable=True if alone else None) as bar:
         for batch, unread in extract(network, paths, preprocessing, size, has_head=has_head):
             failures |= unread
@@ -110,7 +110,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _describe(features: ImageFeatures, labels: Sequence[str] | None, *, whole: bool) -> str:
     """One line for an image among many, or all lines for a single one."""
-    likeliest = [f"{probability:6.2%}  {name}" for probability, _, name in _top5(features.logits, labels)]
+    likeliest = [f"{one['probability']:6.2%}  {one['name']}" for one in _top5(features.logits, labels)]
     norm = features.pooled.float().norm()
     if not whole:
         return "  ".join([str(features.path), f"pooled norm {norm:.4g}", *likeliest[:1]])
@@ -124,26 +124,21 @@ def _describe(features: ImageFeatures, labels: Sequence[str] | None, *, whole: b
 
 
 def _facts(features: ImageFeatures, labels: Sequence[str] | None) -> dict[str, Any]:
-    """An image's results for --json; null stands for NaN and infinities, which JSON does not have."""
+    """An image's results for --json."""
     return {
-        "image": str(features.path),
-        "maps": [list(feature.shape) for feature in features.maps],
-        "pooled_norm": _finite(features.pooled.float().norm().item()),
-        "top5": [
-            {"class": index, "name": name, "probability": _finite(probability)}
-            for probability, index, name in _top5(features.logits, labels)
-        ],
+        "image": features.path,
+        "maps": [feature.shape for feature in features.maps],
+        "pooled_norm": features.pooled.float().norm().item(),
+        "top5": _top5(features.logits, labels),
     }
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _top5(logits: torch.Tensor | None, labels: Sequence[str] | None) -> list[tuple[float, int, str]]:
-    """(probability, class, its name) of the five likeliest classes; empty without logits."""
+def _top5(logits: torch.Tensor | None, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+    """The five likeliest classes, by number and name; empty without logits."""
     if logits is None:
         return []
-    probabilities, classes = logits.float().softmax(dim=0).topk(min(5, logits.numel()))
-    names = [f"class {index}" if labels is None else labels[index] for index in classes.tolist()]
-    return list(zip(probabilities.tolist(), classes.tolist(), names, strict=True))
+    found = logits.float().softmax(dim=0).topk(min(5, logits.numel()))
+    return [
+        {"class": index, "name": labels[index] if labels else f"class {index}", "probability": probability}
+        for probability, index in zip(found.values.tolist(), found.indices.tolist(), strict=True)
+    ]
