@@ -51,13 +51,9 @@ def attention_mixer_launches(
 
 
 def _implementation(x: Tensor, *arguments: Any) -> Tensor:
-    out = new_tokens(x, x.shape[2])
+    out = new_tokens(x)
     run(*attention_mixer_launches(dense_tokens(x), *packed(*arguments), out=out))
     return out
-
-
-def _fake(x: Tensor, *arguments: Any) -> Tensor:
-    return new_tokens(x, x.shape[2])
 
 
 attention_mixer = register(
@@ -65,5 +61,5 @@ attention_mixer = register(
     "Tensor proj_weight, Tensor scale, Tensor shift, int num_heads, int key_dim, float eps, "
     "bool prepared=False) -> Tensor",
     _implementation,
-    _fake,
+    new_tokens,
 )

@@ -274,10 +274,8 @@ def _implementation(qkv: Tensor, bias: Tensor, num_heads: int, key_dim: int) -> 
     return out
 
 
-def _fake(qkv: Tensor, bias: Tensor, num_heads: int, key_dim: int) -> Tensor:
-    return new_values(qkv, num_heads, key_dim)
-
-
 bias_attention = register(
-    "bias_attention(Tensor qkv, Tensor bias, int num_heads, int key_dim) -> Tensor", _implementation, _fake
+    "bias_attention(Tensor qkv, Tensor bias, int num_heads, int key_dim) -> Tensor",
+    _implementation,
+    lambda qkv, bias, num_heads, key_dim: new_values(qkv, num_heads, key_dim),
 )

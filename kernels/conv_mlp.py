@@ -24,13 +24,9 @@ def _implementation(x: Tensor, *arguments: Any) -> Tensor:
     return filled_map(x, lambda source, out: conv_mlp_launches(source, *packed(*arguments), out=out))
 
 
-def _fake(x: Tensor, *arguments: Any) -> Tensor:
-    return new_map(x)
-
-
 conv_mlp = register(
     "conv_mlp(Tensor x, Tensor weight1, Tensor scale1, Tensor shift1, Tensor weight2, Tensor scale2, Tensor shift2, "
     "str activation, bool deterministic=True) -> Tensor",
     _implementation,
-    _fake,
+    new_map,
 )

@@ -7,8 +7,6 @@ again; with many images that is most of what is read, and pooling and matrix pro
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -200,12 +198,8 @@ def _implementation(
     return out
 
 
-def _fake(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor | None, *arguments: Any) -> Tensor:
-    return new_logits(x, weight)
-
-
 head = register(
     "head(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     _implementation,
-    _fake,
+    lambda x, norm_weight, norm_bias, weight: new_logits(x, weight),
 )

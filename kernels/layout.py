@@ -131,9 +131,10 @@ def filled_map(x: Tensor, launches: Callable[[Tensor, Tensor], list[Launch]]) ->
     return out if target is out else out.copy_(target)
 
 
-def new_tokens(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty contiguous [B, N, channels] for tokens x [B, N, ...]."""
-    return torch.empty((x.shape[0], x.shape[1], channels), dtype=dtype or x.dtype, device=x.device)
+def new_tokens(x: Tensor, channels: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty contiguous [B, N, channels] for tokens x [B, N, C]; `channels` and `dtype` are x's by default."""
+    shape = (x.shape[0], x.shape[1], x.shape[2] if channels is None else channels)
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
 
 
 def packed(*arguments: Any) -> Iterator[Any]:

@@ -49,18 +49,14 @@ def linear_mlp_launches(
 
 
 def _implementation(x: Tensor, *arguments: Any) -> Tensor:
-    out = new_tokens(x, x.shape[2])
+    out = new_tokens(x)
     run(*linear_mlp_launches(dense_tokens(x), *packed(*arguments), out=out))
     return out
-
-
-def _fake(x: Tensor, *arguments: Any) -> Tensor:
-    return new_tokens(x, x.shape[2])
 
 
 linear_mlp = register(
     "linear_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight1, Tensor shift1, Tensor weight2, "
     "Tensor scale2, Tensor shift2, str activation, float eps, bool deterministic=True) -> Tensor",
     _implementation,
-    _fake,
+    new_tokens,
 )

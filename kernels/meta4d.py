@@ -188,13 +188,9 @@ def _implementation(x: Tensor, *arguments: Any) -> Tensor:
     return filled_map(x, lambda source, out: meta4d_launches(source, *packed(*arguments), out=out))
 
 
-def _fake(x: Tensor, *arguments: Any) -> Tensor:
-    return new_map(x)
-
-
 meta4d = register(
     "meta4d(Tensor x, Tensor layer_scale1, Tensor weight1, Tensor scale1, Tensor shift1, Tensor weight2, "
     "Tensor scale2, Tensor shift2, str activation, bool deterministic=True) -> Tensor",
     _implementation,
-    _fake,
+    new_map,
 )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,8 @@ def register(schema: str, implementation: Callable[..., Tensor], fake: Callable[
 
     The operators have no gradient. `effformer.ops` never asks for one; PyTorch warns whoever calls them by hand and
     does. (An autograd kernel that raises would cost 5 µs at each call.)
-    Fakes allocate with the functions the implementations allocate with, so that strides agree.
+    A fake is the function that the implementation allocates with, so that strides agree. It takes the first arguments,
+    as many as it needs.
     """
     name = schema.partition("(")[0]
     IMPLEMENTATIONS[name] = implementation
@@ -30,7 +32,8 @@ def register(schema: str, implementation: Callable[..., Tensor], fake: Callable[
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _LIBRARY.impl(name, implementation, "CUDA")
     _LIBRARY.impl(name, implementation if INTERPRETED else _needs_interpreter, "CPU")
-    torch.library.register_fake(f"effformer::{name}", fake, lib=_LIBRARY)
+    needed = sum(one.default is one.empty for one in inspect.signature(fake).parameters.values())
+    torch.library.register_fake(f"effformer::{name}", lambda *arguments: fake(*arguments[:needed]), lib=_LIBRARY)
     return getattr(torch.ops.effformer, name).default
 
 

@@ -165,7 +165,7 @@ MUTANTS = (
     Mutant("prepared keys beyond the last not masked", "kernels/bias_attention.py", "value=-torch.inf", "value=0.0"),
     Mutant("prepared mask forgotten", "kernels/bias_attention.py", "torch.where(bias.isinf(), bias, ", "torch.where(bias.isnan(), bias, "),
     # registration and choice
-    Mutant("fake of another layout", "kernels/meta4d.py", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x)", "def _fake(x: Tensor, *arguments: Any) -> Tensor:\n    return new_map(x.contiguous())"),
+    Mutant("fake of another layout", "kernels/meta4d.py", "    _implementation,\n    new_map,", "    _implementation,\n    lambda x: new_map(x.contiguous()),"),
     Mutant("gradients silently lost", "effformer/backend.py", "backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)", "backward = False"),
     Mutant("tangents silently lost", "effformer/backend.py", "forward_ad._current_level >= 0", "False"),
     Mutant("autocast ignored", "effformer/backend.py", "return torch.get_autocast_dtype(x.device.type) if", "return x.dtype if"),

@@ -28,17 +28,13 @@ class CeilingTimes:
     copy: Timing
 
     @property
-    def flops(self) -> int:
-        return 2 * self.side**3
-
-    @property
     def ceilings(self) -> Ceilings:
         """From the medians; a copy counts bytes read and bytes written."""
-        return Ceilings(1e3 * self.flops / self.product.p50, 1e3 * 2 * self.copied / self.copy.p50)
+        return Ceilings(2e3 * self.side**3 / self.product.p50, 1e3 * 2 * self.copied / self.copy.p50)
 
     def records(self, machine: Machine) -> list[Record]:
         """Operation "matmul" in TFLOP/s, of shape [M, N, K], and "copy" in GB/s, of shape [elements]."""
-        product = speed(self.flops / 1e12, self.product)
+        product = speed(2 * self.side**3 / 1e12, self.product)
         copy = speed(2 * self.copied / 1e9, self.copy)
         name, elements = describe_dtype(self.dtype), self.copied // self.dtype.itemsize
         return [
