@@ -13,8 +13,8 @@ from .tables import CPU_RUN, machine_rows, number, provider_rows, run_of, summar
 BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 DTYPE, SIZE, BATCHES = "bfloat16", "224x224", (256, 1)
 NOTHING = (
-    "No comparison is complete yet: it needs every form of timm's network on one GPU. `effformer bench` measures them,\n"
-    "and `effformer bench report --readme README.md` writes the table here, from the results files."
+    "No comparison is complete yet: it needs every form of timm's network on one GPU. `effformer bench` measures\n"
+    "them, and `effformer bench report --readme README.md` writes the table here, from the results files."
 )
 SUMMARY = (
     "Two figures are those of the baseline / ours frozen. The baseline is the fastest form of timm's network; where "
