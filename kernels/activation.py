@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# NetsPresso's name -> the kernels'.
+# NetsPresso's name -> that of the kernels.
 NAMES = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "hard_swish": "hard_swish"}
 
 # The same by PyTorch, beside the vendor's library.
@@ -48,7 +48,7 @@ def form(activation: str, dtype: torch.dtype) -> str:
 
 @triton.constexpr_function
 def gain(form):
-    """What `activate` multiplies the activation by, for the step after it to divide by.
+    """The factor that `activate` multiplies the activation by; the next step divides by it.
 
     The double saves an instruction. It is infinite above 1.7e38, half of bfloat16's range; float16 has no such room.
     """
@@ -79,6 +79,6 @@ def activate(x, FORM: tl.constexpr):
 @triton.jit
 def gelu_tail(x, DOUBLINGS: tl.constexpr):
     """2**DOUBLINGS * (relu(x) - gelu(x)): falls to nothing on both sides."""
-    b = tl.minimum(tl.abs(x), EXP3_CAP)  # beyond, nothing is left; of infinity it would be NaN
+    b = tl.minimum(tl.abs(x), EXP3_CAP)  # beyond it the term is 0; for infinity it would be NaN
     p = ((EXP3[3] * b + EXP3[2]) * b + EXP3[1]) * b + (EXP3[0] + DOUBLINGS)
     return b * tl.math.exp2(p)

@@ -34,7 +34,7 @@ def attention_mixer_launches(
     *,
     out: Tensor,
 ) -> list[Launch]:
-    """Norm, QKV, attention, projection; what lies between them has the weights' dtype.
+    """Norm, QKV, attention, projection. Results between them have the weights' dtype.
 
     `prepared`: the bias is what `prepare_bias` returned for that dtype.
     """

@@ -20,11 +20,11 @@ from .rows import channel_mask, channels_of, split, width
 from .tiling.choose import Question, attention_config
 from .tiling.device import device_of
 
-# Values of a head that one program computes; more of them are split over programs.
+# The most values of a head that one program computes; several programs share more.
 MOST_VALUES = 256
-# Up to here offsets are counted in 32 bits: half of what these hold, and tiles reach beyond the last token.
+# Offsets up to here are counted in 32 bits: half of their range, since tiles reach beyond the last token.
 MOST_OFFSET = 2**30
-# No finite bias, divided by the scale, counts for more: float32 has room for a product beside it.
+# Bound of a finite bias divided by the scale: float32 has room for a product beside it.
 MOST_SCORE = tl.constexpr(1e38)
 
 
@@ -62,7 +62,7 @@ def bias_attention_kernel(
     i_h = i_bh % HEADS
     i_b = (i_bh // HEADS).to(tl.int64)
 
-    if DENSE:  # constants, which become part of the instructions
+    if DENSE:  # constants become part of the instructions
         stride_qn = HEADS * (2 * KEY_DIM + VALUE_DIM)
         stride_qc = 1
     r = tl.arange(0, BLOCK_M)
@@ -72,7 +72,7 @@ def bias_attention_kernel(
     p_values = p_head + (2 * KEY_DIM + i_v * BLOCK_V).to(tl.int64) * stride_qc
     p_queries = p_head + first_row * stride_qn
     p_bias = bias_ptr + i_h.to(tl.int64) * stride_bh + first_row * stride_bm
-    # A prepared bias is read without a mask: rows that do not exist take the last one's.
+    # A prepared bias is read without a mask: rows beyond the last read the last one.
     r_bias = tl.minimum(r, N - 1 - i_m * BLOCK_M) if PREPARED else r
     p_bias += _times(r_bias, stride_bm, DENSE)[:, None]
 
@@ -89,7 +89,7 @@ def bias_attention_kernel(
             b_q, p_head, p_bias, inside, n, N, stride_qn, stride_qc, stride_bn,
             KEY_DIM, KEY_WIDTHS, SCALE, DENSE, PREPARED, PRECISION,
         )  # fmt: skip
-        # The difference first: a fused b_s * TO_BITS - maximum would leave the maximum's rounding error, of any size.
+        # Subtract first: a fused b_s * TO_BITS - maximum would keep the rounding error of the maximum, of any size.
         b_p = tl.math.exp2((b_s - tl.max(b_s, 1)[:, None]) * TO_BITS)
         b_sum = tl.sum(b_p, 1)
         b_acc = ()
@@ -109,7 +109,7 @@ def bias_attention_kernel(
                 KEY_DIM, KEY_WIDTHS, SCALE, DENSE, PREPARED, PRECISION,
             )  # fmt: skip
             b_new = tl.maximum(b_max, tl.max(b_s, 1))
-            # A row that has seen -inf alone has no maximum yet to subtract.
+            # A row of -inf alone has not met a maximum to subtract yet.
             shift = tl.where(b_new == -float("inf"), 0.0, b_new)
             b_p = tl.math.exp2((b_s - shift[:, None]) * TO_BITS)
             fade = tl.math.exp2((b_max - shift) * TO_BITS)
@@ -191,7 +191,7 @@ def _value_mask(
 
 
 def prepare_bias(bias: Tensor, key_dim: int, value_dim: int, dtype: torch.dtype) -> Tensor:
-    """bias [heads, N, N] as the kernel adds it to q · kᵀ: once, where it stays the same over many calls.
+    """Convert bias [heads, N, N] to the form that the kernel adds to q · kᵀ, once for many calls.
 
     Divided by the scale, and padded to whole tiles of keys, those of attention in `dtype` with `value_dim` values a
     head; -inf for keys that do not exist. float32 [heads, N, K].

@@ -23,7 +23,7 @@ from .rows import channels_of, cut, locate, split, start, width
 from .tiling.choose import Question, conv_config
 from .tiling.device import device_of
 
-GATHERED = 15  # channels up to which a map is read as it lies
+GATHERED = 15  # the most channels of a map that is read in its own layout
 PIXEL_OFFSET = 120  # taken from uint8, see `effformer.ops.conv_norm`
 
 
@@ -58,12 +58,12 @@ def conv_norm_kernel(
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    # The column tiles of one row tile run side by side, so that its rows come from L2 but once from memory.
+    # The column tiles of one row tile run side by side: its rows come from memory once, then from L2.
     i_n = tl.program_id(0) % tl.cdiv(OUTPUTS, BLOCK_N)
     i_m = tl.program_id(0) // tl.cdiv(OUTPUTS, BLOCK_N)
     row, b, h, w, inside = locate(i_m, rows, OUT_H, OUT_W, BLOCK_M)
     y, x = 2 * h - 1, 2 * w - 1  # of the first tap
-    # A stride is so many times UNIT elements: what is known to divide them tells the compiler how wide it may load.
+    # Strides count UNIT elements: a known divisor tells the compiler how wide it may load.
     p_x = x_ptr + ((b.to(tl.int64) * units_xb + y.to(tl.int64) * units_xh + x.to(tl.int64) * units_xw) * UNIT)[:, None]
 
     b_acc = ()
@@ -85,7 +85,7 @@ def conv_norm_kernel(
         for step in tl.range(0, 9 * tl.cdiv(C, BLOCK_K), num_stages=NUM_STAGES):
             tap = step // tl.cdiv(C, BLOCK_K)
             first = step % tl.cdiv(C, BLOCK_K) * BLOCK_K
-            # In 64 bits, of a number that the interpreter has as Python's.
+            # In 64 bits; in the interpreter the number is a Python int.
             dy, dx = tl.full((), 0, tl.int64) + tap // 3, tl.full((), 0, tl.int64) + tap % 3
             mask = (_within(y + tap // 3, H) & _within(x + tap % 3, W))[:, None]
             p_tap = p_x + ((dy * units_xh + dx * units_xw) * UNIT + first)

@@ -39,11 +39,11 @@ def head_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    # The class tiles of one image run side by side, so that its tokens come from L2 but once from memory.
+    # The class tiles of one image run side by side: its tokens come from memory once, then from L2.
     i_n = tl.program_id(0) % tl.cdiv(CLASSES, BLOCK_N)
     i_b = (tl.program_id(0) // tl.cdiv(CLASSES, BLOCK_N)).to(tl.int64)
     n = i_n * BLOCK_N + tl.arange(0, BLOCK_W)
-    b_weight = _class_rows(weight_ptr, n, C, CLASSES, BLOCK_C)  # under way while the tokens are pooled
+    b_weight = _class_rows(weight_ptr, n, C, CLASSES, BLOCK_C)  # loads while the tokens are pooled
     p_x = x_ptr + i_b * stride_xb
     b_pooled = _mean_of_tokens(p_x, norm_weight_ptr, norm_bias_ptr, N, eps, stride_xn, C, BLOCK_T, BLOCK_C)
     for i in tl.static_range(BLOCK_N // BLOCK_W):
@@ -92,7 +92,7 @@ def _mean_of_tokens(
         b_x = b_x.to(tl.float32)
         centred = tl.where(there, b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None], 0.0)
         variance = tl.sum(centred * centred, 1) * (1.0 / C)
-        # Every thread computes those of all its tokens: the approximation, as in PyTorch's own kernel, is one step.
+        # Every thread computes these for all its tokens, with the one-step approximation of PyTorch's own kernel.
         reciprocal = tl.where(t < N, tl.rsqrt(variance + eps), 0.0)
         b_sum += tl.sum(centred * reciprocal[:, None], 0)
     weight = tl.load(norm_weight_ptr + c, mask=c < C, other=0.0)

@@ -39,7 +39,7 @@ class Launch:
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """What was chosen and not given: tiles, what is read again, warps, pipeline stages."""
+        """The choices of the table: tiles, whether the residual is read again, warps, pipeline stages."""
         tiles = {name: value for name, value in self.constants.items() if name.startswith("BLOCK_")}
         chosen = {
             name: self.constants[name] for name in ("WIDTHS", "CHUNK", "RELOAD", "ONE_TILE") if name in self.constants
@@ -61,7 +61,7 @@ _runs = contextvars.ContextVar("runs", default=True)
 
 @contextlib.contextmanager
 def recorded(*, run: bool = True) -> Iterator[list[Launch]]:
-    """Every launch of this process within it, in order, from whatever thread; its tensors are kept alive.
+    """Record every launch of this process, in order and from any thread; their tensors stay alive.
 
     Without `run` those of this context (and of no other thread) are not carried out.
     """

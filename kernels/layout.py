@@ -1,4 +1,4 @@
-"""How tensors lie in memory: what the kernels are told of it, and what their outputs get."""
+"""How tensors lie in memory: the description that kernels get, and the layout of their outputs."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def new_map(x: Tensor) -> Tensor:
 
 
 def filled_map(x: Tensor, launches: Callable[[Tensor, Tensor], list[Launch]]) -> Tensor:
-    """What `launches(dense x, dense out)` write to out, in the layout of `new_map(x)`."""
+    """The output that `launches(dense x, dense out)` write, in the layout of `new_map(x)`."""
     out, source = new_map(x), dense_map(x)
     target = out if _together(out) else new_map(source)
     run(*launches(source, target))

@@ -1,4 +1,4 @@
-"""Matrix product of rows with a weight, and what follows it: out = residual + act(scale * (weight · x) + shift).
+"""Matrix product of rows with a weight, with its epilogue: out = residual + act(scale * (weight · x) + shift).
 
 No operator of its own: a step of the MLPs that are too wide for one kernel, and of attention.
 """
@@ -53,7 +53,7 @@ def linear_kernel(
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    # The column tiles of one row tile run side by side, so that its rows come from L2 but once from memory.
+    # The column tiles of one row tile run side by side: its rows come from memory once, then from L2.
     i_n = tl.program_id(0) % tl.cdiv(OUTPUTS, BLOCK_N)
     i_m = tl.program_id(0) // tl.cdiv(OUTPUTS, BLOCK_N)
     row, b, h, w, inside = locate(i_m, rows, H, W, BLOCK_M)
@@ -126,7 +126,7 @@ def linear_launch(
     device = device_of(weight.device)
     config = linear_config(question, device)
     block_n = sum(config.widths)
-    kept = residual or out  # something to take strides from, unread without a residual
+    kept = residual or out  # strides are needed, also where no residual is read
     return Launch(
         linear_kernel,
         -(-x.count // config.block_m) * -(-outputs // block_n),

@@ -102,7 +102,7 @@ def mlp_kernel(
     )
 
     if POOL and RELOAD:
-        tl.debug_barrier()  # the residual was stored by other threads of this program
+        tl.debug_barrier()  # other threads of this program stored the residual
     for i in tl.static_range(len(WIDTHS)):
         c = channels_of(WIDTHS, i)
         mask = channel_mask(c, C, WIDTHS, i)

@@ -1,4 +1,4 @@
-"""The hidden channels of an MLP, a chunk at a time: what the kernels that never store them have in common."""
+"""The hidden channels of an MLP, a chunk at a time: the loop of the kernels that never store them."""
 
 from __future__ import annotations
 

@@ -15,20 +15,20 @@ from torch import Tensor
 from .launch import INTERPRETED
 
 _LIBRARY = torch.library.Library("effformer", "DEF")
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {}  # of each operator: it also takes tensors on the meta device
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {}  # by operator; they also take tensors on the meta device
 
 
 def register(schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Define effformer::`schema` for CUDA, for the CPU under Triton's interpreter, and for tracing (`fake`).
 
-    The operators have no gradient. `effformer.ops` never asks for one; PyTorch warns whoever calls them by hand and
-    does. (An autograd kernel that raises would cost 5 µs at each call.)
+    The operators have no gradient. `effformer.ops` never asks for one, and PyTorch warns other callers. (An autograd
+    kernel that raises would cost 5 µs at each call.)
     A fake is the function that the implementation allocates with, so that strides agree. It takes the first arguments,
     as many as it needs.
     """
     name = schema.partition("(")[0]
     IMPLEMENTATIONS[name] = implementation
-    # Compilers must hand over inputs as laid out when they were traced: outputs follow them.
+    # Compilers must pass inputs in the layout that they had while tracing: outputs follow it.
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _LIBRARY.impl(name, implementation, "CUDA")
     _LIBRARY.impl(name, implementation if INTERPRETED else _needs_interpreter, "CPU")

@@ -1,4 +1,4 @@
-"""What the kernels share: channel counts as sums of powers of two, addresses of rows, average pooling.
+"""Shared by the kernels: channel counts as sums of powers of two, addresses of rows, average pooling.
 
 A Triton tile has powers of two as sides. A kernel that keeps all channels of a row on chip holds a tuple of tiles
 instead of one padded tile: 48 = 32 + 16, 224 = 128 + 64 + 32.

@@ -252,7 +252,7 @@ def split_mlp_launches(
 
 
 def check_deterministic(deterministic: bool) -> None:
-    """Raise (or warn) as PyTorch does where what is not deterministic was asked for, and forbidden.
+    """Raise or warn, as PyTorch does, where a setting forbids the requested order of additions.
 
     Raises:
         RuntimeError: without `deterministic` under `torch.use_deterministic_algorithms(True)`.

@@ -1,7 +1,7 @@
-"""Which tiles a kernel runs with. Launchers, and with them the audit, the tuner and the tests, ask here alone.
+"""Choose the tiles of a kernel. Launchers ask here, and with them the audit, the tuner and the tests.
 
-The answers come from a table, `configurations.json`, preceded on a GPU by what `effformer bench tune` measured on that
-very card (`user_file`). Of the entries for an operation the first whose conditions hold counts; tiles shrink to shapes
+The answers come from a table, `configurations.json`. On a GPU the results of `effformer bench tune` on that very card
+come first (`user_file`). Of the entries for an operation the first whose conditions hold counts; tiles shrink to shapes
 that are smaller.
 """
 
@@ -41,7 +41,7 @@ SHIPPED = Path(__file__).with_name("configurations.json")
 
 
 class Question(NamedTuple):
-    """What a launcher asks of the table; `sizes` in the order of `DIMENSIONS[operation]`."""
+    """A launcher's question to the table; `sizes` in the order of `DIMENSIONS[operation]`."""
 
     operation: str
     dtype: torch.dtype
@@ -49,7 +49,7 @@ class Question(NamedTuple):
 
 
 def mlp_config(question: Question, device: Device) -> MlpConfig | SplitConfig | None:
-    """Tiles of the fused MLP or of the split one, or None where two products with the hidden in memory are to be taken.
+    """Tiles of the fused MLP or of the split one, or None for two products with the hidden in memory.
 
     The operation is "meta4d", "conv_mlp" or "linear_mlp" (never fused). The accumulator holds all channels of a row: in
     16 bit and with many rows a tile it spills, or leaves shared memory, beyond 224.
@@ -77,7 +77,7 @@ def _fitting(widths: tuple[int, ...], outputs: int) -> tuple[int, ...]:
 
 
 def attention_config(question: Question, device: Device) -> AttentionConfig:
-    """Tiles of queries and keys; the width is that of keys or of what one program computes of the values.
+    """Tiles of queries and keys; the width is that of keys, or of the values that one program computes.
 
     Raises:
         ValueError: for queries and keys that do not fit on chip.
@@ -160,7 +160,7 @@ KERNELS = Path(__file__).parents[1]
 
 
 def fingerprint(kernels: Path = KERNELS) -> dict[str, str]:
-    """What a tuned configuration holds for: the kernels' source and Triton's version."""
+    """The state that a tuned configuration is valid for: the kernels' source and Triton's version."""
     import triton
 
     return {"kernels": digest_of(kernels, "*.py"), "triton": triton.__version__}
@@ -178,7 +178,7 @@ def read_user_entries(path: Path) -> list[Entry]:
     """The entries of a user's file; none, with a warning, if other kernels or another Triton were tuned.
 
     Raises:
-        ValueError: for a file that is no such file.
+        ValueError: for a file of another kind.
     """
     if not path.exists():
         return []
@@ -218,7 +218,7 @@ def shipped_table() -> Table:
 def _tuned_table() -> Table:
     try:
         tuned = read_user_entries(user_file())
-    except (OSError, RuntimeError, ValueError) as error:  # no home folder is a RuntimeError
+    except (OSError, RuntimeError, ValueError) as error:  # a missing home folder raises a RuntimeError
         warnings.warn(f"the configurations tuned on this machine are not used: {error}", stacklevel=2)
         tuned = []
     return Table([*tuned, *shipped_table().entries])
@@ -247,7 +247,7 @@ _asked = contextvars.ContextVar[list[Question] | None]("asked", default=None)
 
 @contextlib.contextmanager
 def asked() -> Iterator[list[Question]]:
-    """All that launchers ask within it."""
+    """Collect the questions that launchers ask within it."""
     questions: list[Question] = []
     token = _asked.set(questions)
     try:

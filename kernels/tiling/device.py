@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """What a configuration depends on.
+    """The properties of a GPU that a configuration depends on.
 
     Attributes:
         capability: compute capability, 90 for 9.0.
@@ -27,15 +27,15 @@ class Device:
 
 
 AMPERE = Device(80, 166_912)  # A100
-CONSUMER = Device(86, 101_376)  # RTX 30; 89 (RTX 40, L4) and 120 (RTX 50) have no more
-HOPPER = Device(90, 232_448)  # H100, H200: what is interpreted where there is no GPU
+CONSUMER = Device(86, 101_376)  # RTX 30; 89 (RTX 40, L4) and 120 (RTX 50) have as much
+HOPPER = Device(90, 232_448)  # H100, H200; the interpreter takes its tiles
 BLACKWELL = Device(100, 232_448)  # B200
 CLASSES = {f"sm_{device.capability}": device for device in (AMPERE, CONSUMER, HOPPER, BLACKWELL)}
 
 
 @functools.cache
 def device_class(device: Device) -> str:
-    """The class whose entries a device takes: of those that are no newer and fit its shared memory, the nearest.
+    """The class whose entries a device takes: the nearest that is not newer and fits its shared memory.
 
     Raises:
         ValueError: if there is none.

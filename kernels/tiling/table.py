@@ -86,8 +86,8 @@ class HeadConfig:
 
 Config = MlpConfig | SplitConfig | LinearConfig | AttentionConfig | PoolConfig | NormConfig | HeadConfig
 
-# What an operation may be done with. None is, for an MLP, two matrix products, with the hidden activations in memory;
-# for the head, pooling and then a matrix product; for the convolution, the vendor's library.
+# Configuration kinds that an operation accepts. None is the path without fusion: for an MLP two matrix products with
+# the hidden activations in memory, for the head pooling and then a product, for the convolution the vendor's library.
 OPERATIONS: dict[str, tuple[type[Config] | None, ...]] = {
     "meta4d": (MlpConfig, SplitConfig, None),
     "conv_mlp": (MlpConfig, SplitConfig, None),
@@ -101,7 +101,7 @@ OPERATIONS: dict[str, tuple[type[Config] | None, ...]] = {
     "token_mean": (NormConfig,),
     "head": (HeadConfig, None),
 }
-# What a shape consists of, and a condition may be about.
+# The dimensions of an operation's shape. Conditions name them.
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "meta4d": ("channels", "rows"),
     "conv_mlp": ("channels", "rows"),
@@ -153,7 +153,7 @@ class Entry:
         return all(named >= set(DIMENSIONS[operation]) - {"rows"} for operation in self.operations)
 
     def as_json(self) -> dict[str, Any]:
-        """What `read_entry` reads."""
+        """The form that `read_entry` reads."""
         names = {dtype: name for name, dtype in DTYPES.items()}
         where: dict[str, list[str]] = {}
         for dimension, relation, number in self.where:
