@@ -11,7 +11,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from . import parameters, reference
+from . import attention_bias, reference
 from .backend import BACKENDS as BACKENDS
 from .backend import Backend as Backend
 from .backend import UnsupportedError as UnsupportedError
@@ -36,10 +36,10 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)
 PIXEL_OFFSET = reference.PIXEL_OFFSET  # `conv_norm` subtracts it from uint8 pixels
 
 # Functions that turn the parameters of modules into arguments. Wrapped here, so that FX sees buffers as buffers.
-expand_bias = torch.fx.wrap(parameters.expand_bias)
+expand_bias = torch.fx.wrap(attention_bias.expand_bias)
 fold_batch_norm = torch.fx.wrap(reference.fold_batch_norm)
 fold_layer_scale = torch.fx.wrap(reference.fold_layer_scale)
-prepare_bias = parameters.prepare_bias
+prepare_bias = attention_bias.prepare_bias
 upcast = torch.fx.wrap(reference.upcast)
 
 

@@ -87,19 +87,16 @@ def run(*launches: Launch) -> None:
 
 
 def dot_precision(dtype: torch.dtype, exact: str = "ieee") -> str:
-    """`input_precision` of matrix products in `dtype`.
-
-    For float32 it is "tf32" where torch's own flag allows that, else `exact`.
-    """
+    """`input_precision` of products in `dtype`: for float32, "tf32" where torch's own flag allows it, else `exact`."""
     if dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else exact
 
 
 def float32_products(device: Device) -> str:
-    """The precision that gives float32's own digits with the fewest instructions.
+    """The fastest `input_precision` with float32's own accuracy.
 
-    Three TF32 products take less than half the instructions of fused multiply-adds, and are more accurate than cuBLAS
-    (bench/NOTES.md). Triton 3.6 and 3.7 read the tensor memory of sm_100 before the second of chained products ends.
+    Three TF32 products are faster than fused multiply-adds and more accurate than cuBLAS (bench/NOTES.md, 3).
+    Triton 3.6 and 3.7 read the tensor memory of sm_100 before the second of chained products ends.
     """
     return "ieee" if 100 <= device.capability < 120 else "tf32x3"

@@ -176,8 +176,7 @@ def split_mlp_launches(
     """The parts, and their sum; with a `layer_scale` the pooling token mixer comes first, and x is the residual.
 
     x, residual and out over the same images, out not in x's memory. If not deterministic, all programs add to one part,
-    in whatever order they come: the first launch must find it at zero, as it is here and at each replay of a CUDA graph
-    that this became part of.
+    in any order: the first launch must find it at zero, as it is here and at each replay in a CUDA graph.
     """
     hidden, channels = mlp.weight1.shape
     dtype, device = mlp.weight1.dtype, mlp.weight1.device

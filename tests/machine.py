@@ -20,7 +20,7 @@ from effformer.testing import Accuracy, Case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-# Whether tests marked `gpu` run here nevertheless, tiny: whoever writes one sees its mistakes without a GPU.
+# Whether tests marked `gpu` run here nevertheless, tiny, so that mistakes in them show without a GPU.
 REHEARSED = not ON_GPU and os.environ.get("EFFFORMER_REHEARSE") == "1"
 
 DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * ON_GPU  # the interpreter has no bfloat16

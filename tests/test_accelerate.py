@@ -61,7 +61,7 @@ def trainer(**kwargs: Any) -> nn.Module:
 
 
 def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """What a model returns, in order, whoever wrote it."""
+    """The tensors that a model of any library returns, in order."""
     if isinstance(model, effformer.EfficientFormer) and model.config.feature_norm:
         return model.forward_intermediates(x, intermediates_only=True)
     out = model(x)

@@ -108,8 +108,11 @@ def test_bad_configurations_are_refused_by_name() -> None:
     assert any("spills inside the loop" in fault for fault in spilling), spilling
 
 
-def faults(kernel: str = "mlp_kernel", dtype: str = "float16", block_m: int = 64, **changes: Any) -> list[str]:
-    job = audit.Job("meta4d", ["x"], dtype, HOPPER, None, {"BLOCK_M": block_m}, 0)  # type: ignore[arg-type]
+def faults(
+    kernel: str = "mlp_kernel", dtype: str = "float16", block_m: int = 64, precision: str = "ieee", **changes: Any
+) -> list[str]:
+    source = SimpleNamespace(constants={"PRECISION": precision})
+    job = audit.Job("meta4d", ["x"], dtype, HOPPER, source, {"BLOCK_M": block_m}, 0)  # type: ignore[arg-type]
     job.__class__ = type("Job", (audit.Job,), {"kernel": kernel})
     return list(audit._faults(job, replace(COMPILED, **changes), 1000, "HGMMA"))
 
@@ -127,6 +130,7 @@ def test_rules() -> None:
         assert faults(kernel, tensor_cores={"HMMA": 4}, block_m=32) == []
         assert len(faults(kernel, tensor_cores={}, block_m=32)) == 1
         assert faults(kernel, "float32", tensor_cores={}) == []
+        assert len(faults(kernel, "float32", precision="tf32x3", tensor_cores={})) == 1
     assert faults("pool_mixer_kernel", tensor_cores={}) == []
 
 

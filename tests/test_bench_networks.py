@@ -336,7 +336,7 @@ def test_a_failing_provider_takes_no_other_with_it(tmp_path: Path) -> None:
     assert len(reasons) == 4
     assert resume.failures(records) == [
         "efficientformer_l1 2x3x224x224 float32, ours eager: OutOfMemoryError: 3 MiB"
-    ]  # of timm's it is no failure of ours
+    ]  # a provider of timm's does not count
     assert run_one(file, run) == [], "an error is an outcome"
 
 
@@ -442,7 +442,7 @@ def test_nothing_is_started_when_the_time_is_over(tmp_path: Path) -> None:
 
     file = results(tmp_path)
     records = run_one(file, run)
-    assert {record.provider for record in records} == {"ours frozen"}, "whoever runs is not stopped"
+    assert {record.provider for record in records} == {"ours frozen"}, "the deadline does not stop a running provider"
     assert not is_complete(ONE, file)
     other = ONE._replace(batch=3)
     assert len(list(measure_networks([ONE, other], file, CPU, run=run))) == 1, "nor is another measurement begun"

@@ -196,19 +196,32 @@ def test_workers_send_what_was_noted(suite: ModuleType, monkeypatch: pytest.Monk
     assert record["machine"] == [{"torch": "2.11"}]
 
 
+LOSES = """
+def pytest_runtest_protocol(item):
+    if item.name == "test_lost":
+        return True
+    if item.name == "test_broken":
+        raise RuntimeError("planted")
+"""
+
+
 def test_what_a_worker_loses_has_failed(
     suite: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An internal error of a worker: pytest-xdist starts another, and passes with the tests that are left."""
+    """A test that a plugin leaves out without a word, and an internal error: other tests go on, in another process."""
     pytest.importorskip("xdist")
     monkeypatch.setenv("PYTEST_PLUGINS", "xdist.plugin")
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: True)
-    pieces(suite, monkeypatch, many="def test_one(): pass\ndef test_lost(): pass\ndef test_two(): pass")
-    error = "def pytest_runtest_protocol(item):\n    if item.name == 'test_lost': raise RuntimeError('planted')"
-    (suite.ROOT / "tests" / "conftest.py").write_text(error)
+    names = ("one", "lost", "two", "broken", "three")
+    pieces(suite, monkeypatch, many="".join(f"def test_{name}(): pass\n" for name in names))
+    (suite.ROOT / "tests" / "conftest.py").write_text(LOSES)
     assert suite.main() == 1
-    assert outcomes(suite) == {"test_one": "passed", "test_lost": "failed", "test_two": "passed"}
-    assert "not reported" in capsys.readouterr().out
+    found = outcomes(suite)
+    assert {found.pop("test_lost"), found.pop("test_broken")} == {"failed"}
+    assert found == {"test_one": "passed", "test_two": "passed", "test_three": "passed"}
+    out = capsys.readouterr().out
+    assert "not reported" in out
+    assert "RuntimeError: planted" in out
     (suite.ROOT / "tests" / "conftest.py").unlink()
     assert suite.main() == 0
     assert set(outcomes(suite).values()) == {"passed"}

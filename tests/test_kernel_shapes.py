@@ -39,7 +39,7 @@ DTYPES = st.sampled_from(machine.DTYPES)
 ACTIVATIONS = st.sampled_from(TRITON_ACTIVATIONS)
 SEEDS = st.integers(0, 2**31 - 1)
 SPLITS = st.sampled_from([False, False, True])  # of every three one: these are many programs
-drawn = hypothesis.settings(max_examples=40, deadline=None, database=None)
+drawn = hypothesis.settings(max_examples=60, deadline=None, database=None)
 if machine.ON_GPU:  # where nearly every example is compiled, for some seconds: fewer, and none to shrink a failure
     drawn = hypothesis.settings(
         drawn,

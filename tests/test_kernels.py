@@ -10,6 +10,8 @@ from collections.abc import Callable
 import machine
 import pytest
 import torch
+from effformer.bench.offline.audit import TARGETS
+from effformer.bench.offline.launches import network_launches
 from effformer.kernels import launch
 from effformer.kernels.attention_mixer import attention_mixer
 from effformer.kernels.bias_attention import prepare_bias
@@ -272,3 +274,23 @@ def test_tokens_that_do_not_exist_are_not_pooled() -> None:
     """Without an eps, a row of zeros would have an infinite scale."""
     case = head_case(torch.randn(2, 21, 40), 7)
     check(Case(case.operation, case.arguments, {"eps": 0.0}), ulps=1)
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_float32_products(capability: int) -> None:
+    """Three TF32 products, but where compilers read tensor memory too early (sm_100); one where torch allows TF32."""
+    exact = "ieee" if capability == 100 else "tf32x3"
+    assert precisions(capability) == {("linear", exact), ("conv_norm", exact)}
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert precisions(capability) == {("linear", "tf32"), ("conv_norm", "tf32")}
+    finally:
+        matmul.fp32_precision = before
+
+
+def precisions(capability: int) -> set[tuple[str, str]]:
+    described = network_launches("efficientformer_l1", torch.float32, TARGETS[capability], batch=2)
+    launches = [(one.question.operation, one) for _, _, one in described]
+    return {(name, one.constants["PRECISION"]) for name, one in launches if name in ("linear", "conv_norm")}

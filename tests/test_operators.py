@@ -285,7 +285,7 @@ def test_compile_traces_through_the_operators(narrow: Callable[..., EfficientFor
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(network, backend=counter, fullgraph=True)
     with torch.no_grad():
-        for batch in (2, 5):
+        for batch in (2, 3, 5):
             x = torch.randn(batch, 3, 33, 64, device=DEVICE)
             torch._dynamo.mark_dynamic(x, 0)
             assert torch.allclose(compiled(x), eager(x), rtol=0, atol=SLACK)

@@ -49,7 +49,7 @@ def test_kernel(benchmark: Any, check: Check, provider: OperationProvider) -> No
     if reason := provider.why_not(DEVICE, check.dtype):
         pytest.skip(reason)
     with torch.no_grad(), float32_as_such():
-        operation = Operation.drawn(check, DEVICE, ceilings(check.dtype), device_time)
+        operation = Operation.of(check, DEVICE, ceilings(check.dtype), device_time)
         found = {r.metric: r for r in operation.measure(provider, begun(check, provider.name, machine_of(DEVICE)))}
     times = [ms / 1e3 for ms in (found["ms"].p20, found["ms"].p50, found["ms"].p80) if ms is not None]
     benchmark.pedantic(CLOCK.append, setup=lambda: ((times.pop(),), {}), rounds=len(times))

@@ -1,7 +1,7 @@
 """Measure whole networks: the work of `effformer bench`.
 
 A measurement (`network_providers.Measurement`) holds the results of all its providers, timm's network in several forms
-and ours. They take turns on one machine, and each is in the results file as soon as it is there.
+and ours. They take turns on one machine, and each is written to the results file at once.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def in_order(
 
     def place(one: Measurement) -> tuple[int, ...]:
         model, first = MODELS.index(one.model), one.batch in FIRST_BATCHES
-        place = (model, FIRST_BATCHES.index(one.batch)) if first else (batches.index(one.batch), model)
-        return sizes.index((one.height, one.width)), DTYPES.index(one.dtype), not first, *place
+        ranks = (model, FIRST_BATCHES.index(one.batch)) if first else (batches.index(one.batch), model)
+        return sizes.index((one.height, one.width)), DTYPES.index(one.dtype), not first, *ranks
 
     found = itertools.product(models, batches, dtypes, sizes)
     return sorted({Measurement(model, batch, dtype, *size) for model, batch, dtype, size in found}, key=place)
@@ -80,7 +80,7 @@ def measure_networks(
     """Measure the incomplete ones in order until the time of `file` is over; yield each measurement's records.
 
     Args:
-        file: takes each provider's records as soon as they are there.
+        file: takes each provider's records when it is done.
         run: measures a provider; by default in a process of its own.
         providers: names; by default all.
         tell: is told each provider as it starts.

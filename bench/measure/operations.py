@@ -91,7 +91,7 @@ def measure_operations(
 
     Args:
         todo: of `in_order`.
-        file: takes each provider's records as soon as they are there, and the ceilings of each dtype.
+        file: takes each provider's records when it is done, and the ceilings of each dtype.
         device: where to run.
         providers: who computes.
         timer: `device_time`.
@@ -116,7 +116,7 @@ def measure_operations(
         tell(f"{check} ...")
         with torch.no_grad(), float32_as_such():
             try:
-                operation = Operation.drawn(check, device, ceilings[check.dtype], timer)
+                operation = Operation.of(check, device, ceilings[check.dtype], timer)
             except torch.OutOfMemoryError:
                 no_room = "the device has no room for the float64 result that errors are measured against"
             finished = True
@@ -148,7 +148,7 @@ class Operation:
     traffic: int
 
     @classmethod
-    def drawn(cls, check: Check, device: torch.device, ceilings: Ceilings, timer: Timer) -> Operation:
+    def of(cls, check: Check, device: torch.device, ceilings: Ceilings, timer: Timer) -> Operation:
         """Draw the arguments.
 
         Raises:

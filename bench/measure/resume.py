@@ -24,7 +24,7 @@ class DeviceLostError(FailedError):
 class ResultsFile:
     """The records of this setup (machine, versions, code) in a file, to which a run adds its own.
 
-    Each record is in the file as soon as it is there, so that the next run goes on where this one stopped.
+    Each record is written at once, so that the next run goes on where this one stopped.
 
     Args:
         path: of the file; it need not exist. Records of other setups stay in it.

@@ -1,7 +1,7 @@
 """The least time of an operation and of a network: matrix products and memory traffic, at the ceilings of a device.
 
 FLOPs are those of matrix products and convolutions, two for each multiplication. Traffic is every input read once and
-every output written once. What stays inside a fused operation, such as the hidden activations of an MLP, never reaches
+every output written once. Tensors inside a fused operation, such as the hidden activations of an MLP, never reach
 memory. Norms, activations and pooling are free.
 """
 

@@ -189,7 +189,7 @@ def _faults(job: Job, compiled: Compiled, limit: int, core: str) -> Iterator[str
         yield f"{compiled.spills} spills, and the loop is unrolled"
     if compiled.shared_memory > limit:
         yield f"{compiled.shared_memory} bytes of shared memory, and the GPU has {limit}"
-    if job.kernel in _PRODUCTS and job.dtype != "float32":
+    if job.kernel in _PRODUCTS and (job.dtype != "float32" or job.source.constants.get("PRECISION") == "tf32x3"):
         # Warpgroups and tensor memory work on 64 rows and more: smaller tiles take the older instruction.
         cores = (core,) if job.configuration["BLOCK_M"] >= 64 else (core, "HMMA")
         if not any(name in compiled.tensor_cores for name in cores):

@@ -29,12 +29,12 @@ def candidates(question: Question, device: Device) -> Iterator[Config | None]:
     Compiling excluded some: 128 rows by 4 warps spill, and a single tile needs no pipeline. Tiles that are too large
     for the GPU are left to the audit.
     """
-    # With ptxas 12.8.93, which Triton 3.6.0 ships, MLP kernels of 64 rows by 8 warps gave wrong results or illegal
-    # memory accesses on an H200. The same PTX assembled by ptxas 13.0 or 13.4 was right.
-    hopper = device_class(device) == "sm_90"
-    for use in _all(question):
-        if not (hopper and isinstance(use, MlpConfig | SplitConfig) and (use.block_m, use.num_warps) == (64, 8)):
-            yield use
+    return (use for use in _all(question) if not miscompiled(use, device_class(device)))
+
+
+def miscompiled(use: Config | None, device: str) -> bool:
+    """Whether ptxas 12.8.93, of Triton 3.6.0, gives wrong code: MLP tiles of 64 rows by 8 warps (bench/NOTES.md, 2)."""
+    return device == "sm_90" and isinstance(use, MlpConfig | SplitConfig) and (use.block_m, use.num_warps) == (64, 8)
 
 
 def _all(question: Question) -> Iterator[Config | None]:

@@ -101,7 +101,11 @@ class Preprocessing:
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         return image.crop((left, top, left + width, top + height))
 
-    def normalise(self, *crops: bytes) -> Tensor:
+    def normalise(self, image: Image.Image) -> Tensor:
+        """An RGB image of `size` as a network's input, float32 [3, H, W]."""
+        return self._batch(image.tobytes())[0]
+
+    def _batch(self, *crops: bytes) -> Tensor:
         """Crops' RGB pixels as a network's input, float32 [B, 3, H, W]."""
         pixels = torch.frombuffer(bytearray().join(crops), dtype=torch.uint8).view(len(crops), *self.size, 3)
         images = pixels.permute(0, 3, 1, 2).float() / 255
@@ -109,7 +113,7 @@ class Preprocessing:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """An RGB image as a network's input, float32 [3, H, W]."""
-        return self.normalise(self.crop(image).tobytes())[0]
+        return self.normalise(self.crop(image))
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -187,7 +191,7 @@ def read_batches(
     for start, items in zip(starts, batches, strict=True):
         crops = {start + offset: item for offset, item in enumerate(items) if isinstance(item, bytes)}
         failures = {start + offset: item for offset, item in enumerate(items) if isinstance(item, str)}
-        yield list(crops), preprocessing.normalise(*crops.values()) if crops else None, failures
+        yield list(crops), preprocessing._batch(*crops.values()) if crops else None, failures
 
 
 def draw_features(image: Image.Image, maps: Sequence[Tensor]) -> Image.Image:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-ODD = ("kernels", "values")  # pieces of small, drawn or spoiled arguments
+ODD = ("kernels", "values")  # pieces of random shapes, or with NaN and infinities
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -56,15 +56,16 @@ class Recorder:
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, Any]] = {}
-        self.due: set[str] = set()  # tests that workers collected and have not reported
+        self.collected: set[str] = set()  # by workers; one that takes the place of another collects all tests again
+        self.reported: set[str] = set()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        self.due.update(ids)
+        self.collected.update(ids)
 
     def pytest_sessionfinish(self) -> None:
-        """A worker with an internal error loses its test, and pytest-xdist passes without it."""
-        for nodeid in sorted(self.due):
+        """Pytest-xdist passes without tests that a worker skipped over."""
+        for nodeid in sorted(self.collected - self.reported):
             write({"test": nodeid, "outcome": "failed", "seconds": 0.0, "text": "not reported: see the piece's log"})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -83,7 +84,7 @@ class Recorder:
         if report.when not in ("setup", "call"):
             for name, value in report.user_properties:
                 record.setdefault(name, []).append(value)
-            self.due.discard(report.nodeid)
+            self.reported.add(report.nodeid)
             write(self.found.pop(report.nodeid))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -125,6 +126,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     faulthandler.dump_traceback_later(limit + 15, exit=True, file=_stderr)
     try:
         return (yield)
+    except Exception:  # of pytest or a plugin: pytest-xdist would lose the test, or end with all that are left
+        give_up(item.nodeid, traceback.format_exc())
     finally:
         timer.cancel()
         faulthandler.cancel_dump_traceback_later()

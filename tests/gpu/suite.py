@@ -1,7 +1,7 @@
 """The GPU suite, in pieces: python -P tests/gpu/suite.py [--limit SECONDS] [PIECE ...], or `make gpu`
 
-Pieces run in the order of what they tell, each a pytest call with a time limit of its own. Those of one process run
-beside those of many; what measures time runs alone. What comes out is written as it comes, to bench/results/<gpu>/:
+The most telling pieces run first, each a pytest call with a time limit of its own. Pieces of one process run beside
+those of many; benchmarks run alone. Results are written at once, to bench/results/<gpu>/:
 
     suite.jsonl   a line for each run of a piece
     tests.jsonl   a line for each test, of the sources as they are now
@@ -316,7 +316,7 @@ class Suite:
                 seen = fresh | {test}
 
     def run_group(self, command: list[str], environment: dict[str, str], output: Any, deadline: float) -> int | None:
-        """Exit status, or None if the time was up; whatever the command started ends with it."""
+        """Exit status, or None if the time was up; processes that the command started end with it."""
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )

@@ -38,7 +38,7 @@ def _tf32(kernel_device: None) -> Iterator[None]:
 
 TRUNCATED = pytest.mark.xfail(
     strict=False,
-    reason="the tensor core truncates the kernels' operands to TF32, cuBLAS rounds them: 3.6 to 5 times eager's error",
+    reason="the tensor core truncates the kernels' operands to TF32, cuBLAS rounds them: 3.9 to 7 times eager's error",
 )
 PRODUCTS = [work for work in WORKS if work.operation not in ("pool_mixer", "head")]
 HEADS = [work for work in WORKS if work.operation == "head"]
@@ -55,8 +55,11 @@ def test_accuracy_in_tf32(work: Work) -> None:
 @pytest.mark.usefixtures("_tf32")
 @pytest.mark.parametrize("work", PRODUCTS, ids=str)
 def test_tf32_is_followed(work: Work) -> None:
-    """The error is TF32's, and not float32's. (The head of few images has no matrix product.)"""
-    assert work.case(4, torch.float32).accuracy("triton").max_error > 1e-5
+    """The error is TF32's: more than float32's, and less than that of wrong code. (The head of few images has no product.)
+
+    On an H200 the largest error was 6.3e-3, and wrong code gave 1.3 and more.
+    """
+    assert 1e-5 < work.case(4, torch.float32).accuracy("triton").max_error < 2e-2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=id_of)

@@ -38,7 +38,7 @@ NAN = float("nan")
 
 
 def poison(elements: int, dtype: torch.dtype) -> None:
-    """Fill memory with NaN and give it back to PyTorch, which hands it to whoever allocates next."""
+    """Fill memory with NaN and give it back to PyTorch, which hands it to the next allocation."""
     torch.full((elements,), NAN, dtype=dtype)
 
 
@@ -116,7 +116,7 @@ def test_tokens_far_apart(dtype: torch.dtype) -> None:
 
 
 def check_big(case: Callable[[torch.Tensor], Case], x: torch.Tensor, copies: int) -> None:
-    """`x` has as many images as it takes. The first, some in the middle and the last are held against float64.
+    """`x` has as many images as it takes. The first, some in the middle and the last are compared with float64.
 
     `copies`: how many tensors like x the operation may need at once, with x.
     """
