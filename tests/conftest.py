@@ -83,7 +83,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def kernel_device(record_property: Callable[[str, object], None]) -> Iterator[None]:
-    """What a test draws lies where the kernels run; float32 is float32 there; what was measured is reported."""
+    """Put new tensors where the kernels run, turn TF32 off, and report the errors that the test measured."""
     from machine import DEVICE, notes
 
     # PyTorch lets convolutions round float32 to TF32, which is eager's error many times over. (The newer flags,
@@ -106,9 +106,9 @@ def kernel_device(record_property: Callable[[str, object], None]) -> Iterator[No
 
 @pytest.fixture
 def many_rows() -> Iterator[None]:
-    """The tiles that many rows get, whatever their number: tests are small, and few rows take others (test_split.py).
+    """Use the tiles for many rows: tests are small, and few rows would take other tiles (see test_split.py).
 
-    The network's end, whose rows are images, keeps its entries: tests have few of these and many.
+    The network's end keeps its own entries: its rows are images, and tests have both few and many.
     """
     from effformer.kernels.tiling import choose as config
 

@@ -1,7 +1,7 @@
 """EfficientFormers built as the original repository and NetsPresso Trainer build theirs, for want of the real ones.
 
-Written anew from their structure: module names, where dropout stands, what is cached in eval mode, what is returned.
-test_accelerate.py holds them against the golden outputs of the real ones.
+Written anew with their structure: module names, places of dropout, caches of eval mode, results.
+test_accelerate.py compares them with golden outputs of the real ones.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One of two processes that train together; test_training.py starts them, and says what should come out.
+"""One of two processes that train together; test_training.py starts them and checks the results.
 
     python distributed_worker.py RANK FOLDER
 
-FOLDER/RANK.pt gets, for each wrapper, parameters and buffers after training, and what the wrapped network then computes.
+FOLDER/RANK.pt gets, for each wrapper, parameters and buffers after training, and the wrapped network's results.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def by_block(model: nn.Module) -> None:
 
 
 def by_layer(model: nn.Module) -> None:
-    """Finer than blocks: their fused operations would read weights that are not there."""
+    """Shard below block level: the fused operations of a block would read weights that are not there."""
     mesh = init_device_mesh("cpu", (RANKS,))
     for module in [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]:
         fully_shard(module, mesh=mesh)

@@ -44,7 +44,7 @@ def write(cache: Path, names: Iterable[str] = ("efficientformer_l1",)) -> None:
 
 
 def use(cache: Path, patch: pytest.MonkeyPatch) -> None:
-    """Make huggingface_hub take its files from `cache`, and from nowhere else."""
+    """Make huggingface_hub read files from `cache` only."""
     constants = pytest.importorskip("huggingface_hub.constants")
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     patch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -1,7 +1,6 @@
-"""Where the kernels are tested: on the GPU if there is one, else on a CPU by Triton's interpreter; and by which rule.
+"""The device that tests use, a GPU or a CPU with Triton's interpreter, and the accuracy rule there.
 
-What a GPU computes is measured on the way: `measured` notes errors beside eager's, `notes` hands them to the fixture
-that reports them with the test.
+On a GPU `measured` notes errors beside eager's, and `notes` hands them to the fixture that reports them with the test.
 """
 
 from __future__ import annotations

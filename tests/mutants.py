@@ -276,7 +276,7 @@ def main() -> None:
 
 
 def recorded() -> dict[str, str]:
-    """What killed the mutants that have been run before, by their names; "-" where nothing did."""
+    """The test that killed each mutant in an earlier run, by the mutant's name; "-" for a survivor."""
     found = RECORD.read_text().splitlines() if RECORD.exists() else []
     known = {mutant.name for mutant in MUTANTS}
     pairs = (text[len("SURVIVED ") :].rsplit(": ", 1) for text in found)

@@ -1,4 +1,4 @@
-"""`effformer.accelerate`: what of somebody else's instance is carried over, and what is refused."""
+"""`effformer.accelerate`: the state that it takes from other libraries' instances, and its errors."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def test_hidden_channels_that_are_no_multiple(narrow_timm: Build) -> None:
 def test_what_computes_something_else_is_refused(
     narrow_timm: Build, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in a fresh network, whose layer scales of 1e-5 hide nearly all."""
+    """Also in a fresh network, whose layer scales of 1e-5 hide nearly every difference."""
     theirs = narrow_timm()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():

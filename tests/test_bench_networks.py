@@ -371,7 +371,7 @@ def test_the_second_start_may_succeed(tmp_path: Path) -> None:
 
 
 def test_what_takes_the_process_with_it_is_left_out_the_third_time(tmp_path: Path) -> None:
-    """A process that is gone writes nothing after "begun"; Ctrl-C takes the start back."""
+    """A killed process writes nothing after "begun"; Ctrl-C removes that line."""
     begun = ONE.begun(BY_NAME["timm eager"], HERE)
     stopped = replace(begun, why="stopped from outside")
     results(tmp_path).add([begun, begun, stopped])
@@ -394,7 +394,7 @@ def test_files_that_inductor_keeps_are_counted(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_run_goes_on_inside_a_measurement(tmp_path: Path) -> None:
-    """Each provider is kept as soon as it is through, measured once, and enclosed by the first and its second time."""
+    """Each provider's record is written when it ends; the first provider is measured again at the end."""
     asked: list[str] = []
 
     def run(provider: NetworkProvider, one: Measurement, speed_alone: bool) -> Figures:

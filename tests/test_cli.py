@@ -443,7 +443,7 @@ def test_an_interrupted_conversion_leaves_the_target(
 
 @pytest.mark.parametrize(("lines", "unbuffered"), [(0, ""), (1, ""), (100_000, ""), (1, "1")])
 def test_a_closed_pipe_is_silence(lines: int, unbuffered: str) -> None:
-    """`effformer ... | head`: found out by the help, at the end of a command, and in the middle of one."""
+    """`effformer ... | head`: the help, the end of a command, and the middle of one meet the closed pipe."""
     code = (
         "import sys\nfrom effformer import cli\n"
         "def long(arguments):\n    for _ in range(int(sys.argv[1])):\n        print('line')\n    return 0\n"

@@ -1,4 +1,4 @@
-"""The table of configurations: what is in it, who gets which entry, and what a wrong file says."""
+"""The table of configurations: its entries, the choice among them, and the errors of a wrong file."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_every_launch_has_an_answer_and_every_entry_a_launch() -> None:
 
 
 def test_tuned_entries_do_not_make_others_superfluous() -> None:
-    """What was tuned in place hides general entries from the published shapes; other networks get them."""
+    """Tuned entries hide general ones from the published shapes; other networks get the general ones."""
     question = Question("meta4d", torch.float16, (48, 256 * 56 * 56))
     tuned = [entry(where={"channels": 48}, use=vars(MlpConfig(64, 32, True, 4, 1)))]
     found, missing = jobs(list_models(), [90], ["float16"], extra=tuned)

@@ -1,4 +1,4 @@
-"""The adapters to detection frameworks: whose conventions they keep, on the features that the network gives."""
+"""The adapters to detection frameworks: their conventions, and the network's features."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_retinanet_on_a_photograph(vision: Any, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
-    """What of Detectron2 the adapter uses, as it is there."""
+    """The parts of Detectron2 that the adapter uses."""
 
     class Backbone(nn.Module):
         @property

@@ -7,7 +7,7 @@ Of a page's blocks one script is made, which runs in an empty folder, offline, i
   minutes or a GPU and are only parsed; of `make` the target is looked up, of `pip install` the extra;
 - ```text is for reading; other blocks have to be files, or they would be blocks that nobody runs.
 
-The folder holds what pages take for granted: see `materials`. Trained weights come from a cache of the hub with random
+The folder holds the files that pages use: see `materials`. Trained weights come from a cache of the hub with random
 ones.
 """
 
@@ -83,7 +83,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def script(page: Path) -> str:
-    """What runs the page's blocks."""
+    """The script of the page's blocks."""
     libraries = ("timm", "torchvision", "transformers")
     needed = any(re.search(rf"import.*{name}|from.*{name}", block.code) for name in libraries for block in blocks(page))
     shim = "effformer.bench.measure.timm_model.import_torchvision()" if needed else ""

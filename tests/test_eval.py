@@ -1,4 +1,4 @@
-"""`effformer eval` and what it counts, beside counts written out here."""
+"""`effformer eval`: its counts, compared with counts written out here."""
 
 from __future__ import annotations
 

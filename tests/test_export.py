@@ -1,4 +1,4 @@
-"""Files that `export` writes: what they compute, without this package, and what is refused."""
+"""Files that `export` writes: their results without this package, and the errors of `export`."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def live(model: EfficientFormer, output: str, x: Tensor) -> list[Tensor]:
-    """What the live model computes for an output."""
+    """The live model's result for an output."""
     with torch.no_grad():
         match output:
             case "logits":
@@ -49,7 +49,7 @@ def close(found: Tensor | list[Tensor], expected: Tensor | list[Tensor], relativ
 
 
 def normalised(pixels: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """uint8 [B, C, H, W] -> what the live network takes."""
+    """uint8 [B, C, H, W] -> images for the live network."""
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
     return ((pixels.double() / 255 - mean) / std).to(dtype)
 
@@ -72,7 +72,7 @@ def test_it_computes_what_the_live_network_does(
 def test_maps_are_channels_last(
     narrow: Callable[..., EfficientFormer], feature_norm: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU, PyTorch's GroupNorm returns contiguous maps whatever it is given."""
+    """On a GPU, PyTorch's GroupNorm always returns contiguous maps."""
     group_norm = torch.nn.functional.group_norm
     monkeypatch.setattr(torch.nn.functional, "group_norm", lambda *args: group_norm(*args).contiguous())
     frozen = freeze(narrow(feature_norm=feature_norm), torch.float64, output="features")
@@ -293,7 +293,7 @@ def _dropout(model: EfficientFormer) -> None:
 def test_a_changed_model_is_refused(
     narrow: Callable[..., EfficientFormer], change: Callable[[EfficientFormer], None]
 ) -> None:
-    """Rather than frozen without what was changed."""
+    """It is refused: a frozen form without the change would be wrong."""
     model = narrow(feature_norm="inline")
     freeze(model)
     change(model)
@@ -607,7 +607,7 @@ def test_what_would_end_the_callers_capture_is_refused(
 
 
 class _Cuda:
-    """What `capture_graph` takes of torch.cuda: which stream is current, and what is captured when and where."""
+    """The parts of torch.cuda that `capture_graph` uses: the current stream, and the captures."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.current: list[Any] = [Mock(name="the caller's stream")]
@@ -642,7 +642,7 @@ class _Cuda:
 
 
 def test_graphs_of_one_pool_are_captured_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or they would share no memory: the allocator gives it to the stream that it was allocated on alone."""
+    """Otherwise graphs would share no memory: the allocator reuses it on the stream of its allocation only."""
     cuda = _Cuda(monkeypatch)
     pool = None
     for _ in range(3):

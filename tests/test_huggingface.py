@@ -123,7 +123,7 @@ def test_rates_are_rebuilt_and_runtime_choices_made_anew(narrow: Narrow, tmp_pat
 
 
 def test_what_is_saved_is_the_network_as_it_is(narrow: Narrow, tmp_path: Path) -> None:
-    """The mixin would write the arguments of the constructor, whatever happened since."""
+    """The mixin alone would write the constructor's arguments and lose later changes."""
     network = EfficientFormer.from_network(narrow()).to(memory_format=torch.channels_last)
     for change in (lambda: network.reset_classifier(3), lambda: network.reset_classifier(0, ""), network.bfloat16):
         change()

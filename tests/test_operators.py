@@ -1,4 +1,4 @@
-"""The kernels as PyTorch operators: registration, tracing, gradients, autocast, and who is chosen when."""
+"""The kernels as PyTorch operators: registration, tracing, gradients, autocast, and the choice of backend."""
 
 from __future__ import annotations
 

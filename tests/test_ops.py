@@ -1,4 +1,4 @@
-"""What the operations refuse, and who computes them."""
+"""The operations' errors, and the backend that computes them."""
 
 from __future__ import annotations
 

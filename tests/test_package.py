@@ -1,4 +1,4 @@
-"""What is installed, and what importing it drags along."""
+"""The installed files, and the modules that an import loads."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def test_network_flops(name: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [(224, 224), (97, 190)], ids=str)
 @pytest.mark.parametrize("name", list_models())
 def test_parts_are_those_of_the_network(name: str, size: tuple[int, int]) -> None:
-    """What goes into its modules, and how many there are of them."""
+    """The inputs of its modules, and their number."""
     model = create_model(name, device="meta", backend="eager").eval()
     seen: Counter[Any] = Counter()
     operations = {Meta4D: "meta4d", Downsample: "conv_norm", Attention: "attention_mixer"}

@@ -1,4 +1,4 @@
-"""The MLP with its hidden channels split over programs, which few rows take: against float64, and what its parts need."""
+"""The MLP for few rows, its hidden channels split over programs: against float64, and the memory of its parts."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_special_values_stay_where_they_are() -> None:
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_all_parts_are_written_and_none_beyond(deterministic: bool) -> None:
-    """The parts' memory is NaN before, and what the programs of the last tile have too many of goes nowhere."""
+    """The parts' memory is NaN before, and rows beyond the last are not written."""
     case = meta4d_case(draw_map((1, 20, 3, 13), torch.float16), 70)
     with splitting(), unwritten_is_nan(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "deterministic")

@@ -1,4 +1,4 @@
-"""Timing, on a CPU and on a GPU that stands in: replays advance its clock, and it remembers what was called in turns."""
+"""Timing on a CPU and on a fake GPU: replays advance its clock, and it remembers the calls in their order."""
 
 from __future__ import annotations
 

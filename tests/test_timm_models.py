@@ -1,4 +1,4 @@
-"""effformer in timm's registry: what timm's own tests ask of a model, and what its users call."""
+"""effformer in timm's registry: checks of timm's own tests, and the functions that its users call."""
 
 from __future__ import annotations
 

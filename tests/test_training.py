@@ -28,7 +28,7 @@ Narrow = Callable[..., EfficientFormer]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes found."""
+    """The results of both processes."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, worker.__file__]
     processes = [

@@ -1,4 +1,4 @@
-"""`effformer verify`: what it checks, what it says, and that it catches what is wrong."""
+"""`effformer verify`: its checks, its output, and the faults that it finds."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The calls of the fused operations in L1, L3 and L7 at 224x224, and of L1's attention at 512x640.
 
-Rehearsed on a CPU: as many kinds of calls, tiny.
+A rehearsal on a CPU has the same kinds of calls with tiny tensors.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Work:
         return 2 if REHEARSED else max(8, min(512, 50_000 // rows))
 
     def case(self, batch: int, dtype: torch.dtype) -> Case:
-        """Drawn arguments."""
+        """Random arguments."""
         return draw_case(self.operation, (batch, *self.shape), dtype, **self.options)
 
 

@@ -1,7 +1,7 @@
 """Runs each kernel once, at sizes that fit no tile, and prints a digest of each result: one_of_each.py DTYPE
 
-For processes of their own: those that start at once, and those under compute-sanitizer. On the GPU nothing runs but
-the kernels: arguments are drawn and results compared on the CPU.
+Runs in processes of its own: several that start at once, or one under compute-sanitizer. Only the kernels run on the
+GPU; the CPU makes the arguments and compares the results.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A pytest plugin for suite.py (`-p recorder`): outcomes as they come, and an end to tests that hang or break CUDA.
 
-A kernel that reads where it must not breaks CUDA for its whole process: every later test would fail, for no fault of
-its own. So that process ends at once; pytest-xdist starts another one, and goes on with the next test.
+A kernel that reads outside its memory breaks CUDA for the whole process, and every later test would fail, too. So
+that process ends at once; pytest-xdist starts another one, and goes on with the next test.
 
 Environment, all optional:
     EFFFORMER_RECORD      file that gets a line of JSON for each test
@@ -98,7 +98,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is done."""
+    """Deselect the tests that have run."""
     if file := os.environ.get("EFFFORMER_DONE"):
         done = set(Path(file).read_text(encoding="utf-8").splitlines())
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])

@@ -28,7 +28,7 @@ def copies(elements: int, times: int = 1) -> Callable[[], Callable[[], object]]:
 
 
 def test_device_time() -> None:
-    """A copy takes what memory takes, twice the work twice the time; a launch of nothing microseconds."""
+    """A copy runs at the memory's speed; twice the work takes twice the time; an empty launch takes microseconds."""
     size = 2**28
     once, twice = (device_time(copies(size, times), DEVICE, 2 * size).p50 for times in (1, 2))
     assert 2 * size / 1e13 < once / 1e3 < 2 * size / 5e10  # 50 GB/s to 10 TB/s

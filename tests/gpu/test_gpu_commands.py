@@ -25,7 +25,7 @@ def test_info() -> None:
 
 
 def test_verify() -> None:
-    """Each operation as L1 has it, and the network, beside eager; every dtype is checked, none left out."""
+    """Verify each operation of L1, and the network, in every dtype."""
     small = ("--size", "32x64", "--batch-size", "1", "--op", "pool_mixer") if REHEARSED else ()
     status, out, err = effformer("verify", "--device", DEVICE.type, "--json", *small)
     assert out, err[-2000:]

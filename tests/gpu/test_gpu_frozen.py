@@ -1,4 +1,4 @@
-"""The serving form where it is at home: accuracy, graphs, streams, threads, memory."""
+"""The serving form on a GPU: accuracy, graphs, streams, threads, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole networks in each dtype, against float64 and beside eager's own error; and what was launched for them."""
+"""Whole networks in each dtype: errors against float64, compared with eager's; and the kernels that ran."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_whole_network(name: str, size: tuple[int, int, int], dtype: torch.dtype
 @pytest.mark.parametrize("dtype", DTYPES, ids=id_of)
 @torch.no_grad()
 def test_contiguous_images(dtype: torch.dtype) -> None:
-    """As in a network that nobody turned to channels_last: blocks copy maps, or pool them where they lie."""
+    """A network that is not channels_last: blocks copy maps, or pool them in their own layout."""
     batch, height, width = SIZES[0]
     check(MODELS[0], network(MODELS[0], dtype, "triton"), draw_map((batch, 3, height, width), dtype, "contiguous"))
 
@@ -56,7 +56,7 @@ def test_contiguous_images(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_what_is_launched(name: str) -> None:
-    """Every block runs on the kernels, nothing in PyTorch's place."""
+    """Every block runs on the kernels, and PyTorch computes none."""
     model = network(name, torch.float16, "triton")
     with recorded() as launches:
         model(draw_map((1, 3, 64, 96), torch.float16))

@@ -1,4 +1,4 @@
-"""Tensors of more than 2**31 elements, and grids of millions of programs. What is not the tensor's own memory is NaN.
+"""Tensors of more than 2**31 elements, and grids of millions of programs. All memory around the tensor is NaN.
 
 An offset cut to 32 bits lands in that NaN, or far outside. Rehearsed on a CPU with tensors of a few thousand elements.
 """
@@ -116,7 +116,7 @@ def test_tokens_far_apart(dtype: torch.dtype) -> None:
 
 
 def check_big(case: Callable[[torch.Tensor], Case], x: torch.Tensor, copies: int) -> None:
-    """`x` has as many images as it takes. The first, some in the middle and the last are compared with float64.
+    """`x` has enough images to pass 2**31 elements. The first, some in the middle and the last are compared with float64.
 
     `copies`: how many tensors like x the operation may need at once, with x.
     """

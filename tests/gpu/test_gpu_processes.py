@@ -1,4 +1,4 @@
-"""Processes that start at once, with nothing compiled: the kernels' cache is one folder, and all of them write it."""
+"""Processes that start at once with an empty kernel cache: all of them write to the same folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What surrounds a launch: CUDA graphs, streams, devices, memory, autocast."""
+"""Launches in CUDA graphs, on streams and devices, with reused memory, under autocast."""
 
 from __future__ import annotations
 

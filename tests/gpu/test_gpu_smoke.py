@@ -1,4 +1,4 @@
-"""The first look: what machine this is, and whether each operation runs and is right, once in each dtype."""
+"""The first tests on a machine: its properties, and each operation once in each dtype."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
 
 
 def test_the_machine(record_property: Callable[[str, object], None]) -> None:
-    """Notes what it is; "auto" must take the kernels here."""
+    """Record the GPU; "auto" must take the kernels on it."""
     assert backend.why_not_triton(DEVICE, torch.bfloat16 if ON_GPU else torch.float16, asked_for=True) is None
     facts: dict[str, object] = {
         "effformer": str(Path(effformer.__file__).parent),
@@ -91,7 +91,7 @@ def test_one_call(name: str, dtype: torch.dtype) -> None:
 
 
 def test_what_is_launched() -> None:
-    """The kernels that a call was checked to be right with were kernels of ours."""
+    """The checked call ran our kernels."""
     with recorded() as launches:
         for case in cases(torch.float16).values():
             case.run("triton")

@@ -48,7 +48,7 @@ def test_a_few_candidates(tmp_path: Path) -> None:
 
 @pytest.mark.cuda
 def test_kernel_time_is_that_of_the_device() -> None:
-    """A copy of 2 GiB takes what memory takes, a launch of nothing microseconds; twice the work twice the time."""
+    """A copy of 2 GiB runs at the memory's speed; an empty launch takes microseconds; twice the work takes twice the time."""
     x = torch.empty(2**30, dtype=torch.int8, device=DEVICE)
     y = torch.empty_like(x)
     once = kernel_time(lambda: y.copy_(x), DEVICE)

@@ -1,4 +1,4 @@
-"""What a launch writes: all of its output, nothing else, and nothing that depends on what lies around its arguments.
+"""A launch writes all of its output and nothing else, and memory around its arguments does not change the result.
 
 Each launch of an operation runs a second time in poisoned surroundings: its arguments lie in NaN, and its output in
 NaN of a pattern that no arithmetic makes.
