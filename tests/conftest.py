@@ -5,6 +5,8 @@ Where there is none, Triton's interpreter is switched on, and tests marked `gpu`
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import random
 import sys
@@ -60,6 +62,10 @@ def pytest_report_header(config: pytest.Config) -> str:
     )
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules are never garbage: without them a collection takes a quarter of its time
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]  # `keywords` has folders' names, too
     if not marked:
@@ -74,6 +80,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
         elif item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=f"{reason}, and nothing to rehearse without"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> Iterator[None]:
+    from machine import ON_GPU
+    from quick_interpreter import KNOWN, QUICK, using
+
+    with contextlib.nullcontext() if ON_GPU or not KNOWN else using(QUICK):
+        yield
 
 
 @pytest.fixture(autouse=True)
