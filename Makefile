@@ -38,7 +38,7 @@ demo: $(VENV)/demo.stamp
 # On a CPU, also where there is a GPU: `make gpu` is for that. The interpreter multiplies by NumPy: the workers, one for
 # each core, would wait for each other's BLAS threads (a network took 41 s instead of 16).
 test: $(VENV)/dev.stamp
-	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal -m "not gpu"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal -m "not gpu"
 
 # Nothing is downloaded, built or installed into PYTHON: a machine with a GPU has its own torch and triton, and may have
 # no network, setuptools or wheel. The package is copied to build/gpu; first, one line says what PYTHON lacks.

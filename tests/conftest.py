@@ -83,11 +83,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quick_interpreter() -> Iterator[None]:
+def _quick() -> Iterator[None]:
     from machine import ON_GPU
     from quick_interpreter import KNOWN, QUICK, using
+    from quick_weights import quick_weights
 
-    with contextlib.nullcontext() if ON_GPU or not KNOWN else using(QUICK):
+    with quick_weights(), contextlib.nullcontext() if ON_GPU or not KNOWN else using(QUICK):
         yield
 
 

@@ -71,7 +71,7 @@ def sanitize_overflow(self: Any, lhs: Any, rhs: Any, binary_op: Callable[..., An
 
 def init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
     sizes = tuple(size.value if isinstance(size, core.constexpr) else size for size in shape)
-    self.element_ty = element_ty
+    self.element_ty, self._sizes = element_ty, sizes
     self.shape, self.numel, shown = _block(sizes)
     self.name = f"<{shown}, {element_ty.name}>"
 
@@ -86,7 +86,16 @@ def _block(sizes: tuple[int, ...]) -> tuple[Any, int, str]:
 
 def init_tensor(self: Any, handle: Any, type: Any) -> None:
     self.handle, self.type, self.dtype = handle, type, type.scalar
-    self.shape, self.numel = _wrapped(tuple(type.shape) if type.is_block() else ())
+    self.shape, self.numel = _wrapped(_sizes(type))
+
+
+def _sizes(triton_type: Any) -> tuple[int, ...]:
+    if not isinstance(triton_type, core.block_type):
+        return ()
+    try:
+        return triton_type._sizes
+    except AttributeError:  # made by the original
+        return tuple(triton_type.shape)
 
 
 @functools.cache
@@ -95,14 +104,35 @@ def _wrapped(sizes: tuple[int, ...]) -> tuple[Any, Any]:
     return core.tuple([core.constexpr(size) for size in sizes]), core.constexpr(numel)
 
 
+def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+    left, right = _sizes(lhs.type), _sizes(rhs.type)
+    if left == right:
+        return lhs, rhs
+    if len(left) != len(right) or not left:
+        return ORIGINAL[-1](self, lhs, rhs)
+    sizes = tuple(b if a == 1 else a for a, b in zip(left, right, strict=True))
+    if any(size not in (1, whole) for side in (left, right) for size, whole in zip(side, sizes, strict=True)):
+        return ORIGINAL[-1](self, lhs, rhs)  # which raises the error
+
+    def spread(side: Any, before: tuple[int, ...]) -> Any:
+        if before == sizes:
+            return side
+        data = np.broadcast_to(side.handle.data, sizes)
+        handle = interpreter.TensorHandle(data, side.handle.dtype)
+        return core.tensor(handle, core.block_type(side.type.element_ty, sizes))
+
+    return spread(lhs, left), spread(rhs, right)
+
+
 _PLACES = (
     (interpreter, "_get_np_dtype"),
     (interpreter, "_patch_lang"),
     (type(interpreter.interpreter_semantic), "binary_op_sanitize_overflow_impl"),
     (core.block_type, "__init__"),
     (core.tensor, "__init__"),
+    (type(interpreter.interpreter_semantic), "broadcast_impl_value"),
 )
-QUICK = get_np_dtype, patch_lang, sanitize_overflow, init_block_type, init_tensor
+QUICK = get_np_dtype, patch_lang, sanitize_overflow, init_block_type, init_tensor, broadcast_impl_value
 ORIGINAL = tuple(getattr(owner, name) for owner, name in _PLACES)
 
 
