@@ -109,12 +109,14 @@ def draw_case(
 
 def draw_vector(size: int, low: float, high: float) -> Tensor:
     """A float32 [size], uniform."""
-    return torch.empty(size).uniform_(low, high)
+    vector = torch.empty(size)
+    return vector if vector.is_meta else vector.uniform_(low, high)
 
 
 def draw_weight(outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
     """[outputs, inputs], normal, of a size that keeps activations near 1."""
-    return (torch.randn(outputs, inputs) * max(inputs, 1) ** -0.5).to(dtype)
+    weight = torch.empty(outputs, inputs)
+    return (weight if weight.is_meta else weight.normal_() * max(inputs, 1) ** -0.5).to(dtype)
 
 
 def _mlp(channels: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

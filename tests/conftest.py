@@ -63,7 +63,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # modules are never garbage: without them a collection takes a quarter of its time
+    # Collections took half a minute: modules are never garbage, and tests leave little of it.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -83,12 +85,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quick() -> Iterator[None]:
+def _quick_interpreter() -> Iterator[None]:
     from machine import ON_GPU
     from quick_interpreter import KNOWN, QUICK, using
-    from quick_weights import quick_weights
 
-    with quick_weights(), contextlib.nullcontext() if ON_GPU or not KNOWN else using(QUICK):
+    with contextlib.nullcontext() if ON_GPU or not KNOWN else using(QUICK):
         yield
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.export.passes import move_to_device_pass
 import effformer
 from effformer import EfficientFormer, ExportError, create_model
 from effformer.cli import main
+from effformer.config import PRESETS
 from effformer.serving import export as exporting
 from effformer.testing import accuracy, randomise
 
@@ -32,6 +34,12 @@ run = torch._inductor.aoti_load_package(path)
 torch.save(run(torch.load(path + ".images")), path + ".result")
 assert not any(name.startswith("effformer") for name in sys.modules)
 """
+
+
+@pytest.fixture
+def small_l1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """L1 with one block a stage: the command exports it by its name."""
+    monkeypatch.setitem(PRESETS, "efficientformer_l1", replace(PRESETS["efficientformer_l1"], **FEW))  # type: ignore[arg-type]
 
 
 def run_alone(path: Path, images: Tensor) -> Tensor:
@@ -117,6 +125,7 @@ def test_onnx_with_free_batch_and_size(narrow: Narrow, tmp_path: Path) -> None:
                 assert found.passes(), found
 
 
+@pytest.mark.usefixtures("small_l1")
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "l1.pt2"
     arguments = ["export", str(target), "--checkpoint", "none", "--size", "32", "--output", "pooled", "--dtype", "half"]
@@ -151,6 +160,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["l1.pt2"]
 
 
+@pytest.mark.usefixtures("small_l1")
 def test_the_suffix_is_the_format_and_json_is_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     target = tmp_path / "l1.onnx"

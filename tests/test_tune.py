@@ -259,12 +259,12 @@ def test_tiles_of_the_table_that_fail_are_reported_and_replaced(
 @interpreted
 def test_products_are_tuned_before_the_blocks_that_compete_with_them(tmp_path: Path) -> None:
     """A block that the table takes apart asks for itself, for its pooling and for both products."""
-    check = Check("meta4d", (1, 226, 2, 2), torch.float32, {"hidden": 16}, ("here",))
+    check = Check("meta4d", (1, 256, 2, 2), torch.float32, {"hidden": 16}, ("here",))
     state = State(tmp_path / "state.jsonl", H200)
     found = list(tune.tune([check], CPU, state, seconds=300, workers=1, timer=fake_clock({}), propose=lambda *_: []))
     asked = [tuned.question for tuned in found if tuned]
     assert [operation for operation, *_ in asked] == ["linear", "linear", "pool_mixer", "meta4d"]
-    assert asked[-1] == ("meta4d", torch.float32, (226, 4))
+    assert asked[-1] == ("meta4d", torch.float32, (256, 4))
 
 
 @interpreted
