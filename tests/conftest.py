@@ -155,3 +155,44 @@ def timm() -> Any:
     from effformer.bench.measure.timm_model import import_timm
 
     return import_timm()
+
+
+# --- of several files -------------------------------------------------------------------------------------------------
+# They import what they need themselves: Pillow may be missing, and Triton must not come too early.
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of the command stay on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A picture with structure at every scale, 300x400."""
+    from PIL import Image, ImageFilter
+
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (300, 400, 3), generator=generator, dtype=torch.uint8)
+    image = Image.frombytes("RGB", (400, 300), bytes(noise.flatten().tolist()))
+    image = Image.blend(image, image.filter(ImageFilter.GaussianBlur(9)), 0.7)
+    path = tmp_path / "photos" / "photo.png"
+    path.parent.mkdir()
+    image.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures in each of six class folders."""
+    from labelled_photos import SYNSETS, draw
+
+    folder = tmp_path_factory.mktemp("photos")
+    for index in range(18):
+        draw(folder / SYNSETS[index // 3] / f"{index % 3}.jpg", index)
+    return folder
+
+
+@pytest.fixture
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("effformer.kernels.launch.INTERPRETED", False)
