@@ -160,6 +160,8 @@ def timm() -> Any:
 # --- of several files -------------------------------------------------------------------------------------------------
 # They import what they need themselves: Pillow may be missing, and Triton must not come too early.
 
+pytest.register_assert_rewrite("frozen_results")  # a helper whose assertions have no messages
+
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

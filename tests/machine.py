@@ -24,6 +24,9 @@ REHEARSED = not ON_GPU and os.environ.get("EFFFORMER_REHEARSE") == "1"
 
 DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * ON_GPU  # the interpreter has no bfloat16
 
+# Of results that one algorithm computes on a CPU, and several on a GPU: cuDNN's for each layout, sums in any order.
+SLACK = 1e-4 if ON_GPU else 1e-5
+
 _LEAST_ELEMENTS = 1000  # of a result whose errors say something as a ratio
 
 _notes: dict[tuple[str, str], dict[str, float]] = {}

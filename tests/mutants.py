@@ -24,12 +24,14 @@ TESTS = (
     "test_kernel_values.py",
     "test_kernels.py",
     "test_operators.py",
+    "test_compilers.py",
     "test_split.py",
     "test_conv_norm.py",
     "test_kernel_shapes.py",
 )
 # What concerns these files is looked for first, or alone.
-_TABLE, _SERVING = ("test_configurations.py", *TESTS), ("test_freeze.py",)
+_TABLE = ("test_configurations.py", *TESTS)
+_SERVING = ("test_freeze.py", "test_freeze_refusals.py", "test_freeze_graphs.py")
 JUDGES = {
     "kernels/tiling/choose.py": _TABLE,
     "kernels/tiling/device.py": _TABLE,

@@ -72,7 +72,10 @@ PIECES = (
     Piece("frozen", ("gpu/test_gpu_frozen.py",), min(4, MANY), 240),
     Piece(
         "kernels",
-        ("test_kernels.py", "test_operators.py", "test_kernel_models.py", "test_kernel_values.py", "test_kernel_shapes.py"),
+        (
+            "test_kernels.py", "test_operators.py", "test_compilers.py",
+            "test_kernel_models.py", "test_kernel_values.py", "test_kernel_shapes.py",
+        ),
         MANY,
         400,
         300,  # 25 drawn shapes to a test
