@@ -198,3 +198,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("effformer.kernels.launch.INTERPRETED", False)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor takes half a minute for what eager PyTorch computes as well."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.fixture
+def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter gives the same bits each time, unless a test has it give others."""
+    from effformer.bench.offline import tune
+
+    monkeypatch.setattr(tune, "REPEATS", 2)
