@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parent / "golden"))  # seeded.py
 
 from effformer import EfficientFormer, EfficientFormerConfig
+from effformer.config import PRESETS
 from effformer.testing import randomise
 
 NETSPRESSO_L1: dict[str, Any] = {
@@ -198,6 +199,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("effformer.kernels.launch.INTERPRETED", False)
+
+
+@pytest.fixture
+def narrow_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network with the same kernels in it as L1, and less to interpret: one kernel in a 4D block, and three."""
+    widths, heads = (16, 32, 48, 240), {"num_heads": 2, "key_dim": 16, "value_ratio": 1}
+    config = EfficientFormerConfig(depths=(1, 1, 1, 2), widths=widths, num_vit=1, mlp_ratio=1, **heads)
+    monkeypatch.setitem(PRESETS, "narrow", config)
 
 
 @pytest.fixture
