@@ -109,8 +109,7 @@ def draw_case(
 
 def draw_vector(size: int, low: float, high: float) -> Tensor:
     """A float32 [size], uniform."""
-    vector = torch.empty(size)
-    return vector if vector.is_meta else vector.uniform_(low, high)
+    return torch.empty(size).uniform_(low, high)
 
 
 def draw_weight(outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
