@@ -32,7 +32,7 @@ def inputs(photos: Path) -> torch.Tensor:
 
 @torch.no_grad()
 def spread_predictions(network: EfficientFormer, x: torch.Tensor) -> EfficientFormer:
-    """Move the biases so that no class is likelier than another over x: drawn weights alone prefer one for all."""
+    """Move the biases so that no class is likelier than another over x: random weights alone prefer one for all."""
     logits = network(x.to(network.head.weight.dtype))
     network.head.bias -= 2 * logits.mean(dim=0)  # the logits are the mean of two heads
     return network

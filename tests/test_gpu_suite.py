@@ -234,7 +234,7 @@ def test_a_copy_without_git_is_told_its_commit(suite: ModuleType, monkeypatch: p
 
 
 def test_one_of_each_moves_all_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To another device than the CPU, where they were drawn; those among the options, too."""
+    """To another device than the CPU, where they were made; those among the options, too."""
     monkeypatch.syspath_prepend(Path(__file__).parent / "gpu")
     import one_of_each
 

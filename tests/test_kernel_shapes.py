@@ -1,4 +1,4 @@
-"""Every fused operation on Triton at drawn shapes, layouts, dtypes and activations, by the accuracy rule.
+"""Every fused operation on Triton at random shapes, layouts, dtypes and activations, by the accuracy rule.
 
 The seed is in pytest's header; --hypothesis-seed=N draws the same shapes again.
 """

@@ -1,6 +1,6 @@
 """Time the fused operations by our kernels and by other means: the work of `effformer bench kernels`.
 
-A measurement is one operation at one shape in one dtype. All providers get the same drawn arguments, and each is in the
+A measurement is one operation at one shape in one dtype. All providers get the same random arguments, and each is in the
 results file as soon as it is measured.
 """
 
@@ -136,7 +136,7 @@ def measure_operations(
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation with drawn arguments, ready to be measured: `exact` in float64 and `eager` are its results."""
+    """One operation with random arguments, ready to be measured: `exact` in float64 and `eager` are its results."""
 
     device: torch.device
     ceilings: Ceilings

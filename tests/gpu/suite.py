@@ -78,7 +78,7 @@ PIECES = (
         ),
         MANY,
         400,
-        300,  # 25 drawn shapes to a test
+        300,  # 25 random shapes a test
     ),
     Piece("values", ("gpu/test_gpu_values.py",), MANY, 200),
     Piece("writes", ("gpu/test_gpu_writes.py",), MANY, 200),

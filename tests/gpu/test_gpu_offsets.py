@@ -135,7 +135,7 @@ def check_big(case: Callable[[torch.Tensor], Case], x: torch.Tensor, copies: int
 
 
 def big_map(channels: int, side: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """Drawn in place, since a copy in float32 would be twice as large."""
+    """Random numbers in place, since a copy in float32 would be twice as large."""
     batch = elements // (channels * side * side) + 3
     room(2 * elements * dtype.itemsize)
     return torch.empty(batch, side, side, channels, dtype=dtype).normal_().permute(0, 3, 1, 2)
