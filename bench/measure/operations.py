@@ -1,7 +1,7 @@
 """Time the fused operations by our kernels and by other means: the work of `effformer bench kernels`.
 
-A measurement is one operation at one shape in one dtype. All providers get the same random arguments, and each is in the
-results file as soon as it is measured.
+A measurement is one operation at one shape in one dtype. All providers get the same random arguments, and each is in
+the results file as soon as it is measured.
 """
 
 from __future__ import annotations
