@@ -58,9 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     seed = getattr(config.option, "hypothesis_seed", None)
-    return (
-        f"random shapes: --hypothesis-seed={seed}" if seed else "no hypothesis: tests with random shapes are skipped"
-    )
+    return f"random shapes: --hypothesis-seed={seed}" if seed else "no hypothesis: tests with random shapes are skipped"
 
 
 def pytest_collection_finish() -> None:
