@@ -36,7 +36,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/effformer run demo/astronaut.png
 
 # On a CPU, also where there is a GPU: `make gpu` is for that. The interpreter multiplies by NumPy: the workers, one for
-# each core, would wait for each other's BLAS threads (a network took 41 s instead of 16).
+# each core, would wait for each other's threads (a network took 41 s instead of 16).
 test: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal -m "not gpu"
 

@@ -1,4 +1,4 @@
-"""The command, called within this process."""
+"""Calls the command in this process."""
 
 from __future__ import annotations
 

@@ -62,8 +62,10 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_finish() -> None:
-    # Collections took half a minute: modules are never garbage, and tests leave little of it.
-    gc.freeze()
+    """Collect garbage more seldom, which took half a minute; on a GPU, garbage may hold memory that others want."""
+    if torch.cuda.is_available():
+        return
+    gc.freeze()  # modules are never garbage
     gc.set_threshold(20_000, 20, 20)
 
 
@@ -86,9 +88,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter() -> Iterator[None]:
     from machine import ON_GPU
+
+    if ON_GPU:
+        yield
+        return
     from quick_interpreter import KNOWN, QUICK, using
 
-    with contextlib.nullcontext() if ON_GPU or not KNOWN else using(QUICK):
+    with using(QUICK) if KNOWN else contextlib.nullcontext():
         yield
 
 
@@ -209,13 +215,13 @@ def narrow_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor takes half a minute for what eager PyTorch computes as well."""
+    """Replace torch.compile by eager PyTorch: Inductor takes half a minute."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
 @pytest.fixture
 def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter gives the same bits each time, unless a test has it give others."""
+    """Repeat candidates twice only: the interpreter gives the same bits, unless a test has it give others."""
     from effformer.bench.offline import tune
 
     monkeypatch.setattr(tune, "REPEATS", 2)

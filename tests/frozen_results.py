@@ -1,4 +1,4 @@
-"""What frozen networks are tested with: pixels and their mean, results of the live network, and the comparison."""
+"""Helpers for tests of frozen networks: pixels and their mean, the live network's results, a comparison."""
 
 from __future__ import annotations
 

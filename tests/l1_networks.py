@@ -1,4 +1,4 @@
-"""Networks of L1, into which tests load checkpoints, and what was loaded."""
+"""L1 networks for tests of checkpoints, and the check that all weights were loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures in class folders, and the counts of right predictions written out."""
+"""Random pictures in class folders, and a plain count of right predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks' tests measure: a network, and small calls of the operations."""
+"""Measurements for the benchmarks' tests: a network, and small calls of the operations."""
 
 from __future__ import annotations
 

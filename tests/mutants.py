@@ -29,7 +29,7 @@ TESTS = (
     "test_conv_norm.py",
     "test_kernel_shapes.py",
 )
-# What concerns these files is looked for first, or alone.
+# The tests that run first, or alone, for a fault in one of these files.
 _TABLE = ("test_configurations.py", *TESTS)
 _SERVING = ("test_freeze.py", "test_freeze_refusals.py", "test_freeze_graphs.py")
 JUDGES = {

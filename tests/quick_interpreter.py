@@ -2,7 +2,7 @@
 
 A profile of the kernels' tests showed half of their time in four places: a table of dtypes that is built at each
 operation, patches of `triton.language` at each call of a helper, a check of integers for overflow, itself interpreted,
-and shapes that are wrapped in objects again and again. test_quick_interpreter.py compares both.
+and shapes that are wrapped and compared again and again. test_quick_interpreter.py compares both.
 
 The check for overflow raises an error here. Triton's own asserts it where kernels are compiled for debugging, and is
 silent in the interpreter.
@@ -25,7 +25,6 @@ from triton.runtime import interpreter
 # The Tritons in which these functions were read and compared; others keep theirs.
 KNOWN = triton.__version__.startswith(("3.6.", "3.7.", "3.9."))
 
-_get_np_dtype, _patch_lang = interpreter._get_np_dtype, interpreter._patch_lang
 _OPERATIONS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
 
 
@@ -109,10 +108,10 @@ def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
     if left == right:
         return lhs, rhs
     if len(left) != len(right) or not left:
-        return ORIGINAL[-1](self, lhs, rhs)
+        return _broadcast_impl_value(self, lhs, rhs)
     sizes = tuple(b if a == 1 else a for a, b in zip(left, right, strict=True))
     if any(size not in (1, whole) for side in (left, right) for size, whole in zip(side, sizes, strict=True)):
-        return ORIGINAL[-1](self, lhs, rhs)  # which raises the error
+        return _broadcast_impl_value(self, lhs, rhs)  # which raises the error
 
     def spread(side: Any, before: tuple[int, ...]) -> Any:
         if before == sizes:
@@ -124,16 +123,18 @@ def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
     return spread(lhs, left), spread(rhs, right)
 
 
+_SEMANTIC = type(getattr(interpreter, "interpreter_semantic", None))
 _PLACES = (
     (interpreter, "_get_np_dtype"),
     (interpreter, "_patch_lang"),
-    (type(interpreter.interpreter_semantic), "binary_op_sanitize_overflow_impl"),
+    (_SEMANTIC, "binary_op_sanitize_overflow_impl"),
     (core.block_type, "__init__"),
     (core.tensor, "__init__"),
-    (type(interpreter.interpreter_semantic), "broadcast_impl_value"),
+    (_SEMANTIC, "broadcast_impl_value"),
 )
 QUICK = get_np_dtype, patch_lang, sanitize_overflow, init_block_type, init_tensor, broadcast_impl_value
-ORIGINAL = tuple(getattr(owner, name) for owner, name in _PLACES)
+ORIGINAL: tuple[Any, ...] = tuple(getattr(owner, name, None) for owner, name in _PLACES)  # None in other Tritons
+_get_np_dtype, _patch_lang, *_, _broadcast_impl_value = ORIGINAL
 
 
 @contextlib.contextmanager

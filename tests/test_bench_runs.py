@@ -1,4 +1,4 @@
-"""What a run over networks leaves behind: records, from which the next one goes on, a table, an exit status."""
+"""Runs over networks: their records, the next run that goes on from them, the table, the exit status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the command takes a call: options, help, errors, interrupts, closed pipes."""
+"""Calls of the command: options, help, errors, interrupts, closed pipes."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_netspresso_index_decides_the_bias() -> None:
     mixer = backbone.network.stages[3].blocks[4].token_mixer
     assert not mixer.attention_biases.any()
     assert (got - standard).abs().max() > 1e-3
-    # What the trainer computes with it: one number for each head, whatever the offset.
+    # The trainer computes one number for each head, the same at every offset.
     mixer.attention_biases.copy_(state[INDEX.replace("_bias_idxs", "_biases")][:, 1:2].expand(8, 49))
     assert torch.allclose(backbone(x)["last_feature"], got, rtol=0, atol=1e-12)
 

@@ -1,4 +1,4 @@
-"""What `freeze` refuses: arguments, models that were changed, and images."""
+"""Errors of `freeze` and of frozen networks: wrong arguments, changed models, wrong images."""
 
 from __future__ import annotations
 

@@ -290,7 +290,7 @@ def test_compile_traces_the_whole_network() -> None:
     """No graph break, one graph for every batch; aot_eager, since Inductor takes minutes on a CPU."""
     from effformer.testing import randomise
 
-    network = randomise(create_model("efficientformer_l1", depths=(1, 1, 2, 2))).eval()
+    network = randomise(create_model("efficientformer_l1")).eval()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(network, backend=counter, fullgraph=True)
     with torch.no_grad():

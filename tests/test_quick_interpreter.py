@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import machine
 import pytest
 import torch
@@ -9,6 +12,7 @@ import triton
 import triton.language as tl
 from quick_interpreter import KNOWN, ORIGINAL, QUICK, using
 from triton.language import core
+from triton.runtime import interpreter
 
 pytestmark = [
     pytest.mark.skipif(machine.ON_GPU, reason="nothing is interpreted here"),
@@ -42,6 +46,11 @@ def arithmetic_kernel(out_ptr, x, y, OPERATION: tl.constexpr):
     else:
         z = x * y
     tl.store(out_ptr, z)
+
+
+@triton.jit
+def misfit_kernel(out_ptr):
+    tl.store(out_ptr + tl.arange(0, 8), tl.arange(0, 4) + tl.arange(0, 8))
 
 
 def test_same_bits() -> None:
@@ -84,6 +93,22 @@ def test_same_types(scalar: core.dtype) -> None:
             assert dtypes[: len(dtypes) // 2] == dtypes[len(dtypes) // 2 :]
     with using(QUICK), pytest.raises(TypeError, match="0d"):
         core.block_type(scalar, ())
+
+
+def test_shapes_that_do_not_fit_are_an_error() -> None:
+    """Of 4 and of 8 elements: broadcasting is for sides of 1 alone."""
+    for functions in (ORIGINAL, QUICK):
+        with using(functions), pytest.raises(Exception, match="incompatible dimensions at index 0: 4 and 8"):
+            misfit_kernel[(1,)](torch.zeros(8))
+
+
+def test_other_tritons_keep_their_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their interpreter may lack the functions that are replaced here: the import must not fail."""
+    monkeypatch.setattr(triton, "__version__", "9.9.0")
+    monkeypatch.delattr(interpreter, "_patch_lang")
+    monkeypatch.delattr(interpreter, "interpreter_semantic")
+    found = runpy.run_path(str(Path(__file__).with_name("quick_interpreter.py")))
+    assert not found["KNOWN"]
 
 
 def _shown(one: object) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a report says: comparisons and tables. All figures are made up."""
+"""The report's comparisons and tables. All figures are made up."""
 
 from __future__ import annotations
 

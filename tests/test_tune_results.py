@@ -1,4 +1,4 @@
-"""What becomes of the search for tiles: entries of a table, and the files that `effformer bench tune` writes."""
+"""Results of the search for tiles: entries of a table, and the files that `effformer bench tune` writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A card that the tuner is told of, and the tiles that the table has for a question."""
+"""The GPU of the tuner's tests, and the tiles that the table has for their question."""
 
 from __future__ import annotations
 

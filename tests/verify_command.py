@@ -1,4 +1,4 @@
-"""`effformer verify`, called within this process."""
+"""Calls `effformer verify` in this process."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ PIECES = (
     Piece("bench", ("gpu/test_gpu_bench.py",), 1, 300, 200, alone=True),
     Piece("tune", ("gpu/test_gpu_tune.py",), 1, 300, 280, alone=True),
 )  # fmt: skip
-# What all pieces share.
+# Files that all pieces use.
 SHARED = ("conftest.py", "machine.py", "gpu/gpu_cases.py", "gpu/one_of_each.py")
 
 
@@ -202,11 +202,11 @@ class Suite:
         }
         self.ended: dict[str, Result | None] = {}
         self.runs, self.tests = self.results / "suite.jsonl", self.results / "tests.jsonl"
-        # What was recorded of other sources or versions says nothing about these.
+        # Records of other sources or versions say nothing about these.
         write(self.tests, [record for piece in self.pieces for record in self.records(piece).values()])
 
     def records(self, piece: Piece) -> dict[str, dict[str, Any]]:
-        """What is known of a piece's tests."""
+        """The last record of each of a piece's tests."""
         return latest(r for r in read(self.tests) if (r["piece"], r["key"]) == (piece.name, self.keys[piece.name]))
 
     def result(self, piece: Piece) -> Result | None:
