@@ -98,7 +98,7 @@ def source_of(launch: Launch, capability: int) -> Source:
     types: dict[str, str] = {}
     constants, attributes = dict(launch.constants), dict[tuple[int, ...], list[list[Any]]]()
     function = launch.kernel.fn
-    for index, name in enumerate(inspect.signature(function).parameters):
+    for index, name in enumerate(launch.kernel.arg_names):
         if name in launch.constants:
             types[name] = "constexpr"
             continue
