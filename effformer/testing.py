@@ -114,7 +114,7 @@ def draw_vector(size: int, low: float, high: float) -> Tensor:
 
 def draw_weight(outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
     """[outputs, inputs], normal, of a size that keeps activations near 1."""
-    weight = torch.empty(outputs, inputs)
+    weight = torch.empty(outputs, inputs)  # the audit describes thousands without values, on the meta device
     return (weight if weight.is_meta else weight.normal_() * max(inputs, 1) ** -0.5).to(dtype)
 
 

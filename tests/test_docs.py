@@ -197,6 +197,25 @@ def test_page(page: str, run: Callable[[Path], int], materials: Path, tmp_path: 
     assert status == 0, f"{page}\n{(workplace / 'output.txt').read_text(encoding='utf-8')[-6000:]}"
 
 
+@pytest.mark.parametrize("own", ["", "import os; os.environ[\"TRITON_INTERPRET\"] = '1'\n"])
+@pytest.mark.parametrize(
+    ("code", "status", "printed"),
+    [
+        ("print('fine')", 0, "fine"),
+        ("assert 1 > 2, 'wrong'", 1, "AssertionError: wrong"),
+        ("raise SystemExit('told')", 1, "told"),
+        ("import os; os.abort()", -6, ""),
+    ],
+)
+def test_a_page_that_fails_is_seen(
+    run: Callable[[Path], int], tmp_path: Path, own: str, code: str, status: int, printed: str
+) -> None:
+    """In both kinds of processes."""
+    (tmp_path / "page.py").write_text(own + code)
+    assert run(tmp_path) == status
+    assert printed in (tmp_path / "output.txt").read_text()
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)

@@ -18,7 +18,7 @@ def pair(timm: Any, name: str, **kwargs: Any) -> tuple[EfficientFormer, nn.Modul
     ours = randomise(create_model(name, **kwargs)).double()
     with torch.device("meta"):  # random numbers for weights that are replaced took a third of the time
         theirs = timm.create_model(name, **kwargs)
-    theirs.load_state_dict(ours.state_dict(), strict=True, assign=True)
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()), strict=True, assign=True)  # shares no memory with ours
     return ours, theirs
 
 
