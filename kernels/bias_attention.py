@@ -197,10 +197,16 @@ def prepare_bias(bias: Tensor, key_dim: int, value_dim: int, dtype: torch.dtype)
     head; -inf for keys that do not exist. float32 [heads, N, K].
     """
     tokens = bias.shape[1]
-    config = attention_config(_question(tokens, key_dim, value_dim, dtype), device_of(bias.device))
+    keys = padded_tokens(tokens, key_dim, value_dim, dtype, bias.device)
     limit = MOST_SCORE.value * key_dim**-0.5
     finite = torch.where(bias.isinf(), bias, bias.clamp(-limit, limit)) / key_dim**-0.5
-    return F.pad(finite, (0, -tokens % config.block_n), value=-torch.inf)
+    return F.pad(finite, (0, keys - tokens), value=-torch.inf)
+
+
+def padded_tokens(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Keys of whole tiles, which a prepared bias has."""
+    config = attention_config(_question(tokens, key_dim, value_dim, dtype), device_of(device))
+    return -(-tokens // config.block_n) * config.block_n
 
 
 def _question(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> Question:
@@ -220,7 +226,7 @@ def bias_attention_launch(
     question = _question(tokens, key_dim, value_dim, qkv.dtype)
     config = attention_config(question, device_of(qkv.device))
     if prepared:
-        shape = num_heads, tokens, -(-tokens // config.block_n) * config.block_n
+        shape = num_heads, tokens, padded_tokens(tokens, key_dim, value_dim, qkv.dtype, qkv.device)
         if bias.shape != shape or not bias.is_contiguous():
             raise ValueError(
                 f"bias: got a prepared one of shape {list(bias.shape)} and strides {bias.stride()}, "

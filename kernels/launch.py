@@ -47,16 +47,26 @@ class Launch:
         return tiles | chosen | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def run(self) -> None:
+        if (description := _description.get()) is not None:
+            description.append(self)
+            return
         for record in _records:
             record.append(self)
         if self.grid and _runs.get():
-            self.kernel[(self.grid,)](
-                **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+            self.kernel[(self.grid,)](**self._keywords)
+
+    def compiled(self) -> Any:
+        """Triton's compiled kernel for these arguments, on the current device; nothing is launched."""
+        return self.kernel.run(grid=(self.grid,), warmup=True, **self._keywords)
+
+    @property
+    def _keywords(self) -> dict[str, Any]:
+        return {**self.arguments, **self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 _records: list[list[Launch]] = []
 _runs = contextvars.ContextVar("runs", default=True)
+_description = contextvars.ContextVar[list[Launch] | None]("description", default=None)
 
 
 @contextlib.contextmanager
@@ -73,6 +83,22 @@ def recorded(*, run: bool = True) -> Iterator[list[Launch]]:
     finally:
         _runs.reset(token)
         _records[:] = [other for other in _records if other is not record]
+
+
+def observed() -> bool:
+    """Whether launches are recorded, or not carried out, so that each must pass through `Launch.run`."""
+    return bool(_records) or not _runs.get()
+
+
+@contextlib.contextmanager
+def described() -> Iterator[list[Launch]]:
+    """Collect the launches of this context instead of carrying them out; no record has them."""
+    launches: list[Launch] = []
+    token = _description.set(launches)
+    try:
+        yield launches
+    finally:
+        _description.reset(token)
 
 
 def run(*launches: Launch) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,21 @@ def register(schema: str, implementation: Callable[..., Tensor], fake: Callable[
     needed = sum(one.default is one.empty for one in inspect.signature(fake).parameters.values())
     torch.library.register_fake(f"effformer::{name}", lambda *arguments: fake(*arguments[:needed]), lib=_LIBRARY)
     return getattr(torch.ops.effformer, name).default
+
+
+def arguments_of(operator: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> list[Any]:
+    """The arguments of an operator in its order: `tensors` in turn, for the others `options` or the defaults.
+
+    Options that it does not have are left out.
+    """
+    remaining = iter(tensors)
+    found: list[Any] = []
+    for argument in getattr(torch.ops.effformer, operator).default._schema.arguments:
+        if str(argument.type) in ("Tensor", "Optional[Tensor]"):
+            found.append(next(remaining, None))
+        else:
+            found.append(options.get(argument.name, argument.default_value))
+    return found
 
 
 def _needs_interpreter(*args: Any) -> Tensor:

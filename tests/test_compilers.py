@@ -94,4 +94,4 @@ def test_fx_keeps_operations_whole(narrow: Callable[..., EfficientFormer]) -> No
     traced = torch.fx.symbolic_trace(network)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(traced(x), network(x))
+        assert torch.allclose(traced(x), network(x), rtol=0, atol=SLACK)

@@ -189,7 +189,7 @@ def test_biases_of_few_sizes_are_kept(narrow: Callable[..., EfficientFormer]) ->
     frozen = freeze(narrow(), torch.float64)
     for side in range(1, 12):
         frozen(torch.zeros(1, 3, 32, 32 * side, dtype=torch.float64))
-    assert list(frozen._biases) == [(32, 32 * side) for side in range(4, 12)]
+    assert list(frozen._plans._sizes) == [(32, 32 * side) for side in range(4, 12)]
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

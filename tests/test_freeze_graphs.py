@@ -282,8 +282,8 @@ def test_a_callers_graph_reads_nothing_that_may_be_given_up(
     frozen(x[..., :64])
     monkeypatch.undo()
     assert read[2] is not read[0]
-    assert list(frozen._biases) == [(64, 96)]
-    assert frozen._biases[64, 96] is read[0]
+    assert list(frozen._plans._sizes) == [(64, 96)]
+    assert frozen._plans._sizes[64, 96].biases is read[0]
 
 
 def test_capture_says_what_it_cannot(narrow: Callable[..., EfficientFormer], graphed: Callable[..., Any]) -> None:

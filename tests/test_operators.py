@@ -344,8 +344,8 @@ for call in (lambda: ops.pool_mixer(x, scale, backend="triton"), lambda: pool_mi
 def test_set_backend_switches_what_computes(narrow: Callable[..., EfficientFormer]) -> None:
     network, x = narrow(dtype=torch.float32), torch.randn(1, 3, 64, 64)
     randomise(network)
-    for choice, expected in (("triton", 5), ("eager", 0)):
+    for choice in ("triton", "eager"):
         set_backend(network, choice)
-        with torch.no_grad(), Recorder() as recorder:
+        with torch.no_grad(), launch.recorded() as launches:
             network(x)
-        assert recorder.seen["effformer::meta4d"] == expected
+        assert bool(launches) == (choice == "triton")

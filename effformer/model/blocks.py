@@ -7,6 +7,7 @@ and `dtype` of torch's modules.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from .. import ops, reference
 from ..config import EfficientFormerConfig
-from .fusion import ACTIVATION_MODULES, Fusable, fusable
+from . import live
+from .fusion import ACTIVATION_MODULES, Fusable, fusable, is_plain, why_other_halving
+from .steps import BIAS, Fold, Source, Step
 
 
 def _activation(name: str, dd: dict[str, Any]) -> nn.Module:
@@ -55,11 +58,14 @@ class DropPath(nn.Module):
 _DROP_PATHS = (nn.Identity, DropPath)
 
 
-class Stem(nn.Sequential):
+class Stem(live.Planned, nn.Sequential):
     """Two 3x3 convolutions of stride 2 with BatchNorm and ReLU: [B, in_chans, H, W] -> [B, width, H/4, W/4]."""
 
-    def __init__(self, in_chans: int, width: int, **dd: Any) -> None:
+    backend = "auto"
+
+    def __init__(self, in_chans: int, width: int, backend: str, **dd: Any) -> None:
         super().__init__()
+        self.backend = backend
         self.conv1 = nn.Conv2d(in_chans, width // 2, 3, stride=2, padding=1, **dd)
         self.norm1 = nn.BatchNorm2d(width // 2, **dd)
         self.act1 = nn.ReLU()
@@ -67,9 +73,38 @@ class Stem(nn.Sequential):
         self.norm2 = nn.BatchNorm2d(width, **dd)
         self.act2 = nn.ReLU()
 
-    def folded(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    def forward(self, x: Tensor) -> Tensor:
+        result = live.run(self, x)
+        return nn.Sequential.forward(self, x) if result is None else result  # type: ignore[no-untyped-call]
+
+    def why_unplanned(self) -> str | None:
+        return self.why_composed()
+
+    def why_composed(self) -> str | None:
+        """The reason why `conv_norm` does not compute the same as the modules now; None where it does."""
+        # A Sequential calls all its modules, in their order.
+        if tuple(self._modules) != ("conv1", "norm1", "act1", "conv2", "norm2", "act2"):
+            return "modules were added, removed or moved"
+        for name, relu in (("act1", self.act1), ("act2", self.act2)):
+            if not is_plain(relu, (nn.ReLU,)):
+                return f"submodule {name!r} was replaced, changed or has hooks"
+        return why_other_halving(self.conv1, self.norm1) or why_other_halving(self.conv2, self.norm2)
+
+    def folded(self, fold: Fold = ops) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
         """(weight, scale, shift) of both convolutions in eval mode."""
-        return (self.conv1.weight, *_fold(self.conv1, self.norm1)), (self.conv2.weight, *_fold(self.conv2, self.norm2))
+        first, second = _fold(fold, self.conv1, self.norm1), _fold(fold, self.conv2, self.norm2)
+        return (self.conv1.weight, *first), (self.conv2.weight, *second)
+
+    def input(self, x: Tensor) -> Tensor | None:
+        if x.ndim != 4 or x.shape[1] != self.conv1.in_channels:
+            return None
+        from ..kernels.conv_norm import GATHERED
+
+        return x if x.shape[1] <= GATHERED else live.dense(x)
+
+    def steps(self, source: Source) -> Iterator[Step]:
+        for convolution in self.folded(source):
+            yield Step.of(source, "conv_norm", *convolution, activation="relu")
 
 
 class Downsample(nn.Module):
@@ -83,9 +118,16 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
 
-    def folded(self) -> tuple[Tensor, Tensor, Tensor]:
+    def why_composed(self) -> str | None:
+        """The reason why `conv_norm` does not compute the same as the modules now; None where it does."""
+        return why_other_halving(self.conv, self.norm)
+
+    def folded(self, fold: Fold = ops) -> tuple[Tensor, Tensor, Tensor]:
         """(weight, scale, shift) of the convolution in eval mode."""
-        return self.conv.weight, *_fold(self.conv, self.norm)
+        return self.conv.weight, *_fold(fold, self.conv, self.norm)
+
+    def steps(self, source: Source) -> Iterator[Step]:
+        yield Step.of(source, "conv_norm", *self.folded(source))
 
 
 class Pooling(nn.Module):
@@ -146,18 +188,23 @@ class Meta4D(Fusable):
     def fused(self, x: Tensor) -> Tensor:
         return ops.meta4d(x, *self.folded(), activation=self.activation, backend=self.backend)
 
-    def folded(self) -> tuple[Tensor, ...]:
+    def folded(self, fold: Fold = ops) -> tuple[Tensor, ...]:
         """Layer scale, weights, scales and shifts, as `ops.meta4d` takes them after x."""
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        scale1, shift1 = _fold(fc1, self.mlp.norm1)
-        scale2, shift2 = _fold(fc2, self.mlp.norm2, self.ls2.gamma)
-        return ops.upcast(self.ls1.gamma), fc1.weight.flatten(1), scale1, shift1, fc2.weight.flatten(1), scale2, shift2
+        scale1, shift1 = _fold(fold, fc1, self.mlp.norm1)
+        scale2, shift2 = _fold(fold, fc2, self.mlp.norm2, self.ls2.gamma)
+        return fold.upcast(self.ls1.gamma), fc1.weight.flatten(1), scale1, shift1, fc2.weight.flatten(1), scale2, shift2
+
+    def steps(self, source: Source) -> Iterator[Step]:
+        yield Step.of(source, "meta4d", *self.folded(source), activation=self.activation)
 
 
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _fold(
+    fold: Fold, conv: nn.Conv2d, norm: nn.BatchNorm2d, layer_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None and var is not None  # noqa: PT018 (`why_composed` looked)
-    folded = ops.fold_batch_norm(conv.bias, norm.weight, norm.bias, mean, var, norm.eps, layer_scale)
+    folded = fold.fold_batch_norm(conv.bias, norm.weight, norm.bias, mean, var, norm.eps, layer_scale)
     return folded[0], folded[1]  # FX cannot unpack the result of a recorded call
 
 
@@ -166,6 +213,9 @@ class Flat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).transpose(1, 2)
+
+    def steps(self, source: Source) -> Iterator[Step]:
+        yield Step("tokens")
 
 
 class Attention(Fusable):
@@ -283,16 +333,27 @@ class Meta3D(Fusable):
         )
         return ops.linear_mlp(x, *self.folded_mlp(), activation=self.activation, eps=self.norm2.eps, backend=backend)
 
-    def folded_mixer(self, bias: Tensor) -> tuple[Tensor, ...]:
+    def folded_mixer(self, bias: Tensor, fold: Fold = ops) -> tuple[Tensor, ...]:
         """Norm, weights, the attention's `bias`, scale and shift, as `ops.attention_mixer` takes them after x."""
         mixer = self.token_mixer
-        scale = ops.fold_layer_scale(mixer.proj.bias, self.ls1.gamma)
-        norm = ops.upcast(self.norm1.weight), ops.upcast(self.norm1.bias)
-        return *norm, mixer.qkv.weight, ops.upcast(mixer.qkv.bias), bias, mixer.proj.weight, scale[0], scale[1]
+        scale = fold.fold_layer_scale(mixer.proj.bias, self.ls1.gamma)
+        norm = fold.upcast(self.norm1.weight), fold.upcast(self.norm1.bias)
+        return *norm, mixer.qkv.weight, fold.upcast(mixer.qkv.bias), bias, mixer.proj.weight, scale[0], scale[1]
 
-    def folded_mlp(self) -> tuple[Tensor, ...]:
+    def folded_mlp(self, fold: Fold = ops) -> tuple[Tensor, ...]:
         """Norm, weights, scale and shifts, as `ops.linear_mlp` takes them after x."""
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        scale = ops.fold_layer_scale(fc2.bias, self.ls2.gamma)
-        norm = ops.upcast(self.norm2.weight), ops.upcast(self.norm2.bias)
-        return *norm, fc1.weight, ops.upcast(fc1.bias), fc2.weight, scale[0], scale[1]
+        scale = fold.fold_layer_scale(fc2.bias, self.ls2.gamma)
+        norm = fold.upcast(self.norm2.weight), fold.upcast(self.norm2.bias)
+        return *norm, fc1.weight, fold.upcast(fc1.bias), fc2.weight, scale[0], scale[1]
+
+    def steps(self, source: Source) -> Iterator[Step]:
+        mixer = self.token_mixer
+        tensors = list(self.folded_mixer(mixer.attention_biases, source))
+        del tensors[BIAS]  # it depends on the image size
+        heads = {"num_heads": mixer.num_heads, "key_dim": mixer.key_dim, "eps": self.norm1.eps}
+        mix = Step.of(source, "attention_mixer", *tensors, **heads)
+        mix.table = source.table(mixer.attention_biases)
+        mix.resize = {"resolution": mixer.resolution, "resize": mixer.bias_resize}
+        yield mix
+        yield Step.of(source, "linear_mlp", *self.folded_mlp(source), activation=self.activation, eps=self.norm2.eps)

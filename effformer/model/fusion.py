@@ -134,6 +134,31 @@ def is_plain(module: nn.Module | None, kinds: _Kinds, expected: Callable[[Any], 
     return expected is None or expected(module)
 
 
+def why_other(module: nn.Module, kinds: _Kinds) -> str | None:
+    """The reason why fused operations would not compute the same as `module`; None where they would."""
+    if not is_plain(module, kinds):
+        return "it was replaced, changed or has hooks"
+    why_composed: Callable[[], str | None] | None = getattr(module, "why_composed", None)
+    return why_composed() if why_composed else None
+
+
+def replaces(module: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
+    """Whether `module`, or its class, has other methods of these names than `kind`."""
+    return any(name in vars(module) or getattr(type(module), name) is not getattr(kind, name) for name in methods)
+
+
 def is_active(*modules: nn.Module) -> bool:
     """Whether one of these, `nn.Dropout` or `DropPath`, drops anything now; other modules never do."""
     return any(module.training and (vars(module).get("p") or vars(module).get("rate")) for module in modules)
+
+
+def why_other_halving(conv: nn.Module, norm: nn.Module) -> str | None:
+    """The reason why these are not a plain 3x3 convolution of stride 2 and its BatchNorm in eval mode."""
+    if not is_plain(conv, (nn.Conv2d,), expected=_is_halving) or not is_plain(norm, (nn.BatchNorm2d,)):
+        return "a convolution or its norm was replaced, changed or has hooks"
+    return "BatchNorm uses batch statistics" if norm.training or norm.running_mean is None else None
+
+
+def _is_halving(conv: Any) -> bool:
+    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+    return geometry == ((3, 3), (2, 2), (1, 1), (1, 1), 1, "zeros")

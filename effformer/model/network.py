@@ -18,8 +18,12 @@ from .. import ops
 from ..backend import autocast
 from ..checks import FINITE, PROBABILITY, check, check_choice, check_count, check_floating, shape_of
 from ..config import EfficientFormerConfig
+from . import live
 from .blocks import Attention, Meta3D, Meta4D, Stem
+from .end import End
+from .fusion import replaces
 from .stage import Stage, StageOutput
+from .steps import to_map
 
 POOLS = ("avg", "")
 
@@ -112,7 +116,8 @@ class EfficientFormer(nn.Module):
             for index, width in enumerate(config.widths)
         ]
 
-        self.stem = Stem(in_chans, config.widths[0], **dd)
+        self.backend = backend
+        self.stem = Stem(in_chans, config.widths[0], backend, **dd)
         total = sum(config.depths)
         drop_paths = [drop_path_rate * index / max(total - 1, 1) for index in range(total)]
         stages = []
@@ -149,7 +154,12 @@ class EfficientFormer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, num_classes] of images [B, in_chans, H, W]; `forward_head` describes the other results."""
-        return self.forward_head(self.forward_features(x))
+        if replaces(self, EfficientFormer, "forward_features", "forward_head", "logits"):
+            return self.forward_head(self.forward_features(x))
+        for output in self._run_stages(x, len(self.stages)):
+            x = output.features
+        logits = live.run(End(self), x)
+        return self.forward_head(self.norm(x)) if logits is None else logits
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens [B, N, C] after the final norm, N = ceil(H / 32) * ceil(W / 32); a map once stages were pruned."""
@@ -320,12 +330,6 @@ def init_linear(linear: nn.Linear) -> None:
     nn.init.zeros_(linear.bias)
 
 
-def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
-    """[B, N, C] -> [B, C, height, width]."""
-    channels_first = tokens.transpose(1, 2)
-    return channels_first.reshape(channels_first.shape[0], channels_first.shape[1], height, width)
-
-
 def _take_indices(indices: int | Sequence[int] | None, count: int) -> tuple[list[int], int]:
     """Indices as non-negative numbers in the caller's order, and the largest."""
     if indices is None:
@@ -342,14 +346,14 @@ def _take_indices(indices: int | Sequence[int] | None, count: int) -> tuple[list
 
 
 def set_backend(model: nn.Module, backend: str) -> None:
-    """Set the backend of the fused operations in every block of `model`: "auto", "eager" or "triton".
+    """Set the backend of the fused operations in every part of `model`: "auto", "eager" or "triton".
 
     Raises:
         ValueError: for another backend, or a model without EfficientFormer blocks.
     """
     check_choice("backend", backend, ops.BACKENDS)
-    blocks = [module for module in model.modules() if isinstance(module, (Meta4D, Meta3D, Attention))]
-    if not blocks:
+    parts = [m for m in model.modules() if isinstance(m, (Meta4D, Meta3D, Attention, Stem, EfficientFormer))]
+    if not parts:
         raise ValueError(f"model: got {type(model).__name__}, allowed is one that holds EfficientFormer blocks")
-    for block in blocks:
-        block.backend = backend
+    for part in parts:
+        part.backend = backend

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import EfficientFormerConfig
 from ..workload import halved
+from . import live
 from .blocks import Downsample, Flat, Meta3D, Meta4D
+from .fusion import why_other
+from .steps import Source, Step
 
 
-class Stage(nn.Module):
+class Stage(live.Planned, nn.Module):
     """Downsampling (not in the first stage) and MetaBlocks; the last `num_vit` of them work on tokens.
 
     [B, in_width, H, W] -> [B, width, h, w], or [B, h * w, width] in a stage that flattens.
@@ -34,6 +37,7 @@ class Stage(nn.Module):
         **dd: Any,
     ) -> None:
         super().__init__()
+        self.width = width
         self.grad_checkpointing = False
         self.num_vit = num_vit or 0
         self.downsample = nn.Identity() if in_width is None else Downsample(in_width, width, **dd)
@@ -49,6 +53,9 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        planned = live.run(self, x)
+        if planned is not None:
+            return planned
         x = self.downsample(x)
         height, width = x.shape[2], x.shape[3]
         first_token_block = len(self.blocks) - self.num_vit
@@ -56,6 +63,32 @@ class Stage(nn.Module):
             args = (x,) if index < first_token_block else (x, height, width)
             x = _checkpointed(block, *args) if self.grad_checkpointing else block(*args)
         return x
+
+    def parts(self) -> Iterator[tuple[str, nn.Module, tuple[type[nn.Module], ...]]]:
+        """Name, module, and its classes as this stage was built; outer modules come before inner ones."""
+        yield "downsample", self.downsample, (Downsample, nn.Identity)
+        yield "blocks", self.blocks, (nn.Sequential,)
+        for index, block in enumerate(self.blocks):
+            tokens = index >= len(self.blocks) - self.num_vit
+            yield f"blocks.{index}", block, (Meta3D,) if tokens else (Meta4D, Flat)
+
+    def why_unplanned(self) -> str | None:
+        for name, module, kinds in self.parts():
+            if reason := why_other(module, kinds):
+                return f"{name}: {reason}"
+        return None
+
+    def input(self, x: Tensor) -> Tensor | None:
+        width = self.downsample.conv.in_channels if isinstance(self.downsample, Downsample) else self.width
+        return live.dense(x) if x.ndim == 4 and x.shape[1] == width else None
+
+    def backends(self) -> set[str]:
+        return {block.backend for block in self.blocks if isinstance(block, (Meta4D, Meta3D))}
+
+    def steps(self, source: Source) -> Iterator[Step]:
+        for part in (self.downsample, *self.blocks):
+            if not isinstance(part, nn.Identity):
+                yield from cast("Downsample | Meta4D | Meta3D | Flat", part).steps(source)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Sides of this stage's map for an input map of [height, width]."""

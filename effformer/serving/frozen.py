@@ -18,12 +18,11 @@ from ..model.netspresso import Backbone, network_within
 from ..model.network import EfficientFormer
 from .graphs import capture_graph, wait_for
 from .packing import OUTPUTS, normalisation, pack
+from .plans import Plans
 
 Output = Literal["logits", "pooled", "features"]
 WhenFull = Literal["run", "pad"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-_SIZES = 8  # image sizes without a graph whose attention bias is kept
 
 
 def freeze(
@@ -135,13 +134,13 @@ class Frozen:
         self._max_graphs, self._pads, self._new_outputs = max_graphs, pads, new_outputs
         self._lock = threading.RLock()
         self._graphs: dict[Key, _Graph] = {}
-        self._biases: dict[tuple[int, int], list[Tensor]] = {}  # of images without a graph
         self._pool: Any = None
         self._ready: torch.cuda.Event | None = None  # the work of the last call is done
         self._model = weakref.ref(network)
         with self._turn():
             self._outside_a_graph("freeze")
             self._packed = self._pack(network)
+            self._plans = Plans(self._packed, self.backend)  # of images without a graph
             self._wait()  # a caller's graph may run on another stream, and does not wait
 
     def __repr__(self) -> str:
@@ -183,7 +182,8 @@ class Frozen:
         with self._turn():
             key = self._key(images)
             if key is None:
-                return self._run(images)
+                # A caller's graph may be replayed when what is kept here is freed.
+                return self._plans.run(images, keep=not self._within_a_graph())
             if key not in self._graphs:
                 self._graphs[key] = self._capture(key)
             return self._replay(self._graphs[key], images)
@@ -235,7 +235,7 @@ class Frozen:
             self._outside_a_graph("clear")
             self._wait()
             self._graphs.clear()
-            self._biases.clear()
+            self._plans.clear()
             self._pool = None
 
     def refresh(self, model: EfficientFormer | Backbone | None = None) -> None:
@@ -259,7 +259,7 @@ class Frozen:
             for (_, height, width, _), graph in self._graphs.items():
                 for target, source in zip(graph.biases, self._packed.biases(height, width, self.backend), strict=True):
                     target.copy_(source)
-            self._biases.clear()
+            self._plans.clear()
             self._model = weakref.ref(network)
             self._wait()  # for a caller's graph, as above
 
@@ -315,22 +315,6 @@ class Frozen:
                 finally:
                     self._ready = self._ready or torch.cuda.Event()
                     self._ready.record(stream)
-
-    def _run(self, images: Tensor) -> Tensor | list[Tensor]:
-        sides = images.shape[2], images.shape[3]
-        within = self._within_a_graph()
-        # The caller's graph keeps the bias computed within it: it may be replayed when the one kept here is freed.
-        biases = None if within else self._biases.get(sides)
-        if biases is None:
-            biases = self._packed.biases(*sides, self.backend)
-            if not within:
-                self._biases[sides] = biases
-                while len(self._biases) > _SIZES:
-                    del self._biases[next(iter(self._biases))]
-        if self.device.type == "cuda":
-            for bias in biases:  # it may be freed while this stream still reads it
-                bias.record_stream(torch.cuda.current_stream())
-        return self._packed.run(images, biases, self.backend)
 
     def _within_a_graph(self) -> bool:
         """Whether the caller is capturing a graph, so that results exist only when that is replayed."""

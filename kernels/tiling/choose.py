@@ -237,6 +237,11 @@ def using(table: Table) -> Iterator[None]:
         _override.reset(token)
 
 
+def overriding() -> Table | None:
+    """The table that alone answers now (`using`), None where that is the device's own."""
+    return _override.get()
+
+
 def preferring(*entries: Entry) -> contextlib.AbstractContextManager[None]:
     """Within it these entries come before the shipped ones, and a user's are left out: to try them."""
     return using(Table([*entries, *shipped_table().entries]))

@@ -1,0 +1,41 @@
+/* A CUDA driver for a machine without a GPU: the calls that Triton makes to load and launch kernels. Nothing runs.
+
+   It takes the place of libcuda.so.1, and counts launches. Devices are as an H100 of compute capability 9.0. */
+
+#include <stddef.h>
+#include <stdint.h>
+
+static uint64_t launches;
+
+uint64_t stub_launches(void) { return launches; }
+
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int *version) { *version = 12080; return 0; }
+int cuGetErrorString(int error, const char **text) { *text = "an error of the stub driver"; return 0; }
+int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+  switch (attribute) {
+  case 10: *value = 32; break;      /* warp size */
+  case 12: *value = 65536; break;   /* registers of a block */
+  case 16: *value = 132; break;     /* multiprocessors */
+  case 75: *value = 9; break;       /* compute capability, major */
+  case 97: *value = 232448; break;  /* shared memory of a block, opted in */
+  default: *value = 0;
+  }
+  return 0;
+}
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
+int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
+int cuCtxSetCurrent(void *context) { return 0; }
+int cuCtxGetLimit(size_t *value, int limit) { *value = 0; return 0; }
+int cuCtxSetLimit(int limit, size_t value) { return 0; }
+int cuModuleLoadData(void **module, const void *image) { *module = (void *)1; return 0; }
+int cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)1; return 0; }
+int cuFuncGetAttribute(int *value, int attribute, void *function) { *value = 0; return 0; }
+int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
+int cuFuncSetCacheConfig(void *function, int config) { return 0; }
+int cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) { launches++; return 0; }
+int cuPointerGetAttribute(void *data, int attribute, uint64_t pointer) { *(uint64_t *)data = pointer; return 0; }
+int cuOccupancyMaxActiveClusters(int *clusters, void *function, const void *config) { *clusters = 1; return 0; }
+int cuTensorMapEncodeTiled(void *map, ...) { return 0; }
+int cuTensorMapEncodeIm2col(void *map, ...) { return 0; }

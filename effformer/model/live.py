@@ -1,0 +1,269 @@
+"""A part of a live network as one plan of launches, at each forward without gradients.
+
+Its modules are what counts: parameters may change in any way between two forwards, hooks may come and modules go. So
+each forward compares everything that the plan rests on with what it was: the modules' attributes, and the addresses of
+their tensors. The tensors' values are read on the device (`effformer.kernels.fold`). Where a part is not plain, its
+modules run, and block by block `fusion.fusable` chooses.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..backend import autocast, products_dtype, why_not_triton
+from .steps import Source, Step, attention_sides, run_steps
+
+if TYPE_CHECKING:
+    from ..kernels.plan import Plan
+
+_MOST_PLANS = 64  # of a part: one for each form of input
+_REBUILDS = 4  # after as many changes from one forward to the next, only a state that stays is planned
+
+# Attributes of a module that are changed in place; of a snapshot they are copies.
+_COPIED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_modules")
+_MODES = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+
+
+class Part(Protocol):
+    """A part of a network that can be planned."""
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that keeps the plans."""
+
+    def watched(self) -> Iterator[nn.Module]:
+        """All modules that it consists of."""
+
+    def backends(self) -> set[str]:
+        """The backends of its fused operations."""
+
+    def why_unplanned(self) -> str | None:
+        """The reason why its steps do not compute the same as all its modules now; None where they do."""
+
+    def input(self, x: Tensor) -> Tensor | None:
+        """x as the steps take it; None for another shape than theirs."""
+
+    def steps(self, source: Source) -> Iterator[Step]:
+        """Its steps, with arguments from the source."""
+
+
+class Planned:
+    """A module that is a part by itself."""
+
+    backend: str
+
+    @property
+    def owner(self) -> nn.Module:
+        assert isinstance(self, nn.Module)
+        return self
+
+    def watched(self) -> Iterator[nn.Module]:
+        return self.owner.modules()
+
+    def backends(self) -> set[str]:
+        return {self.backend}
+
+
+def dense(x: Tensor) -> Tensor:
+    """The map x [B, C, H, W] with channels next to each other, copied if they are not."""
+    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+
+
+class _Memory:
+    """Holds a part's state; a copy of the module, and one that was pickled, begin with an empty one."""
+
+    state: _State | None = None
+
+    def __deepcopy__(self, memo: object) -> _Memory:
+        return _Memory()
+
+    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
+        return _Memory, ()
+
+
+class _State:
+    """A part's modules and tensors at one time, and the plans that rest on them.
+
+    Attributes:
+        reason: why there can be no plan.
+        plans: by the form of the input; None where that has none.
+        forwards: the number of them so far.
+    """
+
+    def __init__(self, part: Part, before: _State | None) -> None:
+        modules = list(part.watched())
+        self._modules, self._classes = modules, [type(module) for module in modules]
+        self._attributes = [vars(part.owner), *(vars(module) for module in modules)]
+        self._seen = [_snapshot(attributes) for attributes in self._attributes]
+        self._holders = [vars(module)[kind] for module in modules for kind in ("_parameters", "_buffers")]
+        self._tensors = _forms(self._holders)
+        self.backends = part.backends()
+        self.reason = part.why_unplanned() or _why_not(self.tensors())
+        self.plans: dict[Any, Plan | None] = {}
+        self.forwards = 0
+        self._changes: int = 0 if before is None or before.forwards > 1 else before._changes + 1
+
+    def holds(self, part: Part) -> bool:
+        """Whether all is as it was."""
+        try:
+            return (
+                vars(part.owner) is self._attributes[0]
+                and self._attributes == self._seen
+                and [type(module) for module in self._modules] == self._classes
+                and _forms(self._holders) == self._tensors
+            )
+        except RuntimeError:  # a tensor without memory; an attribute that is another tensor than it was
+            return False
+
+    @property
+    def rests(self) -> bool:
+        """Whether it is worth a plan: not where each forward finds another state."""
+        return self._changes < _REBUILDS or self.forwards > 1
+
+    def tensors(self) -> list[Tensor]:
+        """The parameters and buffers of now."""
+        return [tensor for holder in self._holders for tensor in holder.values() if tensor is not None]
+
+
+def _snapshot(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of a module; tensors are looked at by themselves."""
+    return {name: dict(value) if name in _COPIED else value for name, value in attributes.items()}
+
+
+def _forms(holders: Sequence[Mapping[str, Tensor | None]]) -> list[Any]:
+    return [
+        tensor if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), type(tensor))
+        for holder in holders
+        for tensor in holder.values()
+    ]
+
+
+def _why_not(tensors: Sequence[Tensor]) -> str | None:
+    """The reason why a plan cannot take the parameters from their addresses; None where it can."""
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+            return f"a parameter is a {type(tensor).__name__} on {tensor.device}, {tensor.layout}"
+    devices = {tensor.device for tensor in tensors}
+    return None if len(devices) == 1 else f"parameters lie on {len(devices)} devices"
+
+
+_lock = threading.RLock()
+
+
+def run(part: Part, x: Tensor) -> Tensor | None:
+    """The part's result for x by a plan; None where its modules have to compute it."""
+    if torch.compiler.is_compiling() or not _is_plain_call(x):
+        return None
+    memory = vars(part.owner).get("_memory")
+    state = None if memory is None else memory.state
+    if state is None or not state.holds(part):
+        state = _new_state(part, x, state)
+    if state is None or not _can_plan(part, x, state):
+        return None
+    given = part.input(x)
+    if given is None or 0 in given.shape:
+        return None
+    dtype = products_dtype(given)
+    key = form_of(given, dtype)
+    if key not in state.plans:
+        if given.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # the table of addresses could not be copied to the device
+        with _lock:
+            while len(state.plans) >= _MOST_PLANS:
+                del state.plans[next(iter(state.plans))]
+            state.plans[key] = _new_plan(part, state, given, dtype)
+    plan = state.plans.get(key)
+    if plan is None:
+        return None
+    result = plan(given, state.tensors)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _is_plain_call(x: Tensor) -> bool:
+    """Whether nothing but this forward sees x: no tracing, no transformation, no hooks for all modules."""
+    return (
+        type(x) is Tensor
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(torch._C._get_dispatch_mode(mode) is None for mode in _MODES)
+        and not _has_any_global_hook()
+    )
+
+
+def _new_state(part: Part, x: Tensor, before: _State | None) -> _State | None:
+    """The part's state of now; None, without looking closer, where the backend or a gradient rules plans out."""
+    owner, backends = part.owner, part.backends()
+    if "eager" in backends or (x.device.type != "cuda" and "triton" not in backends) or _needs_gradient(part, x):
+        return None
+    with _lock:
+        memory = vars(owner).setdefault("_memory", _Memory())
+        memory.state = None if vars(owner).get("_is_replica") else _State(part, before)
+        return memory.state
+
+
+def _needs_gradient(part: Part, x: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(
+        tensor is not None and tensor.requires_grad
+        for module in part.watched()
+        for tensor in module._parameters.values()
+    )
+
+
+def _can_plan(part: Part, x: Tensor, state: _State) -> bool:
+    state.forwards += 1
+    return state.reason is None and state.rests and not _needs_gradient(part, x)
+
+
+def form_of(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+    """All that launches for x depend on, with products in `dtype`: inputs of one form share a plan."""
+    from ..kernels.tiling.choose import overriding
+
+    form = x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0, dtype, overriding()
+    if dtype != torch.float32:
+        return form
+    return *form, torch.backends.cuda.matmul.fp32_precision
+
+
+def _new_plan(part: Part, state: _State, x: Tensor, dtype: torch.dtype) -> Plan | None:
+    """A plan for inputs like x, with products in `dtype`; None where there is none, or the modules say why not."""
+    from ..kernels.fold import NotFoldableError, Parameters
+    from ..kernels.operators import call
+    from ..kernels.plan import NotPlannableError, Plan
+
+    tensors = state.tensors()
+    matrices = {tensor.dtype for tensor in tensors if tensor.ndim > 1}
+    if x.device != tensors[0].device or not (autocast(x.device.type) or matrices <= {x.dtype}):
+        return None
+    parameters = Parameters(tensors, dtype)
+    sides = (x.shape[2], x.shape[3]) if x.ndim == 4 else (1, x.shape[1])
+
+    try:
+        steps = list(part.steps(parameters))
+        for activation in {one.options.get("activation") or "relu" for one in steps}:
+            for used in {x.dtype, dtype}:
+                if why_not_triton(x.device, used, activation, "triton" in state.backends):
+                    return None
+        biases = []
+        for one, (height, width) in attention_sides(steps, *sides):
+            assert one.table is not None
+            if one.resize["resize"] != "table" and {height, width} != {one.resize["resolution"]}:
+                return None
+            biases.append(parameters.expand_bias(one.table, height, width, **one.head_sizes))
+        return Plan(lambda x: run_steps(steps, x, biases, call, prepared=True), x, parameters, tensors)
+    except (NotPlannableError, NotFoldableError, ValueError, LookupError):
+        return None
