@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .NOTPARALLEL:
-.PHONY: demo test gpu bench mutants audit lint format types clean help
+.PHONY: demo test gpu bench host mutants audit lint format types clean help
 
 help:
 	@echo "make demo    features of a photograph, in an environment made for it"
 	@echo "make test    the test suite"
 	@echo "make gpu     the GPU's tests, by the Python that PYTHON names, with what is installed there (10 minutes)"
 	@echo "make bench   whole networks beside timm's, by the Python that PYTHON names, a piece of under 10 minutes (exit status 75: again)"
+	@echo "make host    time of a forward and of a launch on the host, without a GPU (a minute)"
 	@echo "make mutants planted faults in the kernels, each of which the tests must catch (hours)"
 	@echo "make audit   every kernel compiled for every GPU it is for, and held to rules (three quarters of an hour, then from a cache)"
 	@echo "make lint    ruff: style and format"
@@ -55,6 +56,10 @@ gpu:
 bench:
 	@$(PYTHON) tests/plain.py build/gpu $(NEEDED) $(if $(filter %cpu --list --help,$(BENCH)),,gpu)
 	PYTHONPATH=$(CURDIR)/build/gpu $(PYTHON) -P -m effformer.cli bench $(BENCH)
+
+# HOST holds further arguments: --repeats, --out.
+host: $(VENV)/dev.stamp
+	$(BIN)/python -m effformer.bench.host.measure $(HOST)
 
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/mutants.py

@@ -26,8 +26,7 @@ from .launch import INTERPRETED, Launch
 from .tiling.choose import Question
 
 COLUMNS = 16  # of the table
-# Elements of a program. The interpreter takes a millisecond for a program, however small.
-BLOCK = 1 << 15 if INTERPRETED else 2048
+MOST_ELEMENTS = 2**31 - 2**16  # of a result: counted in 32 bits
 ALIGNMENT = 16  # bytes, which compiled kernels expect of addresses
 
 AFFINE, MATRIX, BIAS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -213,13 +212,14 @@ class Parameters:
         """
         if not self._items:
             return None
-        self.addresses = lines = torch.cat([_lines(item, places) for item in self._items]).to(device)
+        block = block_on(device)
+        self.addresses = lines = torch.cat([_lines(item, places, block) for item in self._items]).to(device)
         base = torch.empty(1, dtype=torch.float32, device="meta")
         return Launch(
             fold_kernel,
             len(lines),
             {"table_ptr": lines, "vectors_ptr": base, "matrices_ptr": base.to(self.dtype)},
-            {"COLUMNS": COLUMNS, "BLOCK": BLOCK},
+            {"COLUMNS": COLUMNS, "BLOCK": block},
             Question("fold", self.dtype, (len(lines),)),
             num_stages=1,
         )
@@ -275,19 +275,24 @@ class Parameters:
         columns: Sequence[int],
         factor: float,
     ) -> None:
-        if count >= 2**31 - BLOCK:
+        if count > MOST_ELEMENTS:
             raise NotFoldableError(f"a parameter has {count} elements")
         self.folded += [target for target in targets if target is not None]
         self._items.append(_Item(kind, count, targets, codes, columns, factor))
 
 
-def _lines(item: _Item, places: Mapping[int, int]) -> Tensor:
+def block_on(device: torch.device) -> int:
+    """Elements of a program. The interpreter takes a millisecond for a program, however small."""
+    return 1 << 15 if INTERPRETED and device.type == "cpu" else 2048
+
+
+def _lines(item: _Item, places: Mapping[int, int], block: int) -> Tensor:
     """Lines of the table, int64 [programs, COLUMNS]."""
     targets = [-1 if one is None else places[id(one)] // one.element_size() for one in item.targets]
     line = [item.kind.value, 0, item.count, *targets, *(0,) * (2 - len(targets)), item.codes, *item.columns]
     line += [0] * (COLUMNS - 1 - len(line)) + [_bits(item.factor)]
-    lines = torch.tensor([line]).repeat(-(-item.count // BLOCK), 1)
-    lines[:, 1] = torch.arange(len(lines)) * BLOCK
+    lines = torch.tensor([line], device="cpu").repeat(-(-item.count // block), 1)
+    lines[:, 1] = block * torch.arange(len(lines), device="cpu")
     return lines
 
 

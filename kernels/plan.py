@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -52,12 +52,31 @@ class _Planned:
         tensors = {name: place.tensor(bases[place.base]) for name, place in self.places.items()}
         return replace(self.launch, arguments={**self.launch.arguments, **tensors})
 
-    def values(self, addresses: Sequence[int]) -> list[Any]:
-        """All arguments in the kernel's order, addresses for tensors."""
-        pointers = {name: addresses[place.base] + place.offset for name, place in self.places.items()}
-        values = {**self.launch.arguments, **self.launch.constants, **pointers}
-        found = (values[name] for name in self.launch.kernel.arg_names)
-        return [value.data_ptr() if isinstance(value, Tensor) else value for value in found]
+    def call(self, addresses: Mapping[int, int]) -> _Call:
+        """The call of its compiled kernel, given the addresses of the bases that stay."""
+        names = self.launch.kernel.arg_names
+        values = {**self.launch.arguments, **self.launch.constants}
+        pointers = []
+        for name, place in self.places.items():
+            if place.base in addresses:
+                values[name] = addresses[place.base] + place.offset
+            else:
+                pointers.append((names.index(name), place.base, place.offset))
+        found = [values[name] for name in names]
+        return _Call([one.data_ptr() if isinstance(one, Tensor) else one for one in found], pointers)
+
+
+class _Call(NamedTuple):
+    """Arguments in a kernel's order; those at some places are pointers: (place, base, offset)."""
+
+    values: list[Any]
+    pointers: list[tuple[int, int, int]]
+
+    def bound(self, addresses: Sequence[int]) -> list[Any]:
+        values = self.values.copy()
+        for place, base, offset in self.pointers:
+            values[place] = addresses[base] + offset
+        return values
 
 
 class Plan:
@@ -106,7 +125,8 @@ class Plan:
             return _Planned(launch, places)
 
         self._launches = [planned(launch) for launch in ([] if fold is None else [fold]) + launches if launch.grid]
-        self._parameters = [tensor.data_ptr() for tensor in tensors]
+        stay = {_RESULTS + len(self._results) + place: tensor.data_ptr() for place, tensor in enumerate(tensors)}
+        self._calls = [planned.call(stay) for planned in self._launches]
         self._stream: int | None = None
         self._compiled: list[tuple[Any, ...]] | None = None
         self._bound: tuple[tuple[int, ...], list[tuple[Any, ...]]] = (), []
@@ -138,21 +158,20 @@ class Plan:
         """Call the compiled kernels."""
         if self._compiled is None:
             kernels = [launch.compiled() for launch in self._tensors_of(x, workspace, results, tensors())]
-            self._compiled = [(kernel.run, kernel.function, kernel.packed_metadata) for kernel in kernels]
+            self._compiled = [
+                (kernel.run, planned.launch.grid, kernel.function, kernel.packed_metadata)
+                for kernel, planned in zip(kernels, self._launches, strict=True)
+            ]
         addresses = (x.data_ptr(), workspace.data_ptr(), *(result.data_ptr() for result in results))
         known, bound = self._bound
         if known != addresses:
-            every = [*addresses, *self._parameters]
-            bound = [
-                (call, planned.launch.grid, function, metadata, planned.values(every))
-                for (call, function, metadata), planned in zip(self._compiled, self._launches, strict=True)
-            ]
+            bound = [(*kernel, call.bound(addresses)) for kernel, call in zip(self._compiled, self._calls, strict=True)]
             self._bound = addresses, bound  # at once, for other threads
         driver = triton.runtime.driver.active
         stream = driver.get_current_stream(driver.get_current_device())
         self._keep_table(x, stream)
-        for call, grid, function, metadata, values in bound:
-            call(grid, 1, 1, stream, function, metadata, None, None, None, *values)
+        for launch, grid, function, metadata, values in bound:
+            launch(grid, 1, 1, stream, function, metadata, None, None, None, *values)
 
     def _keep_table(self, x: Tensor, stream: int) -> None:
         """Let the table's memory wait for streams and graphs that read it."""

@@ -31,7 +31,10 @@ int cuCtxGetLimit(size_t *value, int limit) { *value = 0; return 0; }
 int cuCtxSetLimit(int limit, size_t value) { return 0; }
 int cuModuleLoadData(void **module, const void *image) { *module = (void *)1; return 0; }
 int cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)1; return 0; }
-int cuFuncGetAttribute(int *value, int attribute, void *function) { *value = 0; return 0; }
+int cuFuncGetAttribute(int *value, int attribute, void *function) {
+  *value = attribute == 0 ? 1024 : 0; /* threads of a block */
+  return 0;
+}
 int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
 int cuFuncSetCacheConfig(void *function, int config) { return 0; }
 int cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) { launches++; return 0; }

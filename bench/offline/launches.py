@@ -10,6 +10,7 @@ import torch
 
 from ...config import PRESETS
 from ...kernels.bias_attention import bias_attention_launch, new_values, prepare_bias
+from ...kernels.fold import Parameters
 from ...kernels.launch import Launch, recorded
 from ...kernels.layer_norm import layer_norm_launch
 from ...kernels.layout import token_rows
@@ -56,6 +57,7 @@ def unusual_launches(dtype: torch.dtype, device: Device) -> Iterator[Described]:
         rows, vector = token_rows(torch.empty(8, 49, 8192, dtype=dtype)), torch.empty(8192)
         norm = layer_norm_launch(rows, vector, vector, 1e-5, rows)
     yield "layer_norm", "[8, 49, 8192]", norm
+    yield _fold(dtype, device)
     yield from _launches(partial(draw_case, "head", (8, 49, 8192), dtype), device)
     for tokens, key, value in ((12, 32, 128), (12, 48, 160), (49, 48, 160), (49, 320, 32)):
         heads = {"num_heads": 8, "key_dim": key, "value_dim": value}
@@ -72,6 +74,18 @@ def unusual_launches(dtype: torch.dtype, device: Device) -> Iterator[Described]:
         for maps in ((1, 224, 14, 14), (8, 448, 7, 7), (2, 512, 7, 7), (1, 768, 7, 7)):
             draw = partial(draw_case, "meta4d", maps, dtype, hidden=4 * maps[1])
             yield from _launches(draw, device, ", in any order", deterministic=False)
+
+
+def _fold(dtype: torch.dtype, device: Device) -> Described:
+    """The fold of a live network's parameters: one kernel for each dtype of products."""
+    vector, matrix = torch.empty(8), torch.empty(8, 8)
+    with stand_in(device):
+        parameters = Parameters([vector, matrix], dtype)
+        parameters.fold_layer_scale(vector, vector)
+        parameters.mean(matrix, matrix)
+        launch = parameters.launch(dict.fromkeys(map(id, parameters.folded), 0), torch.device("meta"))
+    assert launch is not None
+    return "fold", "parameters of a live network", launch
 
 
 def _launches(draw: Callable[[], Case], device: Device, note: str = "", **options: object) -> list[Described]:

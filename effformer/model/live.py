@@ -180,9 +180,10 @@ def run(part: Part, x: Tensor) -> Tensor | None:
         if given.is_cuda and torch.cuda.is_current_stream_capturing():
             return None  # the table of addresses could not be copied to the device
         with _lock:
-            while len(state.plans) >= _MOST_PLANS:
-                del state.plans[next(iter(state.plans))]
-            state.plans[key] = _new_plan(part, state, given, dtype)
+            if key not in state.plans:  # another thread made it
+                while len(state.plans) >= _MOST_PLANS:
+                    del state.plans[next(iter(state.plans))]
+                state.plans[key] = _new_plan(part, state, given, dtype)
     plan = state.plans.get(key)
     if plan is None:
         return None

@@ -1,0 +1,76 @@
+"""A process without Triton's interpreter: networks over the stub driver; prints what it found as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from effformer.bench.host.stub import stub_driver
+from effformer.kernels.launch import recorded
+from effformer.kernels.plan import Plan
+from torch import Tensor
+from triton.backends.nvidia import driver
+
+from effformer import EfficientFormer, EfficientFormerConfig, freeze
+from effformer.testing import randomise
+
+CONFIG = EfficientFormerConfig(depths=(1, 1, 1, 2), widths=(8, 8, 8, 16), num_vit=1, num_heads=2, key_dim=8)
+
+Launched = tuple[int, int, list[object]]  # programs, the function, arguments
+
+
+def arguments(call: Any) -> list[Launched]:
+    """The launches of a call as they reach Triton's launcher, tensors as their addresses."""
+    found: list[Launched] = []
+    launch = driver.CudaLauncher.__call__
+
+    def spy(self: Any, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+        values = [one.data_ptr() if isinstance(one, Tensor) else one for one in rest[4:]]
+        found.append((x, id(self), values))
+        launch(self, x, y, z, stream, function, *rest)
+
+    driver.CudaLauncher.__call__ = spy
+    try:
+        call()
+    finally:
+        driver.CudaLauncher.__call__ = launch
+    return found
+
+
+@torch.no_grad()
+def main() -> None:
+    report: dict[str, Any] = {"same": [], "counted": {}}
+    plans: list[tuple[Plan, Tensor, list[Tensor]]] = []
+    by_plan = Plan.__call__
+
+    def noted(self: Plan, x: Tensor, tensors: Any) -> Any:
+        plans.append((self, x, tensors()))
+        return by_plan(self, x, tensors)
+
+    Plan.__call__ = noted  # type: ignore[method-assign]
+    with stub_driver() as count:
+        for dtype in (torch.bfloat16, torch.float32):
+            network = randomise(EfficientFormer(CONFIG, num_classes=5, backend="triton")).eval().to(dtype)
+            images = torch.randn(1, 3, 33, 64).to(dtype)
+            for form in (network, freeze(network, dtype, backend="triton")):
+                form(images)
+                before = count()
+                form(images)
+                by_driver = count() - before
+                with recorded() as launches:
+                    form(images)
+                report["counted"][f"{type(form).__name__} {dtype}"] = (by_driver, len(launches))
+        for plan, x, tensors in plans:
+            workspace = torch.empty(plan._bytes, dtype=torch.uint8)
+            results = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype) for one in plan._results]
+            direct = arguments(lambda: plan._launch(x, workspace, results, lambda: tensors))  # noqa: B023
+            by_triton = arguments(
+                lambda: [launch.run() for launch in plan._tensors_of(x, workspace, results, tensors)]  # noqa: B023
+            )
+            report["same"].append((direct == by_triton, len(direct)))
+    print(json.dumps(report))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Triton's launch path over a stub driver: the same arguments by a plan as by Triton, and the benchmark's figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from effformer.bench.host.measure import Host
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="a C compiler builds the stub driver")
+TESTS = Path(__file__).parent
+
+
+def run(*command: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@needs_compiler
+def test_plans_launch_what_triton_would() -> None:
+    """Also in bfloat16, which the interpreter refuses."""
+    report: dict[str, Any] = json.loads(run(str(TESTS / "stub_worker.py")))
+    assert len(report["counted"]) == 4
+    for by_driver, recorded in report["counted"].values():
+        assert by_driver == recorded > 10
+    assert len(report["same"]) > 12
+    assert all(same and launches for same, launches in report["same"])
+
+
+@needs_compiler
+def test_the_benchmark_of_the_host(tmp_path: Path) -> None:
+    printed = run("-m", "effformer.bench.host.measure", "--repeats", "5", "--out", str(tmp_path / "host.json"))
+    found = json.loads((tmp_path / "host.json").read_text())
+    assert set(found["live"]) == set(found["frozen"]) == {"float32", "float16", "bfloat16"}
+    assert set(found["launches"].values()) == {33, 27}  # with folds, and without
+    for line in ("live, bfloat16", "frozen, float32", "a launch by Triton"):
+        assert line in printed
+    assert max(found["live"].values()) < 0.5 * found["timm"]
+    assert max(found["frozen"].values()) < 0.3 * found["timm"]
+    assert found["plan"] < 0.35 * found["triton"]
+
+
+def test_the_table_of_the_benchmark() -> None:
+    host = Host(2.0, {"float32": 0.5}, {"float32": 0.25}, {"live float32": 33, "frozen float32": 27}, 15.0, 3.0)
+    assert host.table().splitlines() == [
+        "timm, float32      2.000 ms a forward",
+        "live, float32       0.500 ms, 0.25 of timm's, 33 launches",
+        "frozen, float32     0.250 ms, 0.12 of timm's, 27 launches",
+        "a launch by Triton  15.00 us, in a plan 3.00 us, 0.20 of it",
+    ]
