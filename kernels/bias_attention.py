@@ -258,7 +258,7 @@ def bias_attention_launch(
             "DENSE": qkv.is_contiguous() and max(tokens * channels, tokens * sum(bias.stride()[1:])) < MOST_OFFSET,
             "PREPARED": prepared,
             "ONE_TILE": tokens <= config.block_n,
-            "PRECISION": dot_precision(qkv.dtype),
+            "PRECISION": dot_precision(qkv.dtype, convolution=False),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "NUM_STAGES": config.num_stages,

@@ -185,7 +185,7 @@ def conv_norm_launches(
             "GATHER": gather,
             "OFFSET": PIXEL_OFFSET if border is not None else 0,
             "ACTIVATION": form(activation, weight.dtype) if activation else "none",
-            "PRECISION": dot_precision(weight.dtype, float32_products(device)),
+            "PRECISION": dot_precision(weight.dtype, convolution=True, exact=float32_products(device)),
             "BLOCK_M": config.block_m,
             "WIDTHS": config.widths,
             "BLOCK_N": block_n,

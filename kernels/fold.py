@@ -23,7 +23,6 @@ from torch import Tensor
 
 from .bias_attention import MOST_SCORE, padded_tokens
 from .launch import INTERPRETED, Launch
-from .tiling.choose import Question
 
 COLUMNS = 16  # of the table
 MOST_ELEMENTS = 2**31 - 2**16  # of a result: counted in 32 bits
@@ -220,7 +219,7 @@ class Parameters:
             len(lines),
             {"table_ptr": lines, "vectors_ptr": base, "matrices_ptr": base.to(self.dtype)},
             {"COLUMNS": COLUMNS, "BLOCK": block},
-            Question("fold", self.dtype, (len(lines),)),
+            None,
             num_stages=1,
         )
 

@@ -26,14 +26,14 @@ class Launch:
     Attributes:
         arguments: name -> tensor (None for one that the constants switch off), int or float, read at run time.
         constants: name -> value that the kernel is compiled for.
-        question: what the table was asked for these tiles.
+        question: what the table was asked for these tiles; None where there is no choice.
     """
 
     kernel: Any
     grid: int
     arguments: dict[str, Tensor | int | float | None]
     constants: dict[str, Any]
-    question: Question
+    question: Question | None
     num_warps: int = 4
     num_stages: int = 2
 
@@ -112,11 +112,20 @@ def run(*launches: Launch) -> None:
         launch.run()
 
 
-def dot_precision(dtype: torch.dtype, exact: str = "ieee") -> str:
-    """`input_precision` of products in `dtype`: for float32, "tf32" where torch's own flag allows it, else `exact`."""
+def dot_precision(dtype: torch.dtype, *, convolution: bool, exact: str = "ieee") -> str:
+    """`input_precision` of products in `dtype`: for float32, "tf32" where PyTorch's own flag allows it, else `exact`.
+
+    PyTorch has a flag for convolutions, which allows TF32 by default, and one for matrix products, which does not.
+    """
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else exact
+    return "tf32" if tf32_allowed()[not convolution] else exact
+
+
+def tf32_allowed() -> tuple[bool, bool]:
+    """Whether PyTorch's flags let float32 convolutions, and matrix products, round to TF32."""
+    flags = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return flags[0].fp32_precision == "tf32", flags[1].fp32_precision == "tf32"
 
 
 def float32_products(device: Device) -> str:

@@ -114,11 +114,13 @@ def linear_launch(
     residual: Rows | None = None,
     activation: str | None = None,
     x_gain: float = 1.0,
+    convolution: bool = False,
 ) -> Launch:
     """out = residual + act(scale / x_gain * (weight · x) + shift) for each row; x, out, residual over the same images.
 
     weight [outputs, inputs] contiguous, its dtype being the product's; scale and shift [outputs] float32.
-    `x_gain` is what x was multiplied by on the way; it needs a scale.
+    `x_gain` is what x was multiplied by on the way; it needs a scale. `convolution`: the product stands for a 1x1
+    convolution.
     """
     assert scale is not None or x_gain == 1
     outputs, inputs = weight.shape
@@ -150,7 +152,7 @@ def linear_launch(
             "OUT_FLAT": out.flat,
             "X_GAIN": x_gain,
             "ACTIVATION": form(activation, weight.dtype) if activation else "none",
-            "PRECISION": dot_precision(weight.dtype, float32_products(device)),
+            "PRECISION": dot_precision(weight.dtype, convolution=convolution, exact=float32_products(device)),
             "BLOCK_M": config.block_m,
             "WIDTHS": config.widths,
             "BLOCK_N": block_n,
@@ -163,12 +165,13 @@ def linear_launch(
     )
 
 
-def mlp_products(x: Rows, residual: Rows, mlp: Mlp, out: Rows) -> list[Launch]:
+def mlp_products(x: Rows, residual: Rows, mlp: Mlp, out: Rows, *, convolutions: bool = False) -> list[Launch]:
     """residual + scale2 * (weight2 · act(scale1 * (weight1 · x) + shift1)) + shift2, the hidden rows in memory."""
+    kind = {"convolution": convolutions}
     dtype = mlp.weight1.dtype
     hidden = new_rows(x, mlp.weight1.shape[0], dtype)
     x_gain = gain(form(mlp.activation, dtype))
     return [
-        linear_launch(x, mlp.weight1, mlp.scale1, mlp.shift1, hidden, activation=mlp.activation),
-        linear_launch(hidden, mlp.weight2, mlp.scale2, mlp.shift2, out, residual=residual, x_gain=x_gain),
+        linear_launch(x, mlp.weight1, mlp.scale1, mlp.shift1, hidden, activation=mlp.activation, **kind),
+        linear_launch(hidden, mlp.weight2, mlp.scale2, mlp.shift2, out, residual=residual, x_gain=x_gain, **kind),
     ]

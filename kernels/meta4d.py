@@ -133,9 +133,10 @@ def map_mlp_launches(operation: str, x: Tensor, layer_scale: Tensor | None, mlp:
     if config is not None:
         return [mlp_launch(x, layer_scale, mlp, out, question, config)]
     if layer_scale is None:
-        return mlp_products(rows, rows, mlp, target)
+        return mlp_products(rows, rows, mlp, target, convolutions=True)
     mixed = map_rows(new_map(x))
-    return [pool_mixer_launch(x, layer_scale, mixed.tensor), *mlp_products(mixed, mixed, mlp, target)]
+    products = mlp_products(mixed, mixed, mlp, target, convolutions=True)
+    return [pool_mixer_launch(x, layer_scale, mixed.tensor), *products]
 
 
 def mlp_launch(
@@ -168,7 +169,7 @@ def mlp_launch(
             "X_FLAT": source.flat,
             "OUT_FLAT": target.flat,
             "ACTIVATION": form(mlp.activation, dtype),
-            "PRECISION": dot_precision(dtype),
+            "PRECISION": dot_precision(dtype, convolution=True),
             "BLOCK_M": config.block_m,
             "BLOCK_H": config.block_h,
             "NUM_STAGES": config.num_stages,

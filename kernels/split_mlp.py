@@ -210,7 +210,7 @@ def split_mlp_launches(
             "ATOMIC": not mlp.deterministic,
             "X_FLAT": x.flat,
             "ACTIVATION": activation,
-            "PRECISION": dot_precision(dtype),
+            "PRECISION": dot_precision(dtype, convolution=question.operation != "linear_mlp"),
             "BLOCK_M": config.block_m,
             "BLOCK_H": config.block_h,
             "NUM_STAGES": config.num_stages,

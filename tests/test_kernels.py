@@ -277,20 +277,34 @@ def test_tokens_that_do_not_exist_are_not_pooled() -> None:
 
 
 @pytest.mark.parametrize("capability", TARGETS)
-def test_float32_products(capability: int) -> None:
-    """Three TF32 products, but where compilers read tensor memory too early (sm_100); one where torch allows TF32."""
-    exact = "ieee" if capability == 100 else "tf32x3"
-    assert precisions(capability) == {("linear", exact), ("conv_norm", exact)}
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+@pytest.mark.parametrize("convolutions", [False, True])
+@pytest.mark.parametrize("products", [False, True])
+def test_float32_products(capability: int, convolutions: bool, products: bool) -> None:
+    """TF32 where PyTorch's flag of that kind allows it. Else three TF32 products in `linear` and `conv_norm`.
+
+    Not on sm_100, where compilers read tensor memory too early.
+    """
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
     try:
-        matmul.fp32_precision = "tf32"
-        assert precisions(capability) == {("linear", "tf32"), ("conv_norm", "tf32")}
+        conv.fp32_precision = "tf32" if convolutions else "ieee"
+        matmul.fp32_precision = "tf32" if products else "ieee"
+        found = precisions(capability)
     finally:
-        matmul.fp32_precision = before
+        conv.fp32_precision, matmul.fp32_precision = before
+    for (operation, kernel), precision in found.items():
+        allowed = convolutions if operation in ("conv_norm", "conv_mlp", "meta4d") else products
+        threefold = kernel in ("linear_kernel", "conv_norm_kernel") and capability != 100
+        assert precision == {"tf32" if allowed else "tf32x3" if threefold else "ieee"}, (operation, kernel)
+    kernels = {kernel for _, kernel in found}
+    assert kernels >= {"linear_kernel", "conv_norm_kernel", "mlp_kernel", "bias_attention_kernel"}
+    assert {operation for operation, kernel in found if kernel == "linear_kernel"} > {"meta4d", "linear_mlp"}
 
 
-def precisions(capability: int) -> set[tuple[str, str]]:
-    described = network_launches("efficientformer_l1", torch.float32, TARGETS[capability], batch=2)
-    launches = [(one.question.operation, one) for _, _, one in described]
-    return {(name, one.constants["PRECISION"]) for name, one in launches if name in ("linear", "conv_norm")}
+def precisions(capability: int) -> dict[tuple[str, str], set[str]]:
+    """By operation and kernel."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for operation, _, one in network_launches("efficientformer_l1", torch.float32, TARGETS[capability], batch=64):
+        if "PRECISION" in one.constants:
+            found.setdefault((operation, one.kernel.__name__), set()).add(one.constants["PRECISION"])
+    return found

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from effformer import EfficientFormer, backend, create_model, ops, set_backend
+from effformer import EfficientFormer, backend, create_model, freeze, ops, set_backend
 from effformer.testing import (
     LAYOUTS,
     Case,
@@ -310,16 +310,27 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ROCm" in str(ops.why_not_triton(cuda))
 
 
-def test_tf32_follows_torchs_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch.dot_precision(torch.float32) == "ieee"
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+def test_tf32_follows_torchs_flags(narrow: Callable[..., EfficientFormer]) -> None:
+    """One for what stands for convolutions, one for matrix products; also of a network that ran before."""
+    x = torch.randn(1, 3, 64, 64)
+    network = narrow(dtype=torch.float32, backend="triton", device=DEVICE)
+    forms = network, freeze(network, torch.float32, backend="triton", cuda_graphs=False)
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
     try:
-        matmul.fp32_precision = "tf32"
-        assert launch.dot_precision(torch.float32) == "tf32"
-        assert launch.dot_precision(torch.float16) == "ieee"
+        for flags in (("ieee", "ieee"), ("tf32", "ieee"), ("ieee", "tf32"), ("tf32", "tf32")):
+            conv.fp32_precision, matmul.fp32_precision = flags
+            for convolution, allowed in zip((True, False), flags, strict=True):
+                assert launch.dot_precision(torch.float32, convolution=convolution) == allowed
+                assert launch.dot_precision(torch.float16, convolution=convolution) == "ieee"
+            for forward in forms:
+                with torch.no_grad(), launch.recorded(run=False) as launches:
+                    forward(x)
+                found = {one.constants["PRECISION"] for one in launches if "PRECISION" in one.constants}
+                assert ("tf32" in found) == ("tf32" in flags)
+                assert (found == {"tf32"}) == (set(flags) == {"tf32"})
     finally:
-        matmul.fp32_precision = before
+        conv.fp32_precision, matmul.fp32_precision = before
 
 
 def test_a_cpu_needs_the_interpreter() -> None:

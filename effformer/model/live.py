@@ -232,12 +232,13 @@ def _can_plan(part: Part, x: Tensor, state: _State) -> bool:
 
 def form_of(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     """All that launches for x depend on, with products in `dtype`: inputs of one form share a plan."""
+    from ..kernels.launch import tf32_allowed
     from ..kernels.tiling.choose import overriding
 
     form = x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0, dtype, overriding()
     if dtype != torch.float32:
         return form
-    return *form, torch.backends.cuda.matmul.fp32_precision
+    return *form, *tf32_allowed()
 
 
 def _new_plan(part: Part, state: _State, x: Tensor, dtype: torch.dtype) -> Plan | None:
