@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -250,17 +250,40 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 @contextlib.contextmanager
-def float32_as_such() -> Iterator[None]:
-    """Turn off TF32, which PyTorch's convolutions use by default and whose errors are a thousand times larger."""
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = [flag.fp32_precision for flag in flags]
+def float32_as_such(*, tf32: bool = False) -> Iterator[None]:
+    """Turn off TF32, which PyTorch's convolutions use by default and whose errors are a thousand times larger.
+
+    With `tf32` turn it on, for matrix products as well. PyTorch's older switches, `allow_tf32` and `cudnn.flags()`, can
+    be read within it, and afterwards if they could before.
+    """
+    cudnn, wanted = torch.backends.cudnn, "tf32" if tf32 else "ieee"
+    newer: tuple[Any, ...] = cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    precisions = [flag.fp32_precision for flag in newer]
+    of_cudnn = _readable(lambda: cudnn.allow_tf32)
+    of_matmul = _readable(torch.get_float32_matmul_precision)
     try:
-        for flag in flags:
-            flag.fp32_precision = "ieee"
+        cudnn.allow_tf32 = tf32  # older switches agree with the newer flags for as long as they are set together
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        for flag in newer:
+            if flag.fp32_precision != wanted:  # "none" takes a setting of all backends
+                flag.fp32_precision = wanted
         yield
     finally:
-        for flag, precision in zip(flags, before, strict=True):
-            flag.fp32_precision = precision
+        if of_cudnn is not None:
+            cudnn.allow_tf32 = of_cudnn
+        if of_matmul is not None:
+            torch.set_float32_matmul_precision(of_matmul)
+        for flag, precision in zip(newer, precisions, strict=True):
+            if flag.fp32_precision != precision:
+                flag.fp32_precision = precision
+
+
+def _readable(read: Callable[[], Any]) -> Any:
+    """What `read` returns; None where newer flags were set, and PyTorch refuses to read the older ones."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
 
 
 @contextlib.contextmanager

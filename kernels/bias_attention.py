@@ -2,6 +2,7 @@
 
 One program takes a tile of queries of one head. The scores start from the bias, divided by the scale, as accumulator
 of q · kᵀ: they stay in the layout of matrix products, and one multiplication scales both, on the way to the exponent.
+In float32 the bias comes last: a large one would round each partial sum.
 A bias that stays the same over many calls can be divided, and laid out in tiles, once: `prepare_bias`.
 """
 
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, dot_precision, run
+from .launch import Launch, dot_precision, float32_products, run
 from .layout import new_tokens
 from .register import register
 from .rows import channel_mask, channels_of, split, width
@@ -24,6 +25,8 @@ from .tiling.device import device_of
 MOST_VALUES = 256
 # Offsets up to here are counted in 32 bits: half of their range, since tiles reach beyond the last token.
 MOST_OFFSET = 2**30
+# Channels of a sum in float32.
+_SHORT = 64
 # Bound of a finite bias divided by the scale: float32 has room for a product beside it.
 MOST_SCORE = tl.constexpr(1e38)
 
@@ -151,19 +154,24 @@ def _scores(
     there = (n < N)[None, :]
     p_bias += _times(n, stride_bn, DENSE)[None, :]
     if PREPARED:
-        b_s = tl.load(p_bias)
+        b_bias = tl.load(p_bias)
     else:
-        b_s = tl.load(p_bias, mask=inside[:, None] & there, other=-float("inf"))
+        b_bias = tl.load(p_bias, mask=inside[:, None] & there, other=-float("inf"))
         # A finite mask such as float32's lowest stays finite: only -inf takes a key away for good.
         LIMIT: tl.constexpr = MOST_SCORE * SCALE
-        b_finite = tl.minimum(tl.maximum(b_s, -LIMIT), LIMIT)
-        b_s = tl.where(tl.abs(b_s) < float("inf"), b_finite, b_s) * (1.0 / SCALE)
+        b_finite = tl.minimum(tl.maximum(b_bias, -LIMIT), LIMIT)
+        b_bias = tl.where(tl.abs(b_bias) < float("inf"), b_finite, b_bias) * (1.0 / SCALE)
+    BIAS_FIRST: tl.constexpr = b_q[0].dtype != tl.float32
+    b_s = b_bias if BIAS_FIRST else tl.zeros(b_bias.shape, tl.float32)
     for i in tl.static_range(len(KEY_WIDTHS)):
         c = channels_of(KEY_WIDTHS, i)
         p_k = p_head + _times(n, stride_qn, DENSE)[None, :] + _times(KEY_DIM + c, stride_qc, DENSE)[:, None]
         b_k = tl.load(p_k, mask=there & channel_mask(c, KEY_DIM, KEY_WIDTHS, i).T, other=0.0)
-        b_s = tl.dot(b_q[i], b_k, b_s, input_precision=PRECISION)
-    return b_s
+        if BIAS_FIRST:
+            b_s = tl.dot(b_q[i], b_k, b_s, input_precision=PRECISION)
+        else:
+            b_s += tl.dot(b_q[i], b_k, input_precision=PRECISION)
+    return b_s if BIAS_FIRST else b_s + b_bias
 
 
 @triton.jit
@@ -213,6 +221,14 @@ def _question(tokens: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> 
     return Question("bias_attention", dtype, (tokens, max(key_dim, min(value_dim, MOST_VALUES))))
 
 
+def _key_widths(key_dim: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Pieces of the channels of queries and keys. In float32 they are short: each has a sum of its own."""
+    if dtype != torch.float32 or key_dim > 8 * _SHORT:
+        return split(key_dim, pieces=8)
+    rest = key_dim % _SHORT
+    return (_SHORT,) * (key_dim // _SHORT) + (split(rest) if rest else ())
+
+
 def bias_attention_launch(
     qkv: Tensor, bias: Tensor, num_heads: int, key_dim: int, out: Tensor, *, prepared: bool = False
 ) -> Launch:
@@ -224,7 +240,8 @@ def bias_attention_launch(
     value_dim = channels // num_heads - 2 * key_dim
     block_v = min(value_dim, MOST_VALUES)
     question = _question(tokens, key_dim, value_dim, qkv.dtype)
-    config = attention_config(question, device_of(qkv.device))
+    device = device_of(qkv.device)
+    config = attention_config(question, device)
     if prepared:
         shape = num_heads, tokens, padded_tokens(tokens, key_dim, value_dim, qkv.dtype, qkv.device)
         if bias.shape != shape or not bias.is_contiguous():
@@ -251,14 +268,14 @@ def bias_attention_launch(
             "HEADS": num_heads,
             "KEY_DIM": key_dim,
             "VALUE_DIM": value_dim,
-            "KEY_WIDTHS": split(key_dim, pieces=8),
+            "KEY_WIDTHS": _key_widths(key_dim, qkv.dtype),
             "VALUE_WIDTHS": split(block_v),
             "BLOCK_V": block_v,
             "SCALE": key_dim**-0.5,
             "DENSE": qkv.is_contiguous() and max(tokens * channels, tokens * sum(bias.stride()[1:])) < MOST_OFFSET,
             "PREPARED": prepared,
             "ONE_TILE": tokens <= config.block_n,
-            "PRECISION": dot_precision(qkv.dtype, convolution=False),
+            "PRECISION": dot_precision(qkv.dtype, convolution=False, exact=float32_products(device)),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "NUM_STAGES": config.num_stages,

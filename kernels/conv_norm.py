@@ -21,7 +21,7 @@ from .layout import dense_map, map_rows
 from .register import register
 from .rows import channels_of, cut, locate, split, start, width
 from .tiling.choose import Question, conv_config
-from .tiling.device import device_of
+from .tiling.device import Device, device_of
 
 GATHERED = 15  # the most channels of a map that is read in its own layout
 PIXEL_OFFSET = 120  # taken from uint8, see `effformer.ops.conv_norm`
@@ -159,7 +159,7 @@ def conv_norm_launches(
     strides = source.stride_b, source.stride_h, source.stride_w, x.stride(1) if gather else 0
     unit = math.gcd(8, *strides)
     units = dict(zip(("units_xb", "units_xh", "units_xw", "units_xc"), (s // unit for s in strides), strict=True))
-    depths = (_depth(9 * channels, config.block_k),) if gather else _depths(channels, config.block_k)
+    depths = (_depth(9 * channels, config.block_k),) if gather else _depths(channels, config.block_k, device)
     block_n = sum(config.widths)
     launch = Launch(
         conv_norm_kernel,
@@ -205,8 +205,14 @@ def _depth(size: int, most: int) -> int:
     return min(max(16, triton.next_power_of_2(size)), most)
 
 
-def _depths(channels: int, most: int) -> tuple[int, ...]:
-    """Powers of two that make up the channels of a step: equal parts of all, if there are any, of `most` at most."""
+def _depths(channels: int, most: int, device: Device) -> tuple[int, ...]:
+    """Powers of two that make up the channels of a step: equal parts of all, if there are any, of `most` at most.
+
+    Where products must not be chained it is a single one, the largest of those that are padded least.
+    """
+    if not device.chains_products:
+        depths = [depth for depth in (16, 32, 64, 128, 256) if min(32, most) <= depth <= most]
+        return (min(reversed(depths), key=lambda depth: -(-channels // depth) * depth),)
     for parts in range(-(-channels // most), channels // 16 + 1):
         if channels % parts == 0 and sum(split(channels // parts)) == channels // parts:
             return split(channels // parts)

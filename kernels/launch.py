@@ -132,6 +132,5 @@ def float32_products(device: Device) -> str:
     """The fastest `input_precision` with float32's own accuracy.
 
     Three TF32 products are faster than fused multiply-adds and more accurate than cuBLAS (bench/NOTES.md, 3).
-    Triton 3.6 and 3.7 read the tensor memory of sm_100 before the second of chained products ends.
     """
-    return "ieee" if 100 <= device.capability < 120 else "tf32x3"
+    return "tf32x3" if device.chains_products else "ieee"

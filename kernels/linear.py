@@ -167,11 +167,14 @@ def linear_launch(
 
 def mlp_products(x: Rows, residual: Rows, mlp: Mlp, out: Rows, *, convolutions: bool = False) -> list[Launch]:
     """residual + scale2 * (weight2 · act(scale1 * (weight1 · x) + shift1)) + shift2, the hidden rows in memory."""
-    kind = {"convolution": convolutions}
     dtype = mlp.weight1.dtype
     hidden = new_rows(x, mlp.weight1.shape[0], dtype)
     x_gain = gain(form(mlp.activation, dtype))
     return [
-        linear_launch(x, mlp.weight1, mlp.scale1, mlp.shift1, hidden, activation=mlp.activation, **kind),
-        linear_launch(hidden, mlp.weight2, mlp.scale2, mlp.shift2, out, residual=residual, x_gain=x_gain, **kind),
+        linear_launch(
+            x, mlp.weight1, mlp.scale1, mlp.shift1, hidden, activation=mlp.activation, convolution=convolutions
+        ),
+        linear_launch(
+            hidden, mlp.weight2, mlp.scale2, mlp.shift2, out, residual=residual, x_gain=x_gain, convolution=convolutions
+        ),
     ]

@@ -12,7 +12,7 @@ import torch
 from effformer.kernels import conv_norm
 from effformer.kernels.launch import recorded
 from effformer.kernels.tiling import choose as config
-from effformer.kernels.tiling.device import CLASSES
+from effformer.kernels.tiling.device import BLACKWELL, CLASSES, HOPPER
 from effformer.kernels.tiling.table import DTYPES as TABLE_DTYPES
 from effformer.kernels.tiling.table import Entry
 from test_kernel_values import FAR, far_storage
@@ -243,8 +243,14 @@ def test_the_table_may_leave_it_to_the_vendor() -> None:
 
 def test_chunks_of_the_depth() -> None:
     """Equal parts without padding where there are any, of no more than is asked for."""
-    found = {channels: conv_norm._depths(channels, 64) for channels in (24, 48, 96, 128, 224, 320, 20, 50, 200)}
+    sizes = (24, 48, 96, 128, 224, 320, 20, 50, 200)
+    found = {channels: conv_norm._depths(channels, 64, HOPPER) for channels in sizes}
     assert found == {
         24: (32,), 48: (32, 16), 96: (32, 16), 128: (64,), 224: (32,), 320: (64,), 20: (32,), 50: (64,), 200: (64,),
     }  # fmt: skip
-    assert conv_norm._depths(224, 128) == (64, 32, 16)
+    assert conv_norm._depths(224, 128, HOPPER) == (64, 32, 16)
+    single = {channels: conv_norm._depths(channels, 64, BLACKWELL) for channels in sizes}
+    assert single == {
+        24: (32,), 48: (64,), 96: (32,), 128: (64,), 224: (32,), 320: (64,), 20: (32,), 50: (64,), 200: (32,),
+    }  # fmt: skip
+    assert conv_norm._depths(224, 16, BLACKWELL) == (16,)

@@ -2,19 +2,22 @@
 
 `python -m effformer.bench.offline.audit` (`make audit`) prints a table and writes a JSON record a compiled kernel. It
 fails on spills inside a loop, more shared memory than the GPU has, matrix products off the tensor cores, products that
-Hopper's compiler serialises, and configurations that are missing or never compiled. It needs no GPU.
+Hopper's compiler serialises, orders of instructions that are wrong (`hazards`), and configurations that are missing or
+never compiled. It needs no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import active_children, get_context
 from operator import attrgetter
 from pathlib import Path
@@ -29,6 +32,7 @@ from ...kernels.tiling import choose as config
 from ...kernels.tiling.choose import user_file, write_whole
 from ...kernels.tiling.device import AMPERE, BLACKWELL, CLASSES, CONSUMER, HOPPER, Device, device_class
 from ...kernels.tiling.table import DTYPES, Entry, Table, read_table
+from ...testing import float32_as_such
 from .compile import TENSOR_CORES, Compiled, Source, compile_source, source_of
 from .launches import network_launches, unusual_launches
 
@@ -119,8 +123,8 @@ def jobs(
     for target in targets:
         device = TARGETS[target]
         for dtype in dtypes:
-            for table in tables:
-                with config.using(table):
+            for table, flags in itertools.product(tables, _flags(dtype)):
+                with config.using(table), flags():
                     for owner, launches in _launches(models, DTYPES[dtype], device):
                         try:
                             for operation, shape, launch in launches:
@@ -136,6 +140,13 @@ def jobs(
                     if concerned and (entry, name, DTYPES[dtype]) not in used:
                         missing.append(f"sm_{target}: {entry.source} ({dtype}): no audited shape uses it")
     return list(found.values()), missing
+
+
+def _flags(dtype: str) -> Sequence[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """PyTorch's settings to describe launches under: as it starts; for float32 also without any TF32, and with it."""
+    if dtype != "float32":
+        return (contextlib.nullcontext,)
+    return contextlib.nullcontext, float32_as_such, partial(float32_as_such, tf32=True)
 
 
 def _launches(
@@ -189,11 +200,12 @@ def _faults(job: Job, compiled: Compiled, limit: int, core: str) -> Iterator[str
         yield f"{compiled.spills} spills, and the loop is unrolled"
     if compiled.shared_memory > limit:
         yield f"{compiled.shared_memory} bytes of shared memory, and the GPU has {limit}"
-    if job.kernel in _PRODUCTS and (job.dtype != "float32" or job.source.constants.get("PRECISION") == "tf32x3"):
+    if job.kernel in _PRODUCTS and (job.dtype != "float32" or job.source.constants.get("PRECISION") != "ieee"):
         # Warpgroups and tensor memory work on 64 rows and more: smaller tiles take the older instruction.
         cores = (core,) if job.configuration["BLOCK_M"] >= 64 else (core, "HMMA")
         if not any(name in compiled.tensor_cores for name in cores):
             yield f"no {core}: its matrix products are not on the target's tensor cores"
+    yield from compiled.hazards
     if compiled.serialised:
         yield f"serialised products: {compiled.waits} waits for {compiled.products} in the loop"
 

@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from triton.compiler import ASTSource
 
 from ...kernels.launch import Launch
 from ...kernels.tiling.choose import write_whole
+from . import hazards
+from .hazards import early_accesses, overwritten_operands
 
 # By device class. Those of Hopper and Blackwell need tiles of 64 rows; smaller ones take HMMA there, too.
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
@@ -69,6 +71,7 @@ class Compiled:
         waits, products: WARPGROUP and HGMMA instructions of the hot loop; see `serialised`.
         instructions, loop_instructions: of the whole kernel, and of its hot loop (0 without one).
         loop_mufu: of these, those of the multi-function unit (exponentials, reciprocals).
+        hazards: what `hazards` found.
     """
 
     registers: int
@@ -82,6 +85,7 @@ class Compiled:
     instructions: int
     loop_instructions: int
     loop_mufu: int
+    hazards: list[str] = field(default_factory=list)
 
     @property
     def spills(self) -> int:
@@ -129,7 +133,8 @@ def compile_source(source: Source, cache: Path | None = None) -> Compiled:
     kernel = getattr(importlib.import_module(module), name)
     if cache is None:
         return _compile(kernel, source)
-    reader = "".join(inspect.getsource(function) for function in (_compile, _loops, _hot_loop)) + _INSTRUCTION.pattern
+    readers: tuple[Any, ...] = _compile, _loops, _hot_loop, hazards
+    reader = "".join(map(inspect.getsource, readers)) + _INSTRUCTION.pattern
     key = [kernel.cache_key, repr(source), triton.__version__, reader]
     file = cache / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
     if file.exists():
@@ -152,6 +157,7 @@ def _compile(kernel: Any, source: Source) -> Compiled:
     whole = Counter(name for _, name, _ in instructions)
     loops = _loops(instructions)
     loop = _hot_loop(instructions, loops)
+    accesses, writes = early_accesses(compiled.asm["ttgir"]), overwritten_operands(instructions, loops)
     return Compiled(
         registers=int(registers),
         shared_memory=compiled.metadata.shared,
@@ -166,6 +172,10 @@ def _compile(kernel: Any, source: Source) -> Compiled:
         instructions=whole.total(),
         loop_instructions=loop.total(),
         loop_mufu=loop["MUFU"],
+        hazards=[
+            *(f"an accumulator is touched while a product on it runs: {line}" for line in accesses),
+            *(f"a register is written that a product reads: {line}" for line in writes),
+        ],
     )
 
 

@@ -25,6 +25,15 @@ class Device:
     shared_memory: int
     name: str = ""
 
+    @property
+    def chains_products(self) -> bool:
+        """Whether products may follow each other into one accumulator within a step of a pipelined loop.
+
+        Not in the tensor memory of sm_100: Triton 3.6 and 3.7 read it before the second product ends, and `make audit`
+        sees it (triton-lang/triton#10821).
+        """
+        return not 100 <= self.capability < 120
+
 
 AMPERE = Device(80, 166_912)  # A100
 CONSUMER = Device(86, 101_376)  # RTX 30; 89 (RTX 40, L4) and 120 (RTX 50) have as much
