@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .NOTPARALLEL:
-.PHONY: demo test gpu bench host mutants audit lint format types clean help
+.PHONY: demo test gpu bench host mutants audit audit-part lint format types clean help
 
 help:
 	@echo "make demo    features of a photograph, in an environment made for it"
@@ -15,6 +15,7 @@ help:
 	@echo "make host    time of a forward and of a launch on the host, without a GPU (a minute)"
 	@echo "make mutants planted faults in the kernels, each of which the tests must catch (hours)"
 	@echo "make audit   every kernel compiled for every GPU it is for, and held to rules (three quarters of an hour, then from a cache)"
+	@echo "make audit-part TRITON=3.9.0   a part of the audit with another Triton (20 minutes)"
 	@echo "make lint    ruff: style and format"
 	@echo "make types   mypy, on the package as it is installed"
 	@echo "make format  let ruff fix what it can"
@@ -65,7 +66,13 @@ mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/mutants.py
 
 audit: $(VENV)/dev.stamp
-	$(BIN)/python -m effformer.bench.offline.audit --output bench/results/audit.jsonl
+	$(BIN)/python -m effformer.bench.offline.audit --output bench/results/audit.jsonl $(AUDIT)
+
+# The part that is audited for other Tritons than that of constraints.txt, in 20 minutes each: TRITON names the version.
+audit-part: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m effformer.bench.offline.audit --part --dtypes bfloat16 float32 \
+		--output bench/results/audit-$(TRITON).jsonl $(AUDIT)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, dot_precision, float32_products, run
+from .launch import Launch, dot_precision, float32_products, kernel, run
 from .layout import new_tokens
 from .register import register
 from .rows import channel_mask, channels_of, split, width
@@ -31,7 +31,7 @@ _SHORT = 64
 MOST_SCORE = tl.constexpr(1e38)
 
 
-@triton.jit
+@kernel
 def bias_attention_kernel(
     qkv_ptr,
     bias_ptr,

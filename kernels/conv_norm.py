@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import FUNCTIONS, activate, form, gain
-from .launch import Launch, dot_precision, float32_products, run
+from .launch import Launch, dot_precision, float32_products, kernel, run
 from .layout import dense_map, map_rows
 from .register import register
 from .rows import channels_of, cut, locate, split, start, width
@@ -27,7 +27,7 @@ GATHERED = 15  # the most channels of a map that is read in its own layout
 PIXEL_OFFSET = 120  # taken from uint8, see `effformer.ops.conv_norm`
 
 
-@triton.jit
+@kernel
 def conv_norm_kernel(
     x_ptr,
     border_ptr,
@@ -145,7 +145,8 @@ def conv_norm_launches(
     """One launch; none where the table leaves it to the vendor's library.
 
     x [B, C, H, W] of any strides, but with channels next to each other (`dense_map`) if they are more than GATHERED.
-    weight [O, C, 3, 3] channels_last, scale and shift [O] float32; border [C] float32 with uint8, else None; out
+    weight [O, C, 3, 3] channels_last, scale and shift [O] float32; border [C] float32 with uint8, else None (the kernel
+    rounds it to the weight's dtype); out
     [B, O, ceil(H / 2), ceil(W / 2)] channels_last, in the weight's dtype.
     """
     source, target, device = map_rows(x), map_rows(out), device_of(x.device)
@@ -247,7 +248,7 @@ def _implementation(
     out = new_halved(x, weight)
     weight = weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     scale, shift = scale.contiguous(), shift.contiguous()
-    border = None if border is None else border.to(weight.dtype).contiguous()
+    border = None if border is None else border.contiguous()
     if x.shape[1] > GATHERED and border is None:
         x = dense_map(x)
     if launches := conv_norm_launches(x, weight, scale, shift, activation, border, out=out):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, run
+from .launch import Launch, kernel, run
 from .layout import dense_tokens, packed, token_rows
 from .linear import linear_launch
 from .register import register
@@ -20,7 +20,7 @@ from .tiling.choose import Question, head_config, norm_config
 from .tiling.device import device_of
 
 
-@triton.jit
+@kernel
 def head_kernel(
     x_ptr,
     norm_weight_ptr,
@@ -55,7 +55,7 @@ def head_kernel(
         n += BLOCK_W
 
 
-@triton.jit
+@kernel
 def token_mean_kernel(
     x_ptr,
     norm_weight_ptr,

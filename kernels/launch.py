@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,16 @@ from .tiling.device import Device
 
 # A process either interprets or compiles: triton.jit decides when it decorates.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+# Sizes of images and batches. A kernel is not compiled anew where one is 1 or a multiple of 16: it would gain nothing,
+# since strides tell how addresses are aligned.
+SIZES = ("rows", "H", "W", "OUT_H", "OUT_W", "N", "units_xb", "units_xh")
+
+kernel = functools.partial(triton.jit, do_not_specialize=SIZES)
+
+# Of the compiler, in all versions of Triton: fuse products with the sums that follow. Triton 3.10 changes the default.
+_OPTIONS = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,13 @@ class Launch:
         return self.kernel.run(grid=(self.grid,), warmup=True, **self._keywords)
 
     @property
+    def options(self) -> dict[str, Any]:
+        """How it is compiled."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **_OPTIONS}
+
+    @property
     def _keywords(self) -> dict[str, Any]:
-        return {**self.arguments, **self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.arguments, **self.constants, **self.options}
 
 
 _records: list[list[Launch]] = []

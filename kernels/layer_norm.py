@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import Launch, kernel
 from .layout import Rows
 from .rows import locate, row_offsets
 from .tiling.choose import Question, norm_config
 from .tiling.device import device_of
 
 
-@triton.jit
+@kernel
 def layer_norm_kernel(
     x_ptr,
     weight_ptr,

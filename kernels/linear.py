@@ -5,19 +5,18 @@ No operator of its own: a step of the MLPs that are too wide for one kernel, and
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, form, gain
-from .launch import Launch, dot_precision, float32_products
+from .launch import Launch, dot_precision, float32_products, kernel
 from .layout import Mlp, Rows, new_rows
 from .rows import locate, row_offsets, start, width
 from .tiling.choose import Question, linear_config
 from .tiling.device import device_of
 
 
-@triton.jit
+@kernel
 def linear_kernel(
     x_ptr,
     weight_ptr,

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import form, gain
-from .launch import Launch, dot_precision
+from .launch import Launch, dot_precision, kernel
 from .layout import Mlp, filled_map, map_rows, new_map, packed
 from .linear import mlp_products
 from .mlp_loop import add_hidden
@@ -27,7 +26,7 @@ from .tiling.device import device_of
 from .tiling.table import MlpConfig, SplitConfig
 
 
-@triton.jit
+@kernel
 def mlp_kernel(
     x_ptr,
     layer_scale_ptr,

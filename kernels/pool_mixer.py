@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, run
+from .launch import Launch, kernel, run
 from .layout import map_rows, new_map
 from .register import register
 from .rows import locate, pool_tile, row_offsets
@@ -14,7 +13,7 @@ from .tiling.choose import Question, pool_config
 from .tiling.device import device_of
 
 
-@triton.jit
+@kernel
 def pool_mixer_kernel(
     x_ptr,
     layer_scale_ptr,

@@ -13,12 +13,11 @@ from __future__ import annotations
 import warnings
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import form, gain
-from .launch import Launch, dot_precision
+from .launch import Launch, dot_precision, kernel
 from .layout import Mlp, Rows
 from .mlp_loop import add_hidden
 from .rows import channel_mask, channels_of, load_vector, locate, pool_tile, row_offsets, split, width
@@ -27,7 +26,7 @@ from .tiling.device import device_of
 from .tiling.table import SplitConfig
 
 
-@triton.jit
+@kernel
 def split_mlp_kernel(
     x_ptr,
     layer_scale_ptr,
@@ -110,7 +109,7 @@ def split_mlp_kernel(
             tl.store(p_out, b_acc[i], mask=mask)
 
 
-@triton.jit
+@kernel
 def split_sum_kernel(
     parts_ptr,
     residual_ptr,

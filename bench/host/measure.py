@@ -130,7 +130,7 @@ def _launch_times(repeats: int) -> tuple[float, float]:
 
     def by_triton() -> None:
         for launch, values in zip(launches, arguments, strict=True):
-            launch.kernel[(launch.grid,)](*values, num_warps=launch.num_warps, num_stages=launch.num_stages)
+            launch.kernel[(launch.grid,)](*values, **launch.options)
 
     ours, theirs = _median(lambda: plan(x, lambda: tensors), repeats), _median(by_triton, repeats)
     return ours / len(launches), theirs / len(launches)

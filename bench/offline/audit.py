@@ -107,13 +107,19 @@ class Record:
 
 
 def jobs(
-    models: Sequence[str], targets: Sequence[int], dtypes: Sequence[str], *, extra: Sequence[Entry] = ()
+    models: Sequence[str],
+    targets: Sequence[int],
+    dtypes: Sequence[str],
+    *,
+    extra: Sequence[Entry] = (),
+    part: bool = False,
 ) -> tuple[list[Job], list[str]]:
     """The jobs, and lines on shapes without a configuration and configurations without a shape.
 
     Kernels that differ only in the sizes that are multiples of 16 count as one: the first, with the published sizes and
     256 images. Entries for a single size hide general ones, which other networks get: these are compiled as well.
     Unused configurations are reported where all models are audited. `extra` entries come before the shipped ones.
+    `part`: 256 images and one, of 224 by 224 pixels.
     """
     found: dict[str, Job] = {}
     missing: list[str] = []
@@ -125,7 +131,7 @@ def jobs(
         for dtype in dtypes:
             for table, flags in itertools.product(tables, _flags(dtype)):
                 with config.using(table), flags():
-                    for owner, launches in _launches(models, DTYPES[dtype], device):
+                    for owner, launches in _launches(models, DTYPES[dtype], device, part):
                         try:
                             for operation, shape, launch in launches:
                                 job = Job.of(operation, [], dtype, device, launch)
@@ -133,7 +139,7 @@ def jobs(
                                 same.shapes.append(f"{owner} {operation} {shape}")
                         except LookupError as error:
                             missing.append(f"sm_{target}: {owner}: {error}")
-            if len(models) == len(PRESETS):
+            if len(models) == len(PRESETS) and not part:
                 name, used = device_class(device), {use for table in tables for use in table.used}
                 for entry in whole.entries:
                     concerned = name in entry.devices and DTYPES[dtype] in entry.dtypes
@@ -150,11 +156,11 @@ def _flags(dtype: str) -> Sequence[Callable[[], contextlib.AbstractContextManage
 
 
 def _launches(
-    models: Sequence[str], dtype: torch.dtype, device: Device
+    models: Sequence[str], dtype: torch.dtype, device: Device, part: bool
 ) -> Iterator[tuple[str, Iterator[tuple[str, str, Launch]]]]:
     for name in models:
-        for size in SIZES:
-            for batch in BATCHES:
+        for size in SIZES[:1] if part else SIZES:
+            for batch in (256, 1) if part else BATCHES:
                 yield name.rpartition("_")[2].upper(), network_launches(name, dtype, device, batch=batch, size=size)
     yield "unusual", unusual_launches(dtype, device)
 
@@ -171,7 +177,7 @@ def audit(job: Job, cache: Path | None = None) -> Record:
     else:
         faults = list(_faults(job, compiled, limit, core))
         if job.hidden:
-            threads = 32 * job.source.num_warps / job.hidden
+            threads = 32 * job.source.options["num_warps"] / job.hidden
             # GELU takes one of the multi-function unit: a loop with twice as many makes two tiles a round.
             rounds = max(1, round(compiled.loop_mufu * threads))
             per_element, mufu = compiled.loop_instructions * threads / rounds, compiled.loop_mufu * threads / rounds
@@ -244,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=sorted(PRESETS), choices=sorted(PRESETS), metavar="MODEL")
     parser.add_argument("--targets", nargs="+", type=int, default=list(TARGETS), choices=TARGETS, metavar="SM")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, metavar="DTYPE")
+    parser.add_argument("--part", action="store_true", help="batches of 256 and 1 at 224 by 224: for other Tritons")
     parser.add_argument("--entries", type=Path, metavar="FILE", help="a table whose entries come before the shipped")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the records there, a line each")
     parser.add_argument("--no-cache", action="store_true", help="compile everything anew")
@@ -251,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     extra = read_table(arguments.entries) if arguments.entries else []
-    todo, missing = jobs(arguments.models, arguments.targets, arguments.dtypes, extra=extra)
+    todo, missing = jobs(arguments.models, arguments.targets, arguments.dtypes, extra=extra, part=arguments.part)
     cache = None if arguments.no_cache else user_file().parent / "audit"
     print(f"triton {triton.__version__}, {len(todo)} kernels", flush=True)
     print(_row(*_COLUMNS))

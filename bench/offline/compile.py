@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ...kernels.launch import Launch
+from ...kernels.launch import SIZES, Launch
 from ...kernels.tiling.choose import write_whole
 from . import hazards
 from .hazards import early_accesses, overwritten_operands
@@ -42,6 +42,7 @@ class Source:
     Attributes:
         kernel: "module:name".
         types, constants, attributes: as Triton specialises the kernel; see `source_of`.
+        options: num_warps, num_stages and others of Triton's compiler.
         capability: of the target, 90 for sm_90.
     """
 
@@ -49,14 +50,13 @@ class Source:
     types: dict[str, str]
     constants: dict[str, Any]
     attributes: dict[tuple[int, ...], list[list[Any]]]
-    num_warps: int
-    num_stages: int
+    options: dict[str, Any]
     capability: int
 
     @property
     def without_attributes(self) -> str:
         """A key that is equal for kernels whose arguments differ only in divisibility."""
-        return json.dumps([self.kernel, self.types, self.constants, self.num_warps, self.num_stages, self.capability])
+        return json.dumps([self.kernel, self.types, self.constants, self.options, self.capability])
 
 
 @dataclass(frozen=True)
@@ -108,18 +108,19 @@ def source_of(launch: Launch, capability: int) -> Source:
             continue
         value = launch.arguments[name]
         divisible = False
-        if value is None or (isinstance(value, int) and value == 1):
+        special = name not in SIZES
+        if value is None or (special and isinstance(value, int) and value == 1):
             types[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             types[name], divisible = "*" + _TYPES[value.dtype], True
         elif isinstance(value, float):
             types[name] = "fp32"
         else:
-            types[name], divisible = ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+            types[name], divisible = ("i32" if -(2**31) <= value < 2**31 else "i64"), special and value % 16 == 0
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     kernel = f"{function.__module__}:{function.__name__}"
-    return Source(kernel, types, constants, attributes, launch.num_warps, launch.num_stages, capability)
+    return Source(kernel, types, constants, attributes, launch.options, capability)
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
@@ -146,7 +147,7 @@ def compile_source(source: Source, cache: Path | None = None) -> Compiled:
 
 def _compile(kernel: Any, source: Source) -> Compiled:
     code = ASTSource(fn=kernel, signature=source.types, constexprs=source.constants, attrs=source.attributes)
-    options = {"num_warps": source.num_warps, "num_stages": source.num_stages}
+    options = dict(source.options)
     compiled = triton.compile(code, target=GPUTarget("cuda", source.capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

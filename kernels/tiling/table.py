@@ -126,6 +126,7 @@ class Entry:
         where: (dimension, relation, number); the relations are "=", "<=", ">=" and "multiple of".
         use: of one of the kinds that `OPERATIONS` allows for these operations.
         gpu: the one card, by name, that it is for; None for all of the device class.
+        triton: the first version of Triton that it is for, such as (3, 9); None for all.
         source: where it was read, for messages.
     """
 
@@ -135,6 +136,7 @@ class Entry:
     where: tuple[tuple[str, str, int], ...]
     use: Config | None
     gpu: str | None = None
+    triton: tuple[int, int] | None = None
     source: str = ""
 
     def applies(self, operation: str, dtype: torch.dtype, device: Device, shape: Mapping[str, int]) -> bool:
@@ -165,7 +167,11 @@ class Entry:
             "where": {dimension: held if len(held) > 1 else held[0] for dimension, held in where.items()},
             "use": None if self.use is None else asdict(self.use),
         }
-        return found if self.gpu is None else found | {"gpu": self.gpu}
+        if self.gpu is not None:
+            found["gpu"] = self.gpu
+        if self.triton is not None:
+            found["triton"] = f">= {self.triton[0]}.{self.triton[1]}"
+        return found
 
 
 def _holds(size: int, relation: str, number: int) -> bool:
@@ -196,8 +202,8 @@ def read_entry(found: Mapping[str, Any], source: str) -> Entry:
     if not isinstance(found, Mapping):
         raise ValueError(f"{source}: got {found!r}, allowed is an object")
     expected = {"operation", "device", "dtype", "where", "use"}
-    if set(found) - {"gpu"} != expected:
-        raise ValueError(f"{source}: got the fields {sorted(found)}, allowed are {sorted(expected)} and gpu")
+    if set(found) - {"gpu", "triton"} != expected:
+        raise ValueError(f"{source}: got the fields {sorted(found)}, allowed are {sorted(expected)}, gpu and triton")
     operations = allowed("operation", found["operation"], OPERATIONS)
     if not set.intersection(*(set(OPERATIONS[operation]) for operation in operations)):
         raise ValueError(f"{source}: operation: got {operations}, allowed together are those of one kind of tile")
@@ -205,6 +211,9 @@ def read_entry(found: Mapping[str, Any], source: str) -> Entry:
         raise ValueError(f"{source}: where: got {found['where']!r}, allowed is an object")
     if not isinstance(found.get("gpu"), str | None):
         raise ValueError(f"{source}: gpu: got {found['gpu']!r}, allowed is a name")
+    version = re.fullmatch(r">= (\d+)\.(\d+)", str(found.get("triton", ">= 0.0")))
+    if version is None:
+        raise ValueError(f"{source}: triton: got {found['triton']!r}, allowed is '>= N.M'")
     where: list[tuple[str, str, int]] = []
     for dimension, conditions in found["where"].items():
         for operation in operations:
@@ -223,6 +232,7 @@ def read_entry(found: Mapping[str, Any], source: str) -> Entry:
         tuple(where),
         read_config(found["use"], operations, source),
         found.get("gpu"),
+        (int(version[1]), int(version[2])) if "triton" in found else None,
         source,
     )
 
