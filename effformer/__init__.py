@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from . import serving as serving
     from . import testing as testing
     from . import workload as workload
+    from .apps.explain import Explanation, explain, warm
     from .apps.images import Preprocessing
     from .checkpoints.accelerate import AccelerationError, accelerate
     from .checkpoints.load import load_checkpoint
@@ -34,6 +35,7 @@ else:
     _MODULES = ("accuracy", "backend", "checkpoints", "checks", "config", "factory", "model", "ops", "reference",
                 "serving", "testing", "workload")  # fmt: skip
     _HOMES = {
+        "apps.explain": ("Explanation", "explain", "warm"),
         "apps.images": ("Preprocessing",),
         "checkpoints.accelerate": ("AccelerationError", "accelerate"),
         "checkpoints.load": ("load_checkpoint",),
@@ -63,16 +65,19 @@ __all__ = [
     "AccelerationError",
     "EfficientFormer",
     "EfficientFormerConfig",
+    "Explanation",
     "ExportError",
     "Frozen",
     "Preprocessing",
     "accelerate",
     "build_backbone",
     "create_model",
+    "explain",
     "export",
     "freeze",
     "list_models",
     "load_checkpoint",
     "ops",
     "set_backend",
+    "warm",
 ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -44,30 +45,62 @@ def products_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocast(x.device.type) else x.dtype
 
 
-def select_backend(
-    backend: str, *tensors: Tensor, activation: str = "gelu", products: bool = True
-) -> Literal["eager", "triton"]:
-    """Resolve `backend` for an operation on these tensors, of which the first is the input.
-
-    `products`: whether the operation has matrix products, which autocast computes in a dtype of its own.
+def select_backend(backend: str, *tensors: Tensor, **operation: Any) -> Literal["eager", "triton"]:
+    """Resolve `backend` for an operation on these tensors; `operation` as for `why_eager`.
 
     Raises:
         ValueError: for an unknown backend.
         UnsupportedError: for "triton" where the kernels cannot run.
     """
     check_choice("backend", backend, BACKENDS)
+    reason = why_eager(backend, *tensors, **operation)
+    refuse_triton(backend, reason)
+    return "eager" if reason else "triton"
+
+
+def why_eager(
+    backend: str,
+    *tensors: Tensor,
+    activation: str = "gelu",
+    products: bool = True,
+    norm: bool = False,
+    key_dim: int | None = None,
+) -> str | None:
+    """The reason why an operation takes eager with this backend, or cannot take "triton"; None where it takes Triton.
+
+    Args:
+        backend: "auto" takes eager beyond the sizes that the kernels compute; "triton" leaves the error to them.
+        tensors: of the operation, the input first.
+        activation: of the operation.
+        products: whether it has matrix products, which autocast computes in a dtype of its own.
+        norm: whether it has a LayerNorm.
+        key_dim: of its attention.
+    """
     if backend == "eager":
-        return "eager"
+        return "backend='eager'"
     x = tensors[0]
     backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if backward or forward_ad._current_level >= 0:  # a tensor does not show that it carries a tangent
-        reason: str | None = "a gradient is needed, and the kernels have none: use torch.no_grad() or backend='eager'"
-    else:
-        reason = why_not_triton(x.device, x.dtype, activation, backend == "triton")
-        if reason is None and products and (dtype := products_dtype(x)) != x.dtype:
-            reason = why_not_triton(x.device, dtype, activation, backend == "triton")
-    refuse_triton(backend, reason)
-    return "eager" if reason else "triton"
+        return "a gradient is needed, and the kernels have none: use torch.no_grad() or backend='eager'"
+    reason = why_not_triton(x.device, x.dtype, activation, backend == "triton")
+    if reason is None and products and (dtype := products_dtype(x)) != x.dtype:
+        reason = why_not_triton(x.device, dtype, activation, backend == "triton")
+    if reason is None and backend == "auto":
+        reason = _why_too_large(tensors, norm, key_dim)
+    return reason
+
+
+def _why_too_large(tensors: Sequence[Tensor], norm: bool, key_dim: int | None) -> str | None:
+    """The reason why the kernels do not compute tensors of these sizes, of which the first is the input."""
+    from .kernels import limits
+
+    x = tensors[0]
+    reasons = [limits.beyond_map(one.shape[2], one.shape[3]) for one in tensors if one.ndim == 4]
+    if norm:
+        reasons.append(limits.beyond_norm(x.shape[2]))
+    if key_dim is not None:
+        reasons.append(limits.beyond_attention(key_dim, products_dtype(x), x.device))
+    return next(filter(None, reasons), None)
 
 
 def refuse_triton(backend: str, reason: str | None) -> None:

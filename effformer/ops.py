@@ -228,7 +228,7 @@ def bias_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, key_dim: int, b
     check_tokens("qkv", qkv)
     check_heads(qkv.shape[2], num_heads, key_dim)
     check_bias(bias, qkv, num_heads)
-    match select_backend(backend, qkv, bias):
+    match select_backend(backend, qkv, bias, key_dim=key_dim):
         case "eager":
             return reference.bias_attention(qkv, bias, num_heads=num_heads, key_dim=key_dim)
         case "triton":
@@ -288,7 +288,7 @@ def attention_mixer(
     else:
         check_bias(bias, x, num_heads)
     arguments = (norm_weight, norm_bias, qkv_weight, qkv_bias, bias, proj_weight, scale, shift)
-    match select_backend(backend, x, *arguments):
+    match select_backend(backend, x, *arguments, norm=True, key_dim=key_dim):
         case "eager":
             if prepared:
                 raise ValueError("prepared: got True, allowed is False where eager PyTorch computes")
@@ -339,7 +339,7 @@ def linear_mlp(
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     check_mlp(x, x.shape[2], weight1, weight2, **norm, shift1=shift1, scale2=scale2, shift2=shift2)
     arguments = (norm_weight, norm_bias, weight1, shift1, weight2, scale2, shift2)
-    match select_backend(backend, x, *arguments, activation=activation):
+    match select_backend(backend, x, *arguments, activation=activation, norm=True):
         case "eager":
             return reference.linear_mlp(x, *arguments, activation=activation, eps=eps)
         case "triton":
@@ -389,7 +389,7 @@ def head(
         check_weight("weight", weight, x, outputs=None, inputs=channels, outputs_name="classes")
         check_vectors(x, weight.shape[0], bias=bias)
         arguments += (weight, bias)
-    match select_backend(backend, *arguments, products=weight is not None):
+    match select_backend(backend, *arguments, products=weight is not None, norm=True):
         case "eager":
             return reference.head(x, norm_weight, norm_bias, weight, bias, eps=eps)
         case "triton":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,13 +121,34 @@ def described() -> Iterator[list[Launch]]:
 
 def run(*launches: Launch) -> None:
     """Run launches that share a device, in order, on that device's current stream."""
-    tensor = next(a for a in launches[0].arguments.values() if isinstance(a, Tensor))
+    with _on_device_of(launches[0]):
+        for launch in launches:
+            launch.run()
+
+
+def _on_device_of(launch: Launch) -> contextlib.AbstractContextManager[Any]:
+    tensor = next(a for a in launch.arguments.values() if isinstance(a, Tensor))
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        with torch.cuda.device(tensor.device):
-            run(*launches)
-        return
-    for launch in launches:
-        launch.run()
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def compile_within() -> Iterator[None]:
+    """Compile what is launched within it, side by side, at its end; nothing is carried out."""
+    with recorded(run=False) as launches:
+        yield
+    if launches and not INTERPRETED:
+        with _on_device_of(launches[0]):
+            compiled([launch for launch in launches if launch.grid])
+
+
+def compiled(launches: Sequence[Launch]) -> list[Any]:
+    """Triton's compiled kernels for launches on the current device; those that are new are compiled side by side."""
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
+        for launch in launches:
+            launch.compiled()
+    return [launch.compiled() for launch in launches]
 
 
 def dot_precision(dtype: torch.dtype, *, convolution: bool, exact: str = "ieee") -> str:

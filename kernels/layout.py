@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .launch import Launch, run
-
-MOST_PIXELS = 2**31 - 4096  # of an image: kernels count them in 32 bits, images and elements in 64
+from .limits import beyond_map
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ class Mlp(NamedTuple):
 def map_rows(x: Tensor) -> Rows:
     """Rows of a map [B, C, H, W] (whose channels lie apart: rows that start where these do)."""
     (batch, channels, height, width), strides = x.shape, x.stride()
-    if height * width > MOST_PIXELS:
-        raise ValueError(f"x: got a map of {height}x{width}, allowed are {MOST_PIXELS} pixels an image")
+    if reason := beyond_map(height, width):
+        raise ValueError(reason)
     return Rows(x, batch, height, width, channels, strides[0], strides[2], strides[3])
 
 

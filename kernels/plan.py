@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from .fold import Parameters
-from .launch import INTERPRETED, Launch, described, observed, run
+from .launch import INTERPRETED, Launch, compiled, described, observed, run
 from .tiling.device import device_of, stand_in
 
 _PLACE = 256  # bytes, of which places in memory are multiples
@@ -131,15 +131,29 @@ class Plan:
         self._compiled: list[tuple[Any, ...]] | None = None
         self._bound: tuple[tuple[int, ...], list[tuple[Any, ...]]] = (), []
 
-    def __call__(self, x: Tensor, tensors: Callable[[], Sequence[Tensor]]) -> Tensor | list[Tensor]:
-        """The results for x; `tensors` returns the parameters, which are asked for where addresses do not suffice."""
+    @property
+    def kernels(self) -> list[str]:
+        """Names of the kernels that a call launches, in order."""
+        return [planned.launch.kernel.__name__ for planned in self._launches]
+
+    def new_results(self, device: torch.device) -> list[Tensor]:
+        """Memory for the results of a call."""
+        return [
+            torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device) for like in self._results
+        ]
+
+    def __call__(
+        self, x: Tensor, tensors: Callable[[], Sequence[Tensor]], results: list[Tensor] | None = None
+    ) -> Tensor | list[Tensor]:
+        """The results for x, in `results` where given (`new_results`).
+
+        `tensors` returns the parameters, which are asked for where addresses do not suffice.
+        """
         if x.is_cuda and x.device.index != torch.cuda.current_device():
             with torch.cuda.device(x.device):
-                return self(x, tensors)
+                return self(x, tensors, results)
         workspace = torch.empty(self._bytes, dtype=torch.uint8, device=x.device)
-        results = [
-            torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=x.device) for like in self._results
-        ]
+        results = self.new_results(x.device) if results is None else results
         if INTERPRETED or observed() or _hooked():
             run(*self._tensors_of(x, workspace, results, tensors()))
         else:
@@ -157,7 +171,7 @@ class Plan:
     ) -> None:
         """Call the compiled kernels."""
         if self._compiled is None:
-            kernels = [launch.compiled() for launch in self._tensors_of(x, workspace, results, tensors())]
+            kernels = compiled(self._tensors_of(x, workspace, results, tensors()))
             self._compiled = [
                 (kernel.run, planned.launch.grid, kernel.function, kernel.packed_metadata)
                 for kernel, planned in zip(kernels, self._launches, strict=True)

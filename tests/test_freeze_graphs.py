@@ -286,6 +286,37 @@ def test_a_callers_graph_reads_nothing_that_may_be_given_up(
     assert frozen._plans._sizes[64, 96].biases is read[0]
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("output", ["logits", "features"])
+@pytest.mark.parametrize("feature_norm", [None, "tap"])
+def test_results_that_callers_hold_lie_outside_the_graphs_pool(
+    narrow: Callable[..., EfficientFormer],
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    output: str,
+    feature_norm: str | None,
+) -> None:
+    """What a capture allocates is in the pool, where another shape's replay may write."""
+    before: list[list[int]] = []
+
+    def captured(forward: Callable[[], Any], pool: Any) -> Any:
+        results = [listed(forward()) for _ in range(2)]
+        assert [[one.data_ptr() for one in found] for found in results] == [[one.data_ptr() for one in results[0]]] * 2
+        before.append([one.data_ptr() for one in results[0]])
+        return object(), _Replay(forward), forward()
+
+    monkeypatch.setattr(inference, "capture_graph", captured)
+    model = narrow(dtype=torch.float32, feature_norm=feature_norm)
+    frozen = freeze(model, torch.float32, output=output, backend=backend, new_outputs=False)
+    frozen._max_graphs = 2
+    images = torch.randn(2, 3, 64, 64)
+    found = frozen(images)
+    assert [one.data_ptr() for one in listed(found)] == before[0]
+    frozen(torch.randn(1, 3, 64, 64))
+    close(found, live(model, output, images), 1e-4)
+    assert not set(before[0]) & set(before[1])
+
+
 def test_capture_says_what_it_cannot(narrow: Callable[..., EfficientFormer], graphed: Callable[..., Any]) -> None:
     frozen = freeze(narrow(), torch.float64)
     with pytest.raises(ValueError, match="allowed are 0 graphs"):  # there is no GPU

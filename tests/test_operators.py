@@ -360,3 +360,33 @@ def test_set_backend_switches_what_computes(narrow: Callable[..., EfficientForme
         with torch.no_grad(), launch.recorded() as launches:
             network(x)
         assert bool(launches) == (choice == "triton")
+
+
+@pytest.mark.parametrize(
+    ("operation", "match"),
+    [
+        (lambda backend: ops.pool_mixer(_huge(1, 8, 2**16, 2**15), torch.ones(8), backend=backend), None),
+        (lambda backend: _huge_norm(backend), "32768 for LayerNorm"),
+        (lambda backend: ops.bias_attention(_huge(1, 2, 4100), torch.zeros(1, 2, 2), num_heads=1, key_dim=2000, backend=backend), "key_dim: got 2000"),
+    ],
+)  # fmt: skip
+def test_beyond_the_kernels_sizes_auto_takes_eager(
+    operation: Callable[[str], object], match: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if this were a GPU; "triton" says what is too large."""
+    monkeypatch.setattr(backend, "_why_not_device", lambda *_: None)
+    for name in ("pool_mixer", "bias_attention", "head"):
+        monkeypatch.setattr(ops.reference, name, lambda *_, **__: "eager")
+    assert operation("auto") == "eager"
+    if match is not None:  # test_sizes.py has the map
+        with pytest.raises(ValueError, match=match):
+            operation("triton")
+
+
+def _huge(*shape: int) -> Tensor:
+    """In the memory of one element."""
+    return torch.zeros(1).expand(shape)
+
+
+def _huge_norm(backend: str) -> object:
+    return ops.head(_huge(1, 2, 2**15 + 1), torch.ones(2**15 + 1), torch.ones(2**15 + 1), backend=backend)

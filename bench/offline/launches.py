@@ -27,7 +27,7 @@ def network_launches(
 ) -> Iterator[Described]:
     """The launches of a published network's work on `device`; nothing is allocated.
 
-    Maps are channels_last. Images come in the two layouts that users have: contiguous in `dtype`, and
+    Maps are channels_last. Images come in the layouts that users have: contiguous in `dtype` (and in float32), and
     [batch, height, width, 3] in uint8. `attention_mixer` contains `bias_attention`, which is described once more with
     a prepared bias alone.
     """
@@ -35,8 +35,11 @@ def network_launches(
         if work.operation == "bias_attention":
             yield _prepared(batch, work.shape[1], dtype, device, **work.options)
         elif work.part == "stem, 1st":
-            for images, note in (((dtype, "contiguous"), ""), ((torch.uint8,), ", uint8")):
-                draw = partial(_convolution, work.shape, *images, dtype=dtype, **work.options)
+            kinds = [(dtype, "contiguous", ""), (torch.uint8, "channels_last", ", uint8")]
+            if dtype != torch.float32:  # of a live network
+                kinds.append((torch.float32, "contiguous", ", under autocast"))
+            for images, layout, note in kinds:
+                draw = partial(_convolution, work.shape, images, layout, dtype=dtype, **work.options)
                 yield from _launches(draw, device, note)
         else:
             yield from _launches(partial(draw_case, work.operation, work.shape, dtype, **work.options), device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class _State:
 
     Attributes:
         reason: why there can be no plan.
-        plans: by the form of the input; None where that has none.
+        plans: by the form of the input; the reason where that has none.
         forwards: the number of them so far.
     """
 
@@ -110,7 +110,7 @@ class _State:
         self._tensors = _forms(self._holders)
         self.backends = part.backends()
         self.reason = part.why_unplanned() or _why_not(self.tensors())
-        self.plans: dict[Any, Plan | None] = {}
+        self.plans: dict[Any, Plan | str] = {}
         self.forwards = 0
         self._changes: int = 0 if before is None or before.forwards > 1 else before._changes + 1
 
@@ -165,31 +165,50 @@ def run(part: Part, x: Tensor) -> Tensor | None:
     """The part's result for x by a plan; None where its modules have to compute it."""
     if torch.compiler.is_compiling() or not _is_plain_call(x):
         return None
+    found = decide(part, x)
+    if isinstance(found, str):
+        return None
+    result = found.plan(found.x, found.state.tensors)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class Decision(NamedTuple):
+    """A plan, the input as it takes it, and the state that it rests on."""
+
+    plan: Plan
+    x: Tensor
+    state: _State
+
+
+def decide(part: Part, x: Tensor) -> Decision | str:
+    """The plan for x, made if need be; or the reason why the part's modules have to compute."""
+    if reason := _why_not_called(part, x):
+        return reason
     memory = vars(part.owner).get("_memory")
     state = None if memory is None else memory.state
     if state is None or not state.holds(part):
-        state = _new_state(part, x, state)
-    if state is None or not _can_plan(part, x, state):
-        return None
+        state = _new_state(part, state)
+    state.forwards += 1
+    if state.reason:
+        return state.reason
+    if not state.rests:
+        return "its parameters change their place at each forward"
     given = part.input(x)
     if given is None or 0 in given.shape:
-        return None
+        return "its input has another shape than its steps take"
     dtype = products_dtype(given)
-    key = form_of(given, dtype)
-    if key not in state.plans:
+    form = form_of(given, dtype)
+    if form not in state.plans:
         if given.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None  # the table of addresses could not be copied to the device
+            return "a graph is captured, and no forward of this form came before"
         with _lock:
-            if key not in state.plans:  # another thread made it
+            if form not in state.plans:  # another thread made it
                 while len(state.plans) >= _MOST_PLANS:
                     del state.plans[next(iter(state.plans))]
-                state.plans[key] = _new_plan(part, state, given, dtype)
-    plan = state.plans.get(key)
-    if plan is None:
-        return None
-    result = plan(given, state.tensors)
-    assert isinstance(result, Tensor)
-    return result
+                state.plans[form] = _new_plan(part, state, given, dtype)
+    plan = state.plans.get(form, "another thread needed its place")
+    return plan if isinstance(plan, str) else Decision(plan, given, state)
 
 
 def _is_plain_call(x: Tensor) -> bool:
@@ -204,30 +223,30 @@ def _is_plain_call(x: Tensor) -> bool:
     )
 
 
-def _new_state(part: Part, x: Tensor, before: _State | None) -> _State | None:
-    """The part's state of now; None, without looking closer, where the backend or a gradient rules plans out."""
-    owner, backends = part.owner, part.backends()
-    if "eager" in backends or (x.device.type != "cuda" and "triton" not in backends) or _needs_gradient(part, x):
-        return None
+def _why_not_called(part: Part, x: Tensor) -> str | None:
+    """The reason, of the backend or a gradient, for which nobody needs to look at the modules."""
+    backends = part.backends()
+    if "eager" in backends:
+        return "backend='eager'"
+    if x.device.type != "cuda" and "triton" not in backends:
+        return why_not_triton(x.device)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or any(
+            tensor is not None and tensor.requires_grad
+            for module in part.watched()
+            for tensor in module._parameters.values()
+        )
+    ):
+        return "a gradient is needed"
+    return "it is a replica of DataParallel" if vars(part.owner).get("_is_replica") else None
+
+
+def _new_state(part: Part, before: _State | None) -> _State:
     with _lock:
-        memory = vars(owner).setdefault("_memory", _Memory())
-        memory.state = None if vars(owner).get("_is_replica") else _State(part, before)
+        memory = vars(part.owner).setdefault("_memory", _Memory())
+        memory.state = _State(part, before)
         return memory.state
-
-
-def _needs_gradient(part: Part, x: Tensor) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return x.requires_grad or any(
-        tensor is not None and tensor.requires_grad
-        for module in part.watched()
-        for tensor in module._parameters.values()
-    )
-
-
-def _can_plan(part: Part, x: Tensor, state: _State) -> bool:
-    state.forwards += 1
-    return state.reason is None and state.rests and not _needs_gradient(part, x)
 
 
 def form_of(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -241,8 +260,8 @@ def form_of(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     return *form, *tf32_allowed()
 
 
-def _new_plan(part: Part, state: _State, x: Tensor, dtype: torch.dtype) -> Plan | None:
-    """A plan for inputs like x, with products in `dtype`; None where there is none, or the modules say why not."""
+def _new_plan(part: Part, state: _State, x: Tensor, dtype: torch.dtype) -> Plan | str:
+    """A plan for inputs like x, with products in `dtype`; the reason where there is none."""
     from ..kernels.fold import NotFoldableError, Parameters
     from ..kernels.operators import call
     from ..kernels.plan import NotPlannableError, Plan
@@ -250,7 +269,7 @@ def _new_plan(part: Part, state: _State, x: Tensor, dtype: torch.dtype) -> Plan 
     tensors = state.tensors()
     matrices = {tensor.dtype for tensor in tensors if tensor.ndim > 1}
     if x.device != tensors[0].device or not (autocast(x.device.type) or matrices <= {x.dtype}):
-        return None
+        return "its input and its parameters differ in dtype or device"
     parameters = Parameters(tensors, dtype)
     sides = (x.shape[2], x.shape[3]) if x.ndim == 4 else (1, x.shape[1])
 
@@ -258,14 +277,14 @@ def _new_plan(part: Part, state: _State, x: Tensor, dtype: torch.dtype) -> Plan 
         steps = list(part.steps(parameters))
         for activation in {one.options.get("activation") or "relu" for one in steps}:
             for used in {x.dtype, dtype}:
-                if why_not_triton(x.device, used, activation, "triton" in state.backends):
-                    return None
+                if reason := why_not_triton(x.device, used, activation, "triton" in state.backends):
+                    return reason
         biases = []
         for one, (height, width) in attention_sides(steps, *sides):
             assert one.table is not None
             if one.resize["resize"] != "table" and {height, width} != {one.resize["resolution"]}:
-                return None
+                return f"its attention bias is resized by {one.resize['resize']!r}"
             biases.append(parameters.expand_bias(one.table, height, width, **one.head_sizes))
         return Plan(lambda x: run_steps(steps, x, biases, call, prepared=True), x, parameters, tensors)
-    except (NotPlannableError, NotFoldableError, ValueError, LookupError):
-        return None
+    except (NotPlannableError, NotFoldableError, ValueError, LookupError) as error:
+        return str(error)

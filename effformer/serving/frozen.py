@@ -59,7 +59,7 @@ def freeze(
         when_full: the treatment of other shapes. "run": without a graph. "pad": the batch is padded to the next larger
             one that has a graph for the same height and width; without a graph if there is none.
         new_outputs: return new tensors. With False, results of a graph are the graph's own tensors, which its next
-            replay overwrites; this saves a copy.
+            replay overwrites, and no other graph's; this saves a copy.
         deterministic: the same images give the same bits. False allows atomic additions in small batches.
         backend: "auto", "eager" or "triton", see `effformer.ops`.
 
@@ -359,6 +359,13 @@ class Frozen:
         def forward() -> Tensor | list[Tensor]:
             return self._packed.run(images, biases, self.backend)
 
+        if self.backend == "triton":
+            from ..kernels.launch import compile_within
+
+            with compile_within():  # side by side, where the first forward would compile one after the other
+                forward()
+        if not self._new_outputs:  # in the graphs' pool another graph's replay could overwrite what a caller holds
+            forward = self._plans.into_own_memory(images, biases)
         self._pool, graph, results = capture_graph(forward, self._pool)
         return _Graph(graph, images, biases, results)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,24 @@ class Plans:
         if plan is None:
             return packed.run(images, size.biases, backend)
         return plan(images, lambda: [*packed.tensors(), *size.biases])
+
+    def into_own_memory(self, images: Tensor, biases: list[Tensor]) -> Callable[[], Tensor | list[Tensor]]:
+        """A forward on these images whose results lie in the same memory each time, allocated here."""
+        packed = self._packed
+        if (plan := packed.plan(images, biases) if self._backend == "triton" else None) is not None:
+            tensors, own = [*packed.tensors(), *biases], plan.new_results(images.device)
+            return lambda: plan(images, lambda: tensors, own)
+        first = packed.run(images, biases, self._backend)
+        single = isinstance(first, Tensor)
+        results = [torch.empty_like(one) for one in ([first] if isinstance(first, Tensor) else first)]
+
+        def forward() -> Tensor | list[Tensor]:
+            found = packed.run(images, biases, self._backend)
+            for target, source in zip(results, [found] if isinstance(found, Tensor) else found, strict=True):
+                target.copy_(source)
+            return results[0] if single else results
+
+        return forward
 
     def _plan(self, size: _Size, images: Tensor) -> Plan | None:
         form = form_of(images, self._packed.dtype)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..limits import beyond_attention, beyond_norm
 from .device import Device
 from .table import (
     AttentionConfig,
@@ -83,9 +84,8 @@ def attention_config(question: Question, device: Device) -> AttentionConfig:
         ValueError: for queries and keys that do not fit on chip.
     """
     tokens, width = question.sizes
-    if 64 * width * question.dtype.itemsize > device.shared_memory:
-        allowed = device.shared_memory // (64 * question.dtype.itemsize)
-        raise ValueError(f"key_dim: got {width}, allowed are up to {allowed} in {question.dtype} on this GPU")
+    if reason := beyond_attention(width, question.dtype, device):
+        raise ValueError(reason)
     found: AttentionConfig = answer(question, device)
     return replace(found, block_m=_power(tokens, found.block_m), block_n=_power(tokens, found.block_n))
 
@@ -110,8 +110,8 @@ def norm_config(question: Question, device: Device) -> tuple[int, int, int]:
         ValueError: for rows too long to be kept on chip.
     """
     channels = question.sizes[0]
-    if channels > 1 << 15:
-        raise ValueError(f"x: got {channels} channels, allowed are {1 << 15} for LayerNorm on the kernels")
+    if reason := beyond_norm(channels):
+        raise ValueError(reason)
     found: NormConfig = answer(question, device)
     block_c = _power(channels, 1 << 15)
     return max(1, found.elements // block_c), block_c, found.num_warps

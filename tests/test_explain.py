@@ -1,0 +1,129 @@
+"""`explain` tells what a forward does; `warm` leaves nothing for it to compile (see also stub_worker.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from effformer.kernels import launch
+from machine import DEVICE, ON_GPU
+from torch import nn
+
+import effformer
+from effformer import EfficientFormer, explain, set_backend, warm
+from effformer.backend import UnsupportedError
+from effformer.cli import main
+
+pytestmark = pytest.mark.usefixtures("kernel_device")
+
+Narrow = Callable[..., EfficientFormer]
+WHOLE = ["stem", "stages.0", "stages.1", "stages.2", "stages.3", "end"]
+
+
+@pytest.fixture
+def network(narrow: Narrow) -> EfficientFormer:
+    return narrow(dtype=torch.float32, backend="triton", device=DEVICE)
+
+
+def paths(network: EfficientFormer, x: torch.Tensor) -> dict[str, tuple[str, str | None]]:
+    return {one.part: (one.path, one.why) for one in explain(network, x).parts}
+
+
+@torch.no_grad()
+def test_plans_of_whole_parts(network: EfficientFormer) -> None:
+    x = torch.randn(2, 3, 64, 64)
+    found = explain(network, x)
+    assert [one.part for one in found.parts] == WHOLE
+    assert {(one.path, one.why) for one in found.parts} == {("plan", None)}
+    with launch.recorded(run=False) as launches:
+        network(x)
+    assert [one.kernel.__name__ for one in launches] == [name for one in found.parts for name in one.kernels or ()]
+    assert found.launches == len(launches)
+    lines = str(found).splitlines()
+    assert len(lines) == 8
+    assert lines[-1] == f"{len(launches)} launches"
+    with torch.autocast(DEVICE.type, torch.float16):
+        assert {one.path for one in explain(network, x).parts} == {"plan"}
+
+
+@torch.no_grad()
+def test_hooks_and_statistics_by_block(network: EfficientFormer) -> None:
+    x, calls = torch.randn(1, 3, 64, 64), []
+    set_backend(network, "triton")
+    block = network.stages[2].blocks[0]
+    block.backend = "auto"
+    block.mlp.act.register_forward_hook(lambda *_: calls.append(1))
+    network.stages[1].downsample.norm.train()
+    before = network.stages[1].downsample.norm.running_mean.clone()
+    found = paths(network, x)
+    assert found["stages.2.blocks.0"] == ("modules", "submodule 'mlp.act' was replaced, changed or has hooks")
+    assert found["stages.2.blocks.1"] == ("kernels", "its stage is not planned as a whole")
+    assert found["stages.1.downsample"] == ("modules", "downsample: BatchNorm uses batch statistics")
+    assert found["stages.1.blocks.0"][0] == "kernels"
+    assert found["stages.0"] == found["stages.3"] == found["end"] == ("plan", None)
+    assert calls == []
+    assert torch.equal(network.stages[1].downsample.norm.running_mean, before)
+    with launch.recorded(run=False) as launches:
+        network(x)
+    assert explain(network, x).launches == len(launches)
+    assert "launches beside PyTorch's operators" in str(explain(network, x))
+    block.backend = "triton"
+    assert paths(network, x)["stages.2.blocks.0"][0] == "raises"
+    with pytest.raises(UnsupportedError, match="mlp.act"):
+        network(x)
+
+
+def test_gradients_backends_and_dtypes(network: EfficientFormer, narrow: Narrow) -> None:
+    x = torch.randn(1, 3, 64, 64)
+    found = paths(network, x)
+    assert found["stem"] == ("modules", "a gradient is needed")
+    assert found["stages.0.blocks.0"][0] == "raises"
+    assert "a gradient is needed" in str(found["stages.0.blocks.0"][1])
+    with torch.no_grad():
+        set_backend(network, "eager")
+        assert set(paths(network, x).values()) == {("modules", "backend='eager'"), ("eager", "backend='eager'")}
+        if not ON_GPU:
+            set_backend(network, "auto")
+            assert {why for _, why in paths(network, x).values()} == {"'cpu' is not an NVIDIA GPU"}
+        set_backend(network, "triton")
+        double = network.double()
+        assert "float64" in str(paths(double, x.double())["stages.0.blocks.0"][1])
+        prelu = narrow(dtype=torch.float32, act="prelu", device=DEVICE)
+        assert "has parameters" in str(paths(prelu, x)["stages.0.blocks.0"][1]) or not ON_GPU
+        network.float().stages[0].blocks.append(nn.Identity())
+        assert paths(network, x)["stages.0.blocks.1"] == ("modules", "it is a Identity")
+
+
+def test_what_explain_and_warm_refuse(network: EfficientFormer) -> None:
+    with pytest.raises(TypeError, match="model: got Linear"):
+        explain(nn.Linear(1, 1), torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"images: got \[3, 64, 64\], allowed is a tensor \[B, 3, H, W\]"):
+        explain(network, torch.zeros(3, 64, 64))
+    with pytest.raises(ValueError, match=r"shapes: got \(1, 64\), allowed are \(batch, height, width\)"):
+        warm(network, (1, 64))
+    with pytest.raises(ValueError, match="shapes: got 0"):
+        warm(network, (0, 64, 64))
+    with pytest.raises(ValueError, match="model: got one in training mode"):
+        warm(network.train(), (1, 64, 64))
+
+
+def test_warm_runs_each_shape(network: EfficientFormer) -> None:
+    with launch.recorded() as launches:
+        warm(network, (1, 64, 64), (2, 32, 32))
+    assert {len(one.arguments) > 0 for one in launches} == {True}
+    assert len(vars(network.stem)["_memory"].state.plans) == 2
+
+
+def test_info_explains(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--explain", "l1", "--size", "64x64", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "efficientformer_l1, one image of 64x64 in float32:" in out
+    assert "stages.3.blocks.4    eager           -  'cpu' is not an NVIDIA GPU" in out
+    assert main(["info", "--explain", "l1", "--size", "64x64", "--device", "cpu", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["explanation"][0] == {
+        "part": "stem", "path": "modules", "why": "'cpu' is not an NVIDIA GPU", "kernels": None,
+    }  # fmt: skip
+    assert effformer.explain is explain
