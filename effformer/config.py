@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .checks import COUNT, POSITIVE, POSITIVE_INT, PROBABILITY, Rule, check_choice, one_of, wrong
 
@@ -138,3 +138,13 @@ def preset(name: str) -> EfficientFormerConfig:
     """
     check_choice("name", name, PRESETS)
     return PRESETS[name]
+
+
+# The images that the published weights were trained for: `effformer.Preprocessing` makes them.
+PUBLISHED_INPUT: dict[str, Any] = {
+    "size": (224, 224),
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bicubic",
+    "crop_pct": 0.95,
+}

@@ -6,11 +6,15 @@ Where Detectron2 is installed, the class derives from its `Backbone`, as its FPN
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .features import Features, check_rising
+from .model.fusion import refuse_hooks
+from .model.snapshot import Snapshot
 
 
 class ShapeSpec(NamedTuple):
@@ -55,6 +59,12 @@ class EfficientFormerBackbone(Base):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.out_features, self.features(x), strict=True))
+
+    def snapshot(self, dtype: torch.dtype) -> Snapshot:
+        """For `effformer.freeze`, see `effformer.model.snapshot.Adapter`."""
+        refuse_hooks(self)
+        inner, names = self.features.snapshot(dtype), self.out_features
+        return replace(inner, give=lambda maps: dict(zip(names, maps, strict=True)))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each map."""

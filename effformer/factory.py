@@ -10,7 +10,7 @@ from .checkpoints import config_file as saved
 from .checkpoints import hub
 from .checkpoints.load import load_checkpoint
 from .checks import unknown_key
-from .config import CONFIG_FIELDS, PRESETS, preset
+from .config import CONFIG_FIELDS, PRESETS, PUBLISHED_INPUT, preset
 from .model.network import CONSTRUCTOR_FIELDS, EfficientFormer
 
 _ARGUMENTS = ("num_classes", "in_chans", "pretrained", "checkpoint", "reset_head", "backend")
@@ -20,6 +20,24 @@ _log = logging.getLogger("effformer")
 def list_models() -> list[str]:
     """The names that `create_model` takes."""
     return list(PRESETS)
+
+
+def pretrained_cfg(name: str) -> dict[str, Any]:
+    """What timm's tools ask of a model: the images that its published weights need, where these are, and its ends."""
+    return {
+        "architecture": name,
+        "url": "",
+        "hf_hub_id": hub.PRETRAINED[name],
+        "num_classes": 1000,
+        "input_size": (3, *PUBLISHED_INPUT["size"]),
+        "min_input_size": (3, 32, 32),
+        "pool_size": None,
+        "fixed_input_size": False,
+        **{key: value for key, value in PUBLISHED_INPUT.items() if key != "size"},
+        "first_conv": "stem.conv1",
+        "classifier": ("head", "head_dist"),
+        "license": "apache-2.0",
+    }
 
 
 def create_model(
@@ -46,7 +64,8 @@ def create_model(
         **overrides: fields of `EfficientFormerConfig` and keywords of `EfficientFormer`.
 
     Returns:
-        the network in training mode, as every new torch module is.
+        the network in training mode, as every new torch module is. Its `pretrained_cfg` is timm's: so
+        `timm.data.resolve_model_data_config` gives the preprocessing of the published weights.
 
     Raises:
         TypeError: for an unknown keyword.
@@ -74,6 +93,7 @@ def create_model(
         backend=backend,
         **{key: value for key, value in overrides.items() if key not in CONFIG_FIELDS},
     )
+    network.pretrained_cfg = network.default_cfg = pretrained_cfg(name)
     if checkpoint is not None:
         saved.check_unseen(hub.read_config_if_there(checkpoint), config, overrides)
     if pretrained:

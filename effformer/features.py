@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .model.fusion import refuse_hooks
 from .model.netspresso import network_within
+from .model.snapshot import Snapshot
 
 
 class Features(nn.Module):
@@ -43,6 +46,15 @@ class Features(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images [B, in_chans, H, W] -> maps [B, C, ceil(H / stride), ceil(W / stride)]."""
         return self.network.forward_intermediates(x, indices=self.out_indices, intermediates_only=True)
+
+    def snapshot(self, dtype: torch.dtype) -> Snapshot:
+        """For `effformer.freeze`, see `effformer.model.snapshot.Adapter`."""
+        refuse_hooks(self)
+        return Snapshot(self.network, "features", self.named, self.out_indices)
+
+    def named(self, maps: list[Tensor]) -> Any:
+        """What forward returns, of these maps."""
+        return maps
 
 
 def check_rising(argument: str, value: Any, allowed: Sequence[Any]) -> None:

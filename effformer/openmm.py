@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,6 +16,8 @@ from .checkpoints.load import load_checkpoint
 from .checks import check_choice
 from .factory import create_model
 from .features import Features
+from .model.fusion import refuse_hooks
+from .model.snapshot import Snapshot
 
 
 class EffFormer(nn.Module):
@@ -73,6 +77,11 @@ class EffFormer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.features(x))
+
+    def snapshot(self, dtype: torch.dtype) -> Snapshot:
+        """For `effformer.freeze`, see `effformer.model.snapshot.Adapter`."""
+        refuse_hooks(self)
+        return replace(self.features.snapshot(dtype), give=tuple)
 
     def train(self, mode: bool = True) -> EffFormer:
         super().train(mode)

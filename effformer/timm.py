@@ -11,35 +11,22 @@ from typing import Any
 
 from .checkpoints import hub
 from .checkpoints.formats import normalise
-from .factory import create_model
+from .factory import create_model, pretrained_cfg
 from .model.network import EfficientFormer
 
 try:  # absolute: timm itself
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from timm.layers.config import is_scriptable
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 except ImportError as error:
     raise ImportError("effformer.timm: no timm, or too old a one: install effformer[timm]") from error
 
 
-_CFG = {
-    "url": "",
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "min_input_size": (3, 32, 32),
-    "pool_size": None,
-    "crop_pct": 0.95,
-    "interpolation": "bicubic",
-    "mean": IMAGENET_DEFAULT_MEAN,
-    "std": IMAGENET_DEFAULT_STD,
-    "first_conv": "stem.conv1",
-    "classifier": ("head", "head_dist"),
-    "license": "apache-2.0",
-}
 default_cfgs = generate_default_cfgs(
     {
-        f"effformer_{name.rpartition('_')[2]}.snap_dist_in1k": {**_CFG, "hf_hub_id": hub_id}
-        for name, hub_id in hub.PRETRAINED.items()
+        f"effformer_{name.rpartition('_')[2]}.snap_dist_in1k": {
+            key: value for key, value in pretrained_cfg(name).items() if key not in ("architecture", "fixed_input_size")
+        }
+        for name in hub.PRETRAINED
     }
 )
 

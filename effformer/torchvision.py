@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from .features import Features
+from .model.fusion import refuse_hooks
+from .model.snapshot import Snapshot
 
 try:  # absolute: torchvision itself
     from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
@@ -22,7 +27,10 @@ class Body(Features):
     """
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:  # type: ignore[override]
-        return OrderedDict((str(index), feature) for index, feature in enumerate(super().forward(x)))
+        return self.named(super().forward(x))
+
+    def named(self, maps: list[Tensor]) -> OrderedDict[str, Tensor]:
+        return OrderedDict((str(index), feature) for index, feature in enumerate(maps))
 
 
 class BackboneWithFPN(nn.Module):
@@ -56,3 +64,15 @@ class BackboneWithFPN(nn.Module):
         """Images [B, in_chans, H, W] -> maps [B, out_channels, h, w] by name, the finest first."""
         maps: OrderedDict[str, Tensor] = self.fpn(self.body(x))
         return maps
+
+    def snapshot(self, dtype: torch.dtype) -> Snapshot:
+        """For `effformer.freeze`: the pyramid is copied, and stays in PyTorch."""
+        refuse_hooks(self)
+        body, fpn = self.body.snapshot(dtype), copy.deepcopy(self.fpn).to(dtype).eval()
+
+        def give(maps: list[Tensor]) -> OrderedDict[str, Tensor]:
+            with torch.no_grad():
+                found: OrderedDict[str, Tensor] = fpn(body.give(maps))
+            return found
+
+        return replace(body, give=give)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from effformer.bench.host.stub import stub_driver
 from effformer.kernels.launch import recorded
 from effformer.kernels.plan import Plan
 from torch import Tensor
-from triton.backends.nvidia import driver
+from triton.backends.nvidia import compiler, driver
 
-from effformer import EfficientFormer, EfficientFormerConfig, freeze
+from effformer import EfficientFormer, EfficientFormerConfig, freeze, warm
 from effformer.testing import randomise
 
 CONFIG = EfficientFormerConfig(depths=(1, 1, 1, 2), widths=(8, 8, 8, 16), num_vit=1, num_heads=2, key_dim=8)
@@ -38,6 +39,23 @@ def arguments(call: Any) -> list[Launched]:
     return found
 
 
+def warmed() -> tuple[int, int, int]:
+    """Kernels that `warm` compiled, in how many threads, and kernels that the next forward compiled."""
+    threads: list[int] = []
+    make = compiler.CUDABackend.make_cubin
+
+    def spy(*args: Any) -> Any:
+        threads.append(threading.get_ident())
+        return make(*args)
+
+    compiler.CUDABackend.make_cubin = spy
+    network = EfficientFormer(CONFIG, num_classes=5, backend="triton").eval().half()
+    warm(network, (2, 32, 32))
+    before, count = len(threads), len(set(threads))
+    network(torch.zeros(2, 3, 32, 32).half())
+    return before, count, len(threads) - before
+
+
 @torch.no_grad()
 def main() -> None:
     report: dict[str, Any] = {"same": [], "counted": {}}
@@ -61,6 +79,7 @@ def main() -> None:
                 with recorded() as launches:
                     form(images)
                 report["counted"][f"{type(form).__name__} {dtype}"] = (by_driver, len(launches))
+        report["warm"] = warmed()
         for plan, x, tensors in plans:
             workspace = torch.empty(plan._bytes, dtype=torch.uint8)
             results = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype) for one in plan._results]

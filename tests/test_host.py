@@ -17,18 +17,22 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="a C comp
 TESTS = Path(__file__).parent
 
 
-def run(*command: str) -> str:
+def run(*command: str, **variables: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    environment |= variables | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 @needs_compiler
-def test_plans_launch_what_triton_would() -> None:
-    """Also in bfloat16, which the interpreter refuses."""
-    report: dict[str, Any] = json.loads(run(str(TESTS / "stub_worker.py")))
+def test_plans_launch_what_triton_would(tmp_path: Path) -> None:
+    """Also in bfloat16, which the interpreter refuses. `warm` compiles side by side, and leaves nothing to compile."""
+    report: dict[str, Any] = json.loads(run(str(TESTS / "stub_worker.py"), TRITON_CACHE_DIR=str(tmp_path)))
+    compiled, threads, later = report["warm"]
+    assert compiled > 10
+    assert threads > 1 or os.cpu_count() == 1
+    assert later == 0
     assert len(report["counted"]) == 4
     for by_driver, recorded in report["counted"].values():
         assert by_driver == recorded > 10

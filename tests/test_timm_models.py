@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from effformer import EfficientFormer, ops
+import effformer
+from effformer import EfficientFormer, create_model, ops
 from effformer.model.blocks import DropPath
 from effformer.testing import randomise
 
@@ -58,6 +59,16 @@ def draw(*shape: int) -> Tensor:
 def assert_close(got: Tensor, want: Tensor) -> None:
     assert got.shape == want.shape
     assert (got - want).abs().max() <= 1e-11 * want.abs().max()
+
+
+@pytest.mark.parametrize("size", ["l1", "l3", "l7"])
+def test_timms_tools_find_the_preprocessing_of_our_models(timm: Any, size: str) -> None:
+    name = f"efficientformer_{size}"
+    ours, theirs = create_model(name, device="meta"), timm.create_model(name, device="meta")
+    found, expected = (timm.data.resolve_model_data_config(model) for model in (ours, theirs))
+    assert found == expected
+    assert found["crop_pct"] == 0.95
+    assert effformer.Preprocessing.from_config(ours.pretrained_cfg) == effformer.Preprocessing()
 
 
 # --- the registry -----------------------------------------------------------------------------------------------------
@@ -111,7 +122,7 @@ def test_nothing_is_ignored(timm: Any, keywords: dict[str, Any]) -> None:
 
 
 def test_missing_timm_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm.data", None)
+    monkeypatch.setitem(sys.modules, "timm.models", None)
     monkeypatch.delitem(sys.modules, "effformer.timm", raising=False)
     with pytest.raises(ImportError, match=r"install effformer\[timm\]"):
         importlib.import_module("effformer.timm")

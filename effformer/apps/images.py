@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..checks import FINITE, POSITIVE, POSITIVE_INT, Rule, check, is_number, one_of
+from ..config import PUBLISHED_INPUT
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,11 +59,11 @@ class Preprocessing:
         ValueError: naming the field that is wrong.
     """
 
-    size: tuple[int, int] = (224, 224)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.95
+    size: tuple[int, int] = PUBLISHED_INPUT["size"]
+    mean: tuple[float, float, float] = PUBLISHED_INPUT["mean"]
+    std: tuple[float, float, float] = PUBLISHED_INPUT["std"]
+    interpolation: str = PUBLISHED_INPUT["interpolation"]
+    crop_pct: float = PUBLISHED_INPUT["crop_pct"]
 
     def __post_init__(self) -> None:
         for name, rule in _RULES.items():

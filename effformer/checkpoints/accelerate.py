@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..checks import check_choice
 from ..model.blocks import DropPath, Meta3D, Meta4D
-from ..model.netspresso import Backbone
+from ..model.netspresso import Backbone, is_efficientformer
 from ..model.network import EfficientFormer
 from ..ops import BACKENDS
 from ..testing import accuracy, float32_as_such
@@ -26,8 +26,6 @@ from .load import load_checkpoint
 _LAYER_SCALE = re.compile(r"\.(ls[12]\.gamma|layer_scale_[12])$")
 _BIAS_TABLE = re.compile(r"\.attention_biases(_seg)?$")
 _NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
-# Parts of the EfficientFormers of timm, the original repository and NetsPresso Trainer; a model around one has others.
-_PARTS = (("stem", "stages"), ("patch_embed", "network"), ("patch_embed", "encoder"))
 
 
 class AccelerationError(RuntimeError):
@@ -102,8 +100,8 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(
             f"model: got a {type(model).__name__} of effformer, allowed is another library's EfficientFormer"
         )
-    if not _is_efficientformer(model):
-        inner = next((path for path, module in model.named_modules() if _is_efficientformer(module)), None)
+    if not is_efficientformer(model):
+        inner = next((path for path, module in model.named_modules() if is_efficientformer(module)), None)
         where = f": pass its part {inner!r}" if inner else ""
         allowed = "an EfficientFormer of timm, the original or NetsPresso"
         raise TypeError(f"model: got {type(model).__name__}, allowed is {allowed}{where}")
@@ -121,10 +119,6 @@ def _check_model(model: nn.Module) -> None:
     if len(kinds) != 1 or next(iter(kinds))[0].type == "meta":
         found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
         raise ValueError(f"model: got tensors of {found}, allowed are one dtype and one device that is not meta")
-
-
-def _is_efficientformer(module: nn.Module) -> bool:
-    return any(all(isinstance(getattr(module, name, None), nn.Module) for name in names) for names in _PARTS)
 
 
 def _has_one_head(model: nn.Module) -> bool:

@@ -142,6 +142,13 @@ def why_other(module: nn.Module, kinds: _Kinds) -> str | None:
     return why_composed() if why_composed else None
 
 
+def refuse_hooks(*modules: nn.Module) -> None:
+    """Raise a ValueError if one of these has hooks or another forward, which a snapshot would leave out."""
+    for module in modules:
+        if not is_plain(module, (type(module),)):
+            raise ValueError(f"model: its {type(module).__name__} has hooks or another forward, allowed are none")
+
+
 def replaces(module: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
     """Whether `module`, or its class, has other methods of these names than `kind`."""
     return any(name in vars(module) or getattr(type(module), name) is not getattr(kind, name) for name in methods)

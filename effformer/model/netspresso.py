@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ..checks import check_choice
 from ..config import DENSE_TASKS, TASKS, BiasResize, FeatureNorm
 from .blocks import ConvMlp
+from .fusion import refuse_hooks
 from .netspresso_file import read_netspresso
 from .network import EfficientFormer
+from .snapshot import Snapshot
 
 
 class BackboneOutput(TypedDict, total=False):
@@ -60,6 +62,13 @@ class Backbone(nn.Module):
         features = self.network.forward_features(x)
         return {"last_feature": self.network.forward_head(features, pre_logits=True)}
 
+    def snapshot(self, dtype: torch.dtype) -> Snapshot:
+        """For `effformer.freeze`, see `Adapter`."""
+        refuse_hooks(self)
+        if self.task in DENSE_TASKS:
+            return Snapshot(self.network, "features", lambda maps: {"intermediate_features": tuple(maps)})
+        return Snapshot(self.network, "pooled", lambda pooled: {"last_feature": pooled})
+
 
 def build_backbone(
     source: str | Path | Mapping[str, Any],
@@ -105,8 +114,22 @@ def network_within(model: nn.Module) -> EfficientFormer:
     """`model` itself, or the network of a `Backbone`; a TypeError for anything else."""
     network = model.network if isinstance(model, Backbone) else model
     if not isinstance(network, EfficientFormer):
-        raise TypeError(f"model: got {type(model).__name__}, allowed is an EfficientFormer or a Backbone")
+        allowed = "an EfficientFormer or a Backbone of effformer"
+        found, hint = type(model).__name__, ""
+        if is_efficientformer(model):
+            found += f" of {type(model).__module__.partition('.')[0]}"
+            hint = ": pass effformer.accelerate(model), which turns it into one"
+        raise TypeError(f"model: got {found}, allowed is {allowed}{hint}")
     return network
+
+
+# Parts of the EfficientFormers of timm, the original repository and NetsPresso Trainer; a model around one has others.
+_PARTS = (("stem", "stages"), ("patch_embed", "network"), ("patch_embed", "encoder"))
+
+
+def is_efficientformer(module: object) -> bool:
+    """Whether it has the parts of an EfficientFormer, ours or another library's."""
+    return any(all(isinstance(getattr(module, name, None), nn.Module) for name in names) for names in _PARTS)
 
 
 def _initialise_as_trainer(network: EfficientFormer) -> None:

@@ -71,6 +71,9 @@ class EfficientFormer(nn.Module):
     Source: models/efficientformer.py of the original repository; timm/models/efficientformer.py for the interface.
     """
 
+    pretrained_cfg: dict[str, Any]  # timm's; `create_model` sets it
+    default_cfg: dict[str, Any]
+
     def __init__(
         self,
         config: EfficientFormerConfig,

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..backend import BACKENDS, no_autocast, refuse_triton, why_not_triton
 from ..checks import check_choice, check_count, shape_of
-from ..model.netspresso import Backbone, network_within
+from ..model.netspresso import network_within
 from ..model.network import EfficientFormer
+from ..model.snapshot import Adapter, Snapshot
 from .graphs import capture_graph, wait_for
-from .packing import OUTPUTS, normalisation, pack
+from .packing import OUTPUTS, Packed, normalisation, pack
 from .plans import Plans
 
 Output = Literal["logits", "pooled", "features"]
@@ -26,10 +27,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def freeze(
-    model: EfficientFormer | Backbone,
+    model: EfficientFormer | Adapter,
     dtype: torch.dtype = torch.bfloat16,
     cuda_graphs: bool = True,
-    output: Output = "logits",
+    output: Output | None = None,
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -46,12 +47,14 @@ def freeze(
     model's device (a CPU, too). Later changes of `model` do not reach it: `Frozen.refresh` takes new weights.
 
     Args:
-        model: an `EfficientFormer`, or a `Backbone` of `build_backbone`, in eval mode; it is not changed.
+        model: an `EfficientFormer`, or an adapter around one, in eval mode; it is not changed. Adapters are the
+            `Backbone` of `build_backbone`, and those of `effformer.torchvision`, `openmm` and `detectron2`.
         dtype: float16, bfloat16, float32 or float64, of weights, images and results.
         cuda_graphs: on GPUs, capture a CUDA graph for each (batch, height, width) seen. Launching a graph takes
             microseconds; without it, Python launches some thirty kernels.
         output: "logits" [B, num_classes]; "pooled" [B, C], the input of the heads; "features", the list of maps
-            [B, C, h, w] that `forward_intermediates` returns.
+            [B, C, h, w] that `forward_intermediates` returns. By default "logits", and for an adapter what it returns
+            itself (the pyramid of `BackboneWithFPN` stays in PyTorch, in `dtype`).
         mean, std: of the channels, of images in 0 to 1, such as (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225). With
             them the frozen form takes uint8 images as well, and normalises them within its first convolution.
         max_graphs: the most graphs that calls capture; the first shapes get them. Each graph keeps its images and
@@ -68,12 +71,13 @@ def freeze(
             modules, or an activation with parameters.
         UnsupportedError: for backend="triton" where the kernels cannot run.
     """
-    network = network_within(model)
-    device = network.stem.conv1.weight.device
-    reason: str | None = "asked for"
     if dtype not in DTYPES:
         raise TypeError(f"dtype: got {dtype}, allowed are {', '.join(map(str, DTYPES))}")
-    check_choice("output", output, OUTPUTS)
+    if output is not None:
+        check_choice("output", output, OUTPUTS)
+    network = _snapshot(model, dtype, output).network
+    device = network.stem.conv1.weight.device
+    reason: str | None = "asked for"
     check_choice("when_full", when_full, ("run", "pad"))
     check_choice("backend", backend, BACKENDS)
     check_count("max_graphs", max_graphs)
@@ -82,7 +86,15 @@ def freeze(
         refuse_triton(backend, reason)
     pixels = normalisation(mean, std, network.in_chans)
     most = max_graphs if cuda_graphs and device.type == "cuda" else 0
-    return Frozen(network, dtype, output, reason, pixels, most, when_full == "pad", new_outputs, deterministic)
+    return Frozen(model, dtype, output, reason, pixels, most, when_full == "pad", new_outputs, deterministic)
+
+
+def _snapshot(model: EfficientFormer | Adapter, dtype: torch.dtype, output: Output | None) -> Snapshot:
+    """The network of `model`, and the form of its results: with an `output` that of the network itself."""
+    if not isinstance(model, Adapter):
+        return Snapshot(network_within(model), output or "logits", lambda result: result)
+    found = model.snapshot(dtype)
+    return found if output is None else replace(found, output=output, give=lambda result: result, stages=None)
 
 
 # Batch, height, width, and whether the images are uint8.
@@ -117,9 +129,9 @@ class Frozen:
 
     def __init__(
         self,
-        network: EfficientFormer,
+        model: EfficientFormer | Adapter,
         dtype: torch.dtype,
-        output: Output,
+        output: Output | None,
         reason: str | None,
         pixels: tuple[Sequence[float], Sequence[float]] | None,
         max_graphs: int,
@@ -127,8 +139,9 @@ class Frozen:
         new_outputs: bool,
         deterministic: bool,
     ) -> None:
-        self.device, self.in_chans = network.stem.conv1.weight.device, network.in_chans
-        self.dtype, self.output, self.reason = dtype, output, reason
+        self._asked_for, snapshot = output, _snapshot(model, dtype, output)
+        self.device, self.in_chans = snapshot.network.stem.conv1.weight.device, snapshot.network.in_chans
+        self.dtype, self.output, self.reason = dtype, snapshot.output, reason
         self.backend = "triton" if reason is None else "eager"
         self._pixels, self._deterministic = pixels, deterministic
         self._max_graphs, self._pads, self._new_outputs = max_graphs, pads, new_outputs
@@ -136,10 +149,10 @@ class Frozen:
         self._graphs: dict[Key, _Graph] = {}
         self._pool: Any = None
         self._ready: torch.cuda.Event | None = None  # the work of the last call is done
-        self._model = weakref.ref(network)
+        self._model, self._give = weakref.ref(model), snapshot.give
         with self._turn():
             self._outside_a_graph("freeze")
-            self._packed = self._pack(network)
+            self._packed = self._pack(snapshot)
             self._plans = Plans(self._packed, self.backend)  # of images without a graph
             self._wait()  # a caller's graph may run on another stream, and does not wait
 
@@ -165,7 +178,7 @@ class Frozen:
         )
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def __call__(self, images: Tensor) -> Tensor | list[Tensor]:
+    def __call__(self, images: Tensor) -> Any:
         """The output for images.
 
         Args:
@@ -173,7 +186,8 @@ class Frozen:
                 [B, in_chans, H, W] or [B, H, W, in_chans]; on the frozen device.
 
         Returns:
-            the `output` asked for, in the frozen dtype; maps are channels_last.
+            the `output` asked for, a tensor or a list of maps, or what the frozen adapter returns; in the frozen dtype.
+            Maps are channels_last.
 
         Raises:
             TypeError, ValueError: for images of another dtype, shape or device, or that need a gradient.
@@ -183,10 +197,10 @@ class Frozen:
             key = self._key(images)
             if key is None:
                 # A caller's graph may be replayed when what is kept here is freed.
-                return self._plans.run(images, keep=not self._within_a_graph())
+                return self._give(self._plans.run(images, keep=not self._within_a_graph()))
             if key not in self._graphs:
                 self._graphs[key] = self._capture(key)
-            return self._replay(self._graphs[key], images)
+            return self._give(self._replay(self._graphs[key], images))
 
     def capture(self, *shapes: tuple[int, int, int], uint8: bool = False) -> None:
         """Capture a graph for each (batch, height, width), before a call does; these count into `max_graphs`.
@@ -238,8 +252,8 @@ class Frozen:
             self._plans.clear()
             self._pool = None
 
-    def refresh(self, model: EfficientFormer | Backbone | None = None) -> None:
-        """Take new weights: the frozen model's of now, or those of `model`, of the same architecture.
+    def refresh(self, model: EfficientFormer | Adapter | None = None) -> None:
+        """Take new weights: the frozen model's of now, or those of `model`, of the same kind and architecture.
 
         They are copied over the old ones, from any device, and captured graphs stay. The next call without `model`
         takes the weights of the model given last.
@@ -248,26 +262,30 @@ class Frozen:
             ValueError: for another architecture, or without `model` where the frozen one no longer exists.
             RuntimeError: where the current stream is being captured.
         """
-        network = self._model() if model is None else network_within(model)
-        if network is None:
+        given = self._model() if model is None else model
+        if given is None:
             raise ValueError("model: got None, and the frozen model no longer exists; allowed is a model")
+        snapshot = _snapshot(given, self.dtype, self._asked_for)
+        if snapshot.output != self.output:
+            raise ValueError(f"model: got a {type(given).__name__}, allowed is one of the frozen model's kind")
         with self._turn():
             self._outside_a_graph("refresh")
-            packed = self._pack(network)
+            packed = self._pack(snapshot)
             self._wait()
             self._packed.take(packed)
             for (_, height, width, _), graph in self._graphs.items():
                 for target, source in zip(graph.biases, self._packed.biases(height, width, self.backend), strict=True):
                     target.copy_(source)
             self._plans.clear()
-            self._model = weakref.ref(network)
+            self._model, self._give = weakref.ref(given), snapshot.give
             self._wait()  # for a caller's graph, as above
 
     # --- the parts of a call ------------------------------------------------------------------------------------------
 
-    def _pack(self, network: EfficientFormer) -> Any:
+    def _pack(self, snapshot: Snapshot) -> Packed:
         mean, std = self._pixels or (None, None)
-        return pack(network, self.dtype, self.output, mean, std, deterministic=self._deterministic)
+        options: dict[str, Any] = {"deterministic": self._deterministic, "stages": snapshot.stages}
+        return pack(snapshot.network, self.dtype, self.output, mean, std, **options)
 
     def _check(self, images: Tensor) -> Tensor:
         """Check `images`, and return them as [B, in_chans, H, W]."""

@@ -138,15 +138,19 @@ def pack(
     std: Sequence[float] | None = None,
     *,
     deterministic: bool = True,
+    stages: Sequence[int] | None = None,
 ) -> Packed:
     """The steps of `model` in `dtype`; with `mean` and `std`, for uint8 images as well.
+
+    The features are the maps of `stages`, by default of all.
 
     Raises:
         ValueError: for a model in training mode, or with parts that the fused operations do not compute; for an output
             that it does not have.
     """
-    _check(model, output)
-    return _Packer(model, dtype, output, deterministic).packed(mean, std)
+    wanted = range(len(model.stages)) if stages is None else stages
+    _check(model, output, wanted)
+    return _Packer(model, dtype, output, deterministic, wanted).packed(mean, std)
 
 
 @dataclass
@@ -194,6 +198,7 @@ class _Packer:
     dtype: torch.dtype
     output: str
     deterministic: bool
+    wanted: Sequence[int]
 
     @torch.no_grad()
     def packed(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Packed:
@@ -217,7 +222,7 @@ class _Packer:
 
     def feature(self, stage: int, source: _Exact) -> Iterator[Step]:
         """The norm of a stage's output, and its return to the caller."""
-        wanted, kind = self.output == "features", self.model.config.feature_norm
+        wanted, kind = self.output == "features" and stage in self.wanted, self.model.config.feature_norm
         if kind == "inline" or (kind == "tap" and wanted):
             norm = cast("nn.GroupNorm", self.model.feature_norms[stage])
             options = {"eps": norm.eps, "inline": kind == "inline", "wanted": wanted}
@@ -268,11 +273,11 @@ _COMPUTING = (
 )  # fmt: skip
 
 
-def _check(model: EfficientFormer, output: str) -> None:
+def _check(model: EfficientFormer, output: str, wanted: Sequence[int]) -> None:
     if model.training:
         raise ValueError("model: got one in training mode, allowed is one in eval mode: call model.eval()")
     allowed = "allowed is a model as built by `create_model`, in eval mode"
-    for name, module, kinds in _parts(model):
+    for name, module, kinds in _parts(model, wanted):
         if reason := why_other(module, kinds):
             raise ValueError(f"model: {name}: {reason}; {allowed}")
     if output == "features":
@@ -289,7 +294,9 @@ def _check(model: EfficientFormer, output: str) -> None:
             raise ValueError(f"model: {reason}; {allowed}")
 
 
-def _parts(model: EfficientFormer) -> Iterator[tuple[str, nn.Module, tuple[type[nn.Module], ...]]]:
+def _parts(
+    model: EfficientFormer, wanted: Sequence[int]
+) -> Iterator[tuple[str, nn.Module, tuple[type[nn.Module], ...]]]:
     """Name, module, and its allowed classes; outer modules come before inner ones."""
     same = not replaces(model, EfficientFormer, *_COMPUTING)
     yield "the model", model, (type(model) if same else EfficientFormer,)
@@ -300,4 +307,5 @@ def _parts(model: EfficientFormer) -> Iterator[tuple[str, nn.Module, tuple[type[
             yield f"stages.{index}.{name}", module, kinds
     if model.config.feature_norm is not None:
         for index, norm in enumerate(model.feature_norms):
-            yield f"feature_norms.{index}", norm, (nn.GroupNorm,)
+            if model.config.feature_norm == "inline" or index in wanted:
+                yield f"feature_norms.{index}", norm, (nn.GroupNorm,)
