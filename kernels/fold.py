@@ -195,9 +195,13 @@ class Parameters:
     def table(self, table: Tensor) -> Tensor:
         return table
 
-    def expand_bias(self, table: Tensor, height: int, width: int, key_dim: int, value_dim: int) -> Tensor:
-        """The prepared bias of attention over a [height, width] map, its table [heads, side * side] resampled."""
-        heads, side, tokens = table.shape[0], round(table.shape[1] ** 0.5), height * width
+    def expand_bias(
+        self, table: Tensor, height: int, width: int, resolution: int, key_dim: int, value_dim: int
+    ) -> Tensor:
+        """The prepared bias of attention over a [height, width] map, its table [heads, resolution**2] resampled."""
+        heads, side, tokens = table.shape[0], resolution, height * width
+        if table.shape[1] != resolution**2:
+            raise NotFoldableError(f"a table has {table.shape[1]} entries, and not {resolution**2}")
         keys = padded_tokens(tokens, key_dim, value_dim, self.dtype, table.device)
         target = torch.empty((heads, tokens, keys), dtype=torch.float32, device="meta")
         columns = (*self._address(table), *table.stride(), side, height, width, keys)
@@ -261,6 +265,8 @@ class Parameters:
 
     def _address(self, *tensors: Tensor | None) -> list[int]:
         for tensor in tensors:
+            if tensor is not None and tensor.data_ptr() not in self._places:
+                raise NotFoldableError("a weight is no parameter or buffer of its module")
             if tensor is not None and tensor.dtype not in _CODES:
                 raise NotFoldableError(f"a parameter is {tensor.dtype}")
         return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

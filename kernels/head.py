@@ -28,7 +28,7 @@ def head_kernel(
     weight_ptr,
     bias_ptr,
     out_ptr,
-    N,
+    tokens,
     eps,
     stride_xb,
     stride_xn,
@@ -45,7 +45,7 @@ def head_kernel(
     n = i_n * BLOCK_N + tl.arange(0, BLOCK_W)
     b_weight = _class_rows(weight_ptr, n, C, CLASSES, BLOCK_C)  # loads while the tokens are pooled
     p_x = x_ptr + i_b * stride_xb
-    b_pooled = _mean_of_tokens(p_x, norm_weight_ptr, norm_bias_ptr, N, eps, stride_xn, C, BLOCK_T, BLOCK_C)
+    b_pooled = _mean_of_tokens(p_x, norm_weight_ptr, norm_bias_ptr, tokens, eps, stride_xn, C, BLOCK_T, BLOCK_C)
     for i in tl.static_range(BLOCK_N // BLOCK_W):
         b_product = b_weight.to(tl.float32) * b_pooled[None, :]
         if (i + 1) * BLOCK_W < BLOCK_N:
@@ -61,7 +61,7 @@ def token_mean_kernel(
     norm_weight_ptr,
     norm_bias_ptr,
     out_ptr,
-    N,
+    tokens,
     eps,
     stride_xb,
     stride_xn,
@@ -71,32 +71,32 @@ def token_mean_kernel(
 ):
     i_b = tl.program_id(0).to(tl.int64)
     p_x = x_ptr + i_b * stride_xb
-    b_pooled = _mean_of_tokens(p_x, norm_weight_ptr, norm_bias_ptr, N, eps, stride_xn, C, BLOCK_T, BLOCK_C)
+    b_pooled = _mean_of_tokens(p_x, norm_weight_ptr, norm_bias_ptr, tokens, eps, stride_xn, C, BLOCK_T, BLOCK_C)
     c = tl.arange(0, BLOCK_C)
     tl.store(out_ptr + i_b * C + c, b_pooled.to(out_ptr.dtype.element_ty), mask=c < C)
 
 
 @triton.jit
 def _mean_of_tokens(
-    p_x, norm_weight_ptr, norm_bias_ptr, N, eps, stride_xn,
+    p_x, norm_weight_ptr, norm_bias_ptr, tokens, eps, stride_xn,
     C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean of LayerNorm over the tokens of the image at p_x, [BLOCK_C] in float32, zeros beyond C."""
     c = tl.arange(0, BLOCK_C)
     there = (c < C)[None, :]
     b_sum = tl.zeros((BLOCK_C,), tl.float32)
-    for first in tl.range(0, N, BLOCK_T):
+    for first in tl.range(0, tokens, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
-        inside = (t < N)[:, None]
+        inside = (t < tokens)[:, None]
         b_x = tl.load(p_x + (t.to(tl.int64) * stride_xn)[:, None] + c[None, :], mask=inside & there, other=0.0)
         b_x = b_x.to(tl.float32)
         centred = tl.where(there, b_x - (tl.sum(b_x, 1) * (1.0 / C))[:, None], 0.0)
         variance = tl.sum(centred * centred, 1) * (1.0 / C)
         # Every thread computes these for all its tokens, with the one-step approximation of PyTorch's own kernel.
-        reciprocal = tl.where(t < N, tl.rsqrt(variance + eps), 0.0)
+        reciprocal = tl.where(t < tokens, tl.rsqrt(variance + eps), 0.0)
         b_sum += tl.sum(centred * reciprocal[:, None], 0)
     weight = tl.load(norm_weight_ptr + c, mask=c < C, other=0.0)
-    return b_sum / N * weight + tl.load(norm_bias_ptr + c, mask=c < C, other=0.0)
+    return b_sum / tokens * weight + tl.load(norm_bias_ptr + c, mask=c < C, other=0.0)
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def head_launches(
             "weight_ptr": weight,
             "bias_ptr": bias,
             "out_ptr": out,
-            "N": tokens,
+            "tokens": tokens,
             "eps": eps,
             "stride_xb": x.stride(0),
             "stride_xn": x.stride(1),
@@ -168,7 +168,7 @@ def _token_mean_launch(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: f
             "norm_weight_ptr": norm_weight,
             "norm_bias_ptr": norm_bias,
             "out_ptr": out,
-            "N": tokens,
+            "tokens": tokens,
             "eps": eps,
             "stride_xb": x.stride(0),
             "stride_xn": x.stride(1),

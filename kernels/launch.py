@@ -23,8 +23,8 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 # Sizes of images and batches. A kernel is not compiled anew where one is 1 or a multiple of 16: it would gain nothing,
-# since strides tell how addresses are aligned.
-SIZES = ("rows", "H", "W", "OUT_H", "OUT_W", "N", "units_xb", "units_xh")
+# since strides tell how addresses are aligned. Attention's N is not among them: masks of whole vectors save registers.
+SIZES = ("rows", "H", "W", "OUT_H", "OUT_W", "tokens", "units_xb", "units_xh")
 
 kernel = functools.partial(triton.jit, do_not_specialize=SIZES)
 

@@ -73,13 +73,18 @@ def map_rows(x: Tensor) -> Rows:
     (batch, channels, height, width), strides = x.shape, x.stride()
     if reason := beyond_map(height, width):
         raise ValueError(reason)
-    return Rows(x, batch, height, width, channels, strides[0], strides[2], strides[3])
+    return Rows(x, batch, height, width, channels, _stride(batch, strides[0]), strides[2], strides[3])
 
 
 def token_rows(x: Tensor) -> Rows:
     """Rows of tokens [B, N, C]."""
     (batch, tokens, channels), strides = x.shape, x.stride()
-    return Rows(x, batch, 1, tokens, channels, strides[0], 0, strides[1])
+    return Rows(x, batch, 1, tokens, channels, _stride(batch, strides[0]), 0, strides[1])
+
+
+def _stride(batch: int, stride: int) -> int:
+    """From image to image; of one alone it is of no use, and kernels would be compiled anew for some."""
+    return stride if batch > 1 else 0
 
 
 def new_rows(like: Rows, channels: int, dtype: torch.dtype) -> Rows:

@@ -132,6 +132,11 @@ class Plan:
         self._bound: tuple[tuple[int, ...], list[tuple[Any, ...]]] = (), []
 
     @property
+    def ready(self) -> bool:
+        """Whether a call compiles nothing."""
+        return INTERPRETED or self._compiled is not None
+
+    @property
     def kernels(self) -> list[str]:
         """Names of the kernels that a call launches, in order."""
         return [planned.launch.kernel.__name__ for planned in self._launches]

@@ -276,3 +276,40 @@ def test_a_wrong_entry_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_entry(ENTRY | changes, "table.json, entry 7")
     assert str(error.value).startswith("table.json, entry 7: ")
+
+
+def test_an_entry_for_newer_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left out where Triton is older, and read and written as it stands."""
+    entry = read_entry(ENTRY | {"triton": ">= 3.9"}, "test")
+    assert entry.triton == (3, 9)
+    assert read_entry(entry.as_json(), "test") == entry
+    with pytest.raises(ValueError, match="test: triton: got '3.9', allowed is '>= N.M'"):
+        read_entry(ENTRY | {"triton": "3.9"}, "test")
+    tiles = {}
+    for version in ("3.6.0", "3.8.0+git", "3.9.0", "3.10.1"):
+        monkeypatch.setattr("triton.__version__", version)
+        shipped_table.cache_clear()
+        with config.using(shipped_table()):
+            found = mlp_config(Question("meta4d", torch.float16, (224, 256 * 14 * 14)), HOPPER)
+        assert isinstance(found, MlpConfig)
+        tiles[version] = found.block_h
+    shipped_table.cache_clear()
+    assert tiles == {"3.6.0": 64, "3.8.0+git": 64, "3.9.0": 32, "3.10.1": 32}
+
+
+def test_sizes_of_images_and_batches_compile_nothing_anew() -> None:
+    """Beside other tiles: the kernels of a network differ in nothing but what the table says."""
+    from effformer.bench.offline.compile import source_of
+    from effformer.bench.offline.launches import network_launches
+
+    sources: dict[str, set[str]] = {}
+    for batch in (128, 129, 130, 255, 256):
+        for size in ((224, 224), (225, 224), (240, 320)):
+            launches = network_launches("efficientformer_l1", torch.float16, HOPPER, batch=batch, size=size)
+            for operation, _, launch in launches:
+                if operation in ("conv_norm", "meta4d", "linear_mlp", "head"):
+                    source = source_of(launch, 90)
+                    sources.setdefault(source.without_attributes, set()).add(repr(source))
+    assert len(sources) > 15
+    anew = {key: found for key, found in sources.items() if len(found) > 1}
+    assert anew == {}

@@ -15,6 +15,7 @@ import effformer
 from effformer import EfficientFormer, explain, set_backend, warm
 from effformer.backend import UnsupportedError
 from effformer.cli import main
+from effformer.model import live
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 
@@ -96,6 +97,25 @@ def test_gradients_backends_and_dtypes(network: EfficientFormer, narrow: Narrow)
         assert paths(network, x)["stages.0.blocks.1"] == ("modules", "it is a Identity")
 
 
+@torch.no_grad()
+def test_hooks_for_all_modules_and_replaced_parts(network: EfficientFormer) -> None:
+    x = torch.randn(1, 3, 64, 64)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        found = explain(network, x)
+        assert {one.path for one in found.parts if "blocks" not in one.part} == {"modules"}
+        assert {one.path for one in found.parts if "blocks" in one.part} == {"raises"}
+    finally:
+        handle.remove()
+    network.stages[1] = nn.Sequential(network.stages[1])
+    network.stem = nn.Sequential(*network.stem)
+    network.forward_head = lambda x: x.mean(1)  # type: ignore[method-assign,misc,assignment]
+    found = paths(network, x)
+    assert found["stem"] == found["stages.1"] == ("modules", "it is a Sequential")
+    assert found["end"] == ("modules", "forward_head or logits was replaced")
+    assert found["stages.2"] == ("plan", None)
+
+
 def test_what_explain_and_warm_refuse(network: EfficientFormer) -> None:
     with pytest.raises(TypeError, match="model: got Linear"):
         explain(nn.Linear(1, 1), torch.zeros(1, 3, 64, 64))
@@ -113,7 +133,7 @@ def test_warm_runs_each_shape(network: EfficientFormer) -> None:
     with launch.recorded() as launches:
         warm(network, (1, 64, 64), (2, 32, 32))
     assert {len(one.arguments) > 0 for one in launches} == {True}
-    assert len(vars(network.stem)["_memory"].state.plans) == 2
+    assert len(live._states[network.stem].plans) == 2
 
 
 def test_info_explains(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A live network on the kernels: few launches, the parameters of the moment, and modules where they are asked for."""
+"""A live network on the kernels: few launches, and the parameters of the moment."""
 
 from __future__ import annotations
 
@@ -8,75 +8,30 @@ import ctypes
 import gc
 import io
 import pickle
-import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from effformer.kernels import launch
+from live_networks import SHAPE, Narrow, check, eager, launches_of, planned
 from machine import DEVICE, ON_GPU, SLACK
-from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from effformer import EfficientFormer, create_model, set_backend
+from effformer import EfficientFormer, create_model
 from effformer.model import live
 from effformer.testing import randomise
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 
-Narrow = Callable[..., EfficientFormer]
-SHAPE = (2, 3, 33, 64)
-
-
-class Operations(TorchDispatchMode):
-    """Names of the operators below the dispatcher, without views and allocations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in ("empty", "empty_strided", "detach"):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def launches_of(call: Callable[[], object]) -> tuple[list[launch.Launch], list[str]]:
-    """Triton's launches, which are not carried out, and PyTorch's own operators."""
-    with torch.no_grad(), launch.recorded(run=False) as launches, Operations() as operations:
-        call()
-    return launches, operations.names
-
-
-def planned(network: EfficientFormer) -> list[bool]:
-    """Whether the last forward of the stem, of each stage and of the end was by a plan."""
-    memories = [vars(part).get("_memory") for part in (network.stem, *network.stages, network)]
-    return [memory is not None and bool(memory.state and any(memory.state.plans.values())) for memory in memories]
-
 
 @pytest.fixture
 def network(narrow: Narrow) -> EfficientFormer:
     return narrow(dtype=torch.float32, backend="triton", device=DEVICE)
-
-
-def eager(network: EfficientFormer, x: Tensor) -> Tensor:
-    """The result of a copy whose modules compute it."""
-    other = copy.deepcopy(network)
-    set_backend(other, "eager")
-    with torch.no_grad():
-        return other(x)
-
-
-def check(network: EfficientFormer, x: Tensor, **tolerance: float) -> None:
-    with torch.no_grad():
-        assert torch.allclose(network(x), eager(network, x), rtol=0, atol=SLACK)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -207,13 +162,18 @@ def test_copies_know_no_addresses(network: EfficientFormer) -> None:
         assert torch.equal(network(x), expected)
 
 
-def test_a_network_is_forgotten(narrow: Narrow) -> None:
+def test_a_network_is_freed_at_once(narrow: Narrow) -> None:
+    """Not by the garbage collector, which PyTorch does not wait for before it lacks memory."""
     network = narrow(dtype=torch.float32, backend="triton", device=DEVICE)
     check(network, torch.randn(SHAPE))
-    gone = weakref.ref(network.stem)
-    del network
+    gone = [weakref.ref(part) for part in (network, network.stem, network.stages[2], network.head)]
     gc.collect()
-    assert gone() is None
+    gc.disable()
+    try:
+        del network
+        assert [one() for one in gone] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_states_that_never_stay_are_not_planned(network: EfficientFormer) -> None:
@@ -227,12 +187,32 @@ def test_states_that_never_stay_are_not_planned(network: EfficientFormer) -> Non
     assert planned(network)[0] is True
 
 
+def test_attributes_of_users_do_not_matter(network: EfficientFormer) -> None:
+    x = torch.randn(SHAPE)
+    for number in range(7):
+        network.calls = number
+        network.mean = np.full(3, number)
+        network.stem.mean = np.full(3, number)
+        check(network, x)
+    assert planned(network)[-1]
+
+
+def test_swapped_names_count(network: EfficientFormer) -> None:
+    """The same addresses in the same order, under other names."""
+    x, norm = torch.randn(SHAPE), network.stem.norm1
+    check(network, x)
+    weight, bias = norm.weight, norm.bias
+    del norm.weight, norm.bias
+    norm.bias, norm.weight = weight, bias
+    check(network, x)
+
+
 def test_plans_are_few(network: EfficientFormer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "_MOST_PLANS", 3)
     for batch in (1, 2, 3, 4, 1):
         with torch.no_grad(), launch.recorded(run=False):
             network(torch.randn(batch, *SHAPE[1:]))
-    state = vars(network.stem)["_memory"].state
+    state = live._states[network.stem]
     assert [form[0][0] for form in state.plans] == [3, 4, 1]
 
 
@@ -252,150 +232,4 @@ def test_threads(network: EfficientFormer) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(8)))
     assert planned(network) == [True] * 6
-    assert {len(vars(part)["_memory"].state.plans) for part in (network.stem, network)} == {2}
-
-
-# --- where the modules compute ----------------------------------------------------------------------------------------------
-
-
-def test_hooks_are_called_and_their_part_composes(network: EfficientFormer) -> None:
-    x = torch.randn(SHAPE)
-    check(network, x)
-    calls: list[object] = []
-    block = network.stages[2].blocks[0].mlp.act
-    handle = block.register_forward_hook(lambda *_: calls.append(block))
-    set_backend(network, "auto")  # "triton" refuses to compose
-    for part in (network.stem, network.stages[0], network.stages[1], network.stages[3], network):
-        set_backend(part, "triton")
-    set_backend(network.stages[2].blocks[0], "auto")
-    check(network, x)
-    assert len(calls) == 2  # one of them by the copy
-    handle.remove()
-    set_backend(network, "triton")
-    check(network, x)
-    assert len(calls) == 2
-
-
-@pytest.mark.parametrize("part", ["stem.act1", "stages.1.downsample.conv", "norm", "head", "head_drop"])
-def test_hooks_of_stem_downsampling_and_end(network: EfficientFormer, part: str) -> None:
-    x = torch.randn(SHAPE)
-    check(network, x)
-    calls: list[object] = []
-    network.get_submodule(part).register_forward_pre_hook(lambda *_: calls.append(part))
-    with torch.no_grad():
-        network(x)
-    assert calls == [part]
-    check(network, x)
-
-
-def test_replaced_modules_and_statistics_of_the_batch(network: EfficientFormer) -> None:
-    x = torch.randn(SHAPE)
-    check(network, x)
-    network.stem.act2 = nn.GELU()
-    check(network, x)
-    network.head = nn.Sequential(network.head, nn.Tanh())
-    check(network, x)
-    network.stages[1].downsample.norm.train()
-    before = network.stages[1].downsample.norm.running_mean.clone()
-    with torch.no_grad():
-        network(x)
-    assert not torch.equal(before, network.stages[1].downsample.norm.running_mean)
-
-
-def test_changed_settings_count(network: EfficientFormer) -> None:
-    x = torch.randn(SHAPE)
-    check(network, x)
-    network.stages[0].blocks[0].mlp.norm1.eps = 0.5
-    network.norm.eps = 0.5
-    network.stem.norm1.eps = 0.5
-    check(network, x)
-    network.stem.conv1.stride = (1, 1)
-    with torch.no_grad():
-        assert network.stem(x).shape[2:] == (17, 32)
-
-
-def test_methods_of_a_subclass_count(network: EfficientFormer) -> None:
-    class Doubled(EfficientFormer):
-        def logits(self, pooled: Tensor) -> Tensor:
-            return 2 * super().logits(pooled)
-
-    x = torch.randn(SHAPE)
-    with torch.no_grad():
-        expected = network(x)
-        network.__class__ = Doubled
-        assert torch.allclose(network(x), 2 * expected, atol=2 * SLACK)
-        network.forward_features = lambda x: torch.ones(1, 2, network.num_features)  # type: ignore[method-assign]
-        assert torch.equal(network(x), network.forward_head(torch.ones(1, 2, network.num_features)))
-
-
-def test_a_gradient_is_wanted(network: EfficientFormer) -> None:
-    x = torch.randn(SHAPE)
-    check(network, x)
-    set_backend(network, "auto" if ON_GPU else "eager")
-    network(x).sum().backward()
-    assert network.stem.conv1.weight.grad.abs().sum() > 0
-    network.requires_grad_(False)
-    y = network(x.requires_grad_())
-    assert y.requires_grad
-
-
-def test_transformations_see_modules(network: EfficientFormer) -> None:
-    """Of a module that is planned otherwise."""
-    stem, x = network.stem, torch.randn(SHAPE)
-    with torch.no_grad():
-        expected = stem(x)
-        assert planned(network)[0]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            traced = torch.jit.trace(stem, x)
-        assert torch.allclose(traced(x[:1]), expected[:1], atol=SLACK)
-        graph = make_fx(stem)(x)
-        assert any("convolution" in str(node.target) for node in graph.graph.nodes)
-        each = torch.func.vmap(lambda one: stem(one[None])[0])(x)
-        assert torch.allclose(each, expected, atol=SLACK)
-        _, tangent = torch.func.jvp(stem, (x,), (torch.ones_like(x),))
-        assert tangent.abs().sum() > 0
-        doubled = {name: 2 * value for name, value in stem.state_dict().items() if value.is_floating_point()}
-        other = torch.func.functional_call(stem, doubled, (x,))
-        assert not torch.allclose(other, expected, atol=SLACK)
-        assert torch.equal(stem(x), expected)
-        symbolic = torch.fx.symbolic_trace(stem)
-        assert torch.allclose(symbolic(x), expected, atol=SLACK)
-
-
-def test_parts_refuse_inputs_as_their_modules_do(network: EfficientFormer) -> None:
-    with torch.no_grad():
-        network(torch.randn(SHAPE))
-        for part, x in (
-            (network.stem, torch.randn(2, 4, 32, 32)),
-            (network.stages[1], torch.randn(2, 3, 16, 16)),
-            (network.stem, torch.randn(2, 3, 32, 32, dtype=torch.float64)),
-        ):
-            with pytest.raises(RuntimeError):
-                part(x)
-        assert network.stem(torch.randn(0, 3, 32, 32)).shape == (0, 8, 8, 8)
-
-
-def test_other_layouts_of_images_and_maps(network: EfficientFormer) -> None:
-    images = torch.randn(2, 3, 40, 80)
-    for x in (
-        images[:, :, 3:36, 5:69],
-        images[..., ::2],
-        images.flip(0).mT,
-        images.to(memory_format=torch.channels_last),
-    ):
-        check(network, x)
-    flat = torch.randn(2 * 3 * 32 * 32 + 1)[1:].view(2, 3, 32, 32)  # an address that is no multiple of 16
-    check(network, flat)
-    maps = torch.randn(2, 8, 9, 7)
-    with torch.no_grad():
-        assert torch.allclose(network.stages[1](maps), network.stages[1](maps.to(memory_format=torch.channels_last)))
-    assert planned(network) == [True] * 6
-
-
-@pytest.mark.parametrize("resize", ["table", "matrix-bilinear"])
-def test_every_way_to_resize_the_bias(narrow: Narrow, resize: str) -> None:
-    network = narrow(dtype=torch.float32, backend="triton", device=DEVICE, table_resolution=2, bias_resize=resize)
-    for size in ((64, 64), (96, 128), (32, 160)):
-        check(network, torch.randn(1, 3, *size))
-    assert planned(network)[4]
+    assert {len(live._states[part].plans) for part in (network.stem, network)} == {2}

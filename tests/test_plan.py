@@ -127,7 +127,7 @@ def test_matrices_and_filters_of_any_strides_are_copied(dtype: torch.dtype) -> N
 def test_attention_biases_are_expanded_and_prepared(sides: tuple[int, int]) -> None:
     table = torch.randn(2, 9)
     table[0, 4] = torch.finfo(torch.float32).min
-    (found,) = folded(lambda parameters: [parameters.expand_bias(table, *sides, 4, 8)], [table], torch.float16)
+    (found,) = folded(lambda parameters: [parameters.expand_bias(table, *sides, 3, 4, 8)], [table], torch.float16)
     bias = expand_bias(table, *sides, resolution=3)
     expected = prepare_bias(bias, 4, 8, torch.float16)
     assert found.shape == expected.shape
@@ -137,7 +137,7 @@ def test_attention_biases_are_expanded_and_prepared(sides: tuple[int, int]) -> N
 def test_an_infinite_entry_touches_no_other() -> None:
     table = torch.randn(1, 9)
     table[0, 4] = -torch.inf
-    (found,) = folded(lambda parameters: [parameters.expand_bias(table, 3, 3, 4, 8)], [table], torch.float16)
+    (found,) = folded(lambda parameters: [parameters.expand_bias(table, 3, 3, 3, 4, 8)], [table], torch.float16)
     masked = reference.bias_index(3, 3, DEVICE) == 4
     assert torch.equal(found[0, :, :9].isinf(), masked)
     assert not found.isnan().any()
@@ -146,27 +146,35 @@ def test_an_infinite_entry_touches_no_other() -> None:
 def test_parameters_are_read_in_place_where_they_can_be() -> None:
     matrix, vector, filters = torch.randn(4, 8).half(), torch.randn(8), torch.randn(4, 8, 3, 3).half()
     last = filters.to(memory_format=torch.channels_last)
-    parameters = Parameters([matrix, vector, filters, last], torch.float16)
+    halved, doubled = vector.half(), matrix.float()
+    parameters = Parameters([matrix, vector, filters, last, halved, doubled], torch.float16)
     for one in (matrix, vector, last):
         stands_for = parameters.own(one)
         assert (stands_for.shape, stands_for.stride(), stands_for.dtype) == (one.shape, one.stride(), one.dtype)
     assert [place for _, place in parameters.kept] == [0, 1, 3]
     assert parameters.folded == []
-    for one in (filters, vector.half(), matrix.float()):
+    for one in (filters, halved, doubled):
         parameters.own(one)
-    odd = torch.randn(9)[1:]  # not at a multiple of 16 bytes
-    Parameters([odd], torch.float16).own(odd)
     assert len(parameters.folded) == 3
+    odd = torch.randn(9)[1:]  # not at a multiple of 16 bytes
+    others = Parameters([odd], torch.float16)
+    others.own(odd)
+    assert (len(others.folded), len(others.kept)) == (1, 0)
 
 
 def test_what_the_fold_cannot_read() -> None:
-    for build in (
-        lambda parameters: parameters.upcast(torch.randn(8).double()),
-        lambda parameters: parameters.upcast(torch.randn(8, 2)[:, 0]),
-        lambda parameters: parameters.mean(torch.randn(4, 8), torch.randn(8, 4).t()),
+    double, gaps = torch.randn(8).double(), torch.randn(8, 2)[:, 0]
+    one, other, table = torch.randn(4, 8), torch.randn(8, 4).t(), torch.randn(2, 9)
+    tensors = [double, gaps, one, other, table]
+    for build, match in (
+        (lambda parameters: parameters.upcast(double), "float64"),
+        (lambda parameters: parameters.upcast(gaps), "lie apart"),
+        (lambda parameters: parameters.mean(one, other), "differ in their layout"),
+        (lambda parameters: parameters.upcast(torch.randn(8).half()), "no parameter or buffer"),
+        (lambda parameters: parameters.expand_bias(table, 2, 2, 4, 4, 8), "9 entries, and not 16"),
     ):
-        with pytest.raises(NotFoldableError):
-            build(Parameters([], torch.float32))
+        with pytest.raises(NotFoldableError, match=match):
+            build(Parameters(tensors, torch.float32))
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from ..checks import check_count, shape_of
 from ..model.blocks import Flat, Meta3D, Meta4D
 from ..model.end import End
 from ..model.fusion import Fusable
-from ..model.live import Part, decide
+from ..model.live import Part, Planned, decide
 from ..model.netspresso import Backbone, network_within
 from ..model.network import EfficientFormer
 from ..model.stage import Stage
+from ..workload import halved
 
 Path = Literal["plan", "kernels", "eager", "modules", "raises"]
 
@@ -81,25 +82,36 @@ def explain(model: EfficientFormer | Backbone, images: Tensor) -> Explanation:
 
 
 def _parts(network: EfficientFormer, images: Tensor) -> Iterator[PartPath]:
-    found = _planned("stem", network.stem, images)
-    yield found or PartPath("stem", "modules", str(decide(network.stem, images)), None)
+    yield _planned("stem", network.stem, images) or _modules("stem", network.stem, images)
     dtype = products_dtype(images)
     sides = (images.shape[2] + 3) // 4, (images.shape[3] + 3) // 4
     x = _map(images, network.config.widths[0], sides, dtype)
     for index, stage in enumerate(network.stages):
-        assert isinstance(stage, Stage)
-        found = _planned(f"stages.{index}", stage, x)
-        sides = stage.output_size(*sides)
-        if found:
+        name, before = f"stages.{index}", sides
+        sides = before if index == 0 else (halved(before[0]), halved(before[1]))
+        if found := _planned(name, stage, x):
             yield found
+        elif isinstance(stage, Stage):
+            yield from _blocks(name, stage, x, sides)
         else:
-            yield from _blocks(f"stages.{index}", stage, x, sides)
+            yield _modules(name, stage, x)
         x = _map(images, network.config.widths[index], sides, dtype)
     end, tokens = End(network), x.flatten(2).transpose(1, 2)
-    yield _planned("end", end, tokens) or PartPath("end", "modules", str(decide(end, tokens)), None)
+    yield _planned("end", end, tokens) or _modules("end", end, tokens)
 
 
-def _planned(name: str, part: Part, x: Tensor) -> PartPath | None:
+def _modules(name: str, part: object, x: Tensor) -> PartPath:
+    why = str(decide(part, x)) if _is_part(part) else f"it is a {type(part).__name__}"
+    return PartPath(name, "modules", why, None)
+
+
+def _is_part(module: object) -> TypeGuard[Part]:
+    return isinstance(module, Planned | End)
+
+
+def _planned(name: str, part: object, x: Tensor) -> PartPath | None:
+    if not _is_part(part):
+        return None
     decision = decide(part, x)
     return None if isinstance(decision, str) else PartPath(name, "plan", None, tuple(decision.plan.kernels))
 
@@ -149,7 +161,7 @@ def warm(model: EfficientFormer | Backbone, *shapes: tuple[int, int, int], dtype
     keeps what is compiled on disk. Call it as forwards will run: in eval mode, under their autocast.
 
     Args:
-        model: an `EfficientFormer` or a `Backbone`; it is not changed.
+        model: an `EfficientFormer` or a `Backbone`; it is not changed. Its hooks are called.
         shapes: (batch, height, width) of the images.
         dtype: of the images, by default the model's.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..backend import products_dtype
-from .fusion import is_active, is_plain
+from .fusion import is_active, is_plain, replaces
 from .steps import Source, Step
 
 if TYPE_CHECKING:
@@ -32,10 +32,24 @@ class End:
         network = self.network
         yield from (network.norm, network.head_drop, network.head, network.head_dist)
 
+    def facts(self) -> tuple[Any, ...]:
+        network = self.network
+        ends = network.norm, network.head_drop, network.head, network.head_dist
+        settings = network.training, network.global_pool, network.num_classes, network.distilled_training
+        return *map(id, ends), *settings, network.backend, len(network.stages), self._replaced()
+
+    def _replaced(self) -> bool:
+        """Whether the network has another end of its own."""
+        from .network import EfficientFormer
+
+        return replaces(self.network, EfficientFormer, "forward_head", "logits")
+
     def backends(self) -> set[str]:
         return {self.network.backend}
 
     def why_unplanned(self) -> str | None:
+        if self._replaced():
+            return "forward_head or logits was replaced"
         return self.why_not_pooled() or self.why_no_logits()
 
     def why_not_pooled(self) -> str | None:

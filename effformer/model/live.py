@@ -9,6 +9,7 @@ modules run, and block by block `fusion.fusable` chooses.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from .. import ops
 from ..backend import autocast, products_dtype, why_not_triton
 from .steps import Source, Step, attention_sides, run_steps
 
@@ -40,10 +42,13 @@ class Part(Protocol):
 
     @property
     def owner(self) -> nn.Module:
-        """The module that keeps the plans."""
+        """The module with which its plans live and die."""
 
     def watched(self) -> Iterator[nn.Module]:
         """All modules that it consists of."""
+
+    def facts(self) -> tuple[Any, ...]:
+        """What else it rests on; compared at each forward."""
 
     def backends(self) -> set[str]:
         """The backends of its fused operations."""
@@ -71,6 +76,9 @@ class Planned:
     def watched(self) -> Iterator[nn.Module]:
         return self.owner.modules()
 
+    def facts(self) -> tuple[Any, ...]:
+        return ()
+
     def backends(self) -> set[str]:
         return {self.backend}
 
@@ -80,36 +88,26 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
 
 
-class _Memory:
-    """Holds a part's state; a copy of the module, and one that was pickled, begin with an empty one."""
-
-    state: _State | None = None
-
-    def __deepcopy__(self, memo: object) -> _Memory:
-        return _Memory()
-
-    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
-        return _Memory, ()
-
-
 class _State:
     """A part's modules and tensors at one time, and the plans that rest on them.
 
+    It holds no module that holds the part, so that both are freed when the part is.
+
     Attributes:
-        reason: why there can be no plan.
+        device: of the parameters.
         plans: by the form of the input; the reason where that has none.
         forwards: the number of them so far.
     """
 
     def __init__(self, part: Part, before: _State | None) -> None:
-        modules = list(part.watched())
-        self._modules, self._classes = modules, [type(module) for module in modules]
-        self._attributes = [vars(part.owner), *(vars(module) for module in modules)]
+        owner, modules = part.owner, list(part.watched())
+        self._owner = vars(owner)  # to tell a shallow copy
+        self._modules = [module for module in modules if module is not owner]
+        self._classes = [type(module) for module in self._modules]
+        self._attributes = [vars(module) for module in modules]
         self._seen = [_snapshot(attributes) for attributes in self._attributes]
-        self._holders = [vars(module)[kind] for module in modules for kind in ("_parameters", "_buffers")]
-        self._tensors = _forms(self._holders)
-        self.backends = part.backends()
-        self.reason = part.why_unplanned() or _why_not(self.tensors())
+        self._tensors, self._facts = self._forms(), part.facts()
+        self.backends, self.device = part.backends(), self.tensors()[0].device
         self.plans: dict[Any, Plan | str] = {}
         self.forwards = 0
         self._changes: int = 0 if before is None or before.forwards > 1 else before._changes + 1
@@ -118,12 +116,13 @@ class _State:
         """Whether all is as it was."""
         try:
             return (
-                vars(part.owner) is self._attributes[0]
+                vars(part.owner) is self._owner
+                and part.facts() == self._facts
                 and self._attributes == self._seen
                 and [type(module) for module in self._modules] == self._classes
-                and _forms(self._holders) == self._tensors
+                and self._forms() == self._tensors
             )
-        except RuntimeError:  # a tensor without memory; an attribute that is another tensor than it was
+        except Exception:  # a tensor without memory; an attribute whose comparison is no truth value
             return False
 
     @property
@@ -131,9 +130,19 @@ class _State:
         """Whether it is worth a plan: not where each forward finds another state."""
         return self._changes < _REBUILDS or self.forwards > 1
 
+    def _forms(self) -> list[Any]:
+        """All that a plan takes from the parameters and buffers, but their values."""
+        return [
+            None if one is None else (name, one.data_ptr(), one.dtype, one.shape, one.stride(), type(one))
+            for attributes in self._attributes
+            for holder in (attributes["_parameters"], attributes["_buffers"])
+            for name, one in holder.items()
+        ]
+
     def tensors(self) -> list[Tensor]:
         """The parameters and buffers of now."""
-        return [tensor for holder in self._holders for tensor in holder.values() if tensor is not None]
+        holders = (attributes[kind] for attributes in self._attributes for kind in ("_parameters", "_buffers"))
+        return [tensor for holder in holders for tensor in holder.values() if tensor is not None]
 
 
 def _snapshot(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,29 +150,23 @@ def _snapshot(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: dict(value) if name in _COPIED else value for name, value in attributes.items()}
 
 
-def _forms(holders: Sequence[Mapping[str, Tensor | None]]) -> list[Any]:
-    return [
-        tensor if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), type(tensor))
-        for holder in holders
-        for tensor in holder.values()
-    ]
-
-
 def _why_not(tensors: Sequence[Tensor]) -> str | None:
     """The reason why a plan cannot take the parameters from their addresses; None where it can."""
     for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+        if not plain or tensor.is_meta or tensor.is_neg():
             return f"a parameter is a {type(tensor).__name__} on {tensor.device}, {tensor.layout}"
     devices = {tensor.device for tensor in tensors}
     return None if len(devices) == 1 else f"parameters lie on {len(devices)} devices"
 
 
+_states: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 
 
 def run(part: Part, x: Tensor) -> Tensor | None:
     """The part's result for x by a plan; None where its modules have to compute it."""
-    if torch.compiler.is_compiling() or not _is_plain_call(x):
+    if torch.compiler.is_compiling():
         return None
     found = decide(part, x)
     if isinstance(found, str):
@@ -185,29 +188,32 @@ def decide(part: Part, x: Tensor) -> Decision | str:
     """The plan for x, made if need be; or the reason why the part's modules have to compute."""
     if reason := _why_not_called(part, x):
         return reason
-    memory = vars(part.owner).get("_memory")
-    state = None if memory is None else memory.state
+    state = _states.get(part.owner)
     if state is None or not state.holds(part):
-        state = _new_state(part, state)
+        found = _new_state(part, x.device, state)
+        if isinstance(found, str):
+            return found
+        state = found
     state.forwards += 1
-    if state.reason:
-        return state.reason
     if not state.rests:
-        return "its parameters change their place at each forward"
-    given = part.input(x)
+        return "its parameters or modules change at each forward"
+    if x.device != state.device:
+        return "its input and its parameters are on different devices"
+    given = part.input(x.resolve_neg() if x.is_neg() else x)
     if given is None or 0 in given.shape:
         return "its input has another shape than its steps take"
     dtype = products_dtype(given)
-    form = form_of(given, dtype)
-    if form not in state.plans:
-        if given.is_cuda and torch.cuda.is_current_stream_capturing():
-            return "a graph is captured, and no forward of this form came before"
+    form, capturing = form_of(given, dtype), given.is_cuda and torch.cuda.is_current_stream_capturing()
+    if form not in state.plans and not capturing:
         with _lock:
             if form not in state.plans:  # another thread made it
                 while len(state.plans) >= _MOST_PLANS:
                     del state.plans[next(iter(state.plans))]
                 state.plans[form] = _new_plan(part, state, given, dtype)
-    plan = state.plans.get(form, "another thread needed its place")
+    plan = state.plans.get(form)
+    if plan is None or (capturing and not isinstance(plan, str) and not plan.ready):
+        # Copying the table of addresses, and loading kernels, would end the capture.
+        return "a graph is captured, and no forward of this form came before"
     return plan if isinstance(plan, str) else Decision(plan, given, state)
 
 
@@ -219,12 +225,15 @@ def _is_plain_call(x: Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and all(torch._C._get_dispatch_mode(mode) is None for mode in _MODES)
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
         and not _has_any_global_hook()
     )
 
 
 def _why_not_called(part: Part, x: Tensor) -> str | None:
-    """The reason, of the backend or a gradient, for which nobody needs to look at the modules."""
+    """The reason, of the call, the backend or a gradient, for which nobody needs to look at the modules."""
+    if not _is_plain_call(x):
+        return "a tracer, a transformation or hooks for all modules need the modules"
     backends = part.backends()
     if "eager" in backends:
         return "backend='eager'"
@@ -242,11 +251,16 @@ def _why_not_called(part: Part, x: Tensor) -> str | None:
     return "it is a replica of DataParallel" if vars(part.owner).get("_is_replica") else None
 
 
-def _new_state(part: Part, before: _State | None) -> _State:
+def _new_state(part: Part, device: torch.device, before: _State | None) -> _State | str:
+    """The part's state of now, kept for later forwards; or the reason why there can be no plan."""
+    if reason := part.why_unplanned() or why_not_triton(device, asked_for="triton" in part.backends()):
+        return reason  # not kept: hooks may hold the part
+    state = _State(part, before)
+    if reason := _why_not(state.tensors()):
+        return reason
     with _lock:
-        memory = vars(part.owner).setdefault("_memory", _Memory())
-        memory.state = _State(part, before)
-        return memory.state
+        _states[part.owner] = state
+    return state
 
 
 def form_of(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -268,13 +282,14 @@ def _new_plan(part: Part, state: _State, x: Tensor, dtype: torch.dtype) -> Plan 
 
     tensors = state.tensors()
     matrices = {tensor.dtype for tensor in tensors if tensor.ndim > 1}
-    if x.device != tensors[0].device or not (autocast(x.device.type) or matrices <= {x.dtype}):
-        return "its input and its parameters differ in dtype or device"
+    if not (autocast(x.device.type) or matrices <= {x.dtype}):
+        return "its input and its parameters differ in dtype"
     parameters = Parameters(tensors, dtype)
     sides = (x.shape[2], x.shape[3]) if x.ndim == 4 else (1, x.shape[1])
 
     try:
         steps = list(part.steps(parameters))
+        _check(steps, x)
         for activation in {one.options.get("activation") or "relu" for one in steps}:
             for used in {x.dtype, dtype}:
                 if reason := why_not_triton(x.device, used, activation, "triton" in state.backends):
@@ -284,7 +299,27 @@ def _new_plan(part: Part, state: _State, x: Tensor, dtype: torch.dtype) -> Plan 
             assert one.table is not None
             if one.resize["resize"] != "table" and {height, width} != {one.resize["resolution"]}:
                 return f"its attention bias is resized by {one.resize['resize']!r}"
-            biases.append(parameters.expand_bias(one.table, height, width, **one.head_sizes))
+            biases.append(parameters.expand_bias(one.table, height, width, one.resize["resolution"], **one.head_sizes))
         return Plan(lambda x: run_steps(steps, x, biases, call, prepared=True), x, parameters, tensors)
-    except (NotPlannableError, NotFoldableError, ValueError, LookupError) as error:
-        return str(error)
+    except (NotPlannableError, NotFoldableError, TypeError, ValueError, LookupError, RuntimeError) as error:
+        return str(error)  # of wrong shapes and dtypes, too: the modules give their own
+
+
+def _check(steps: Sequence[Step], x: Tensor) -> None:
+    """Raise the error of `effformer.ops`, or of PyTorch, for arguments that do not fit each other."""
+
+    def call(operation: str, x: Tensor, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> Tensor:
+        weight = next((tensor for tensor in tensors if tensor.ndim in (2, 4)), x)
+        known = {name: value for name, value in options.items() if name != "prepared"}
+        result: Tensor = getattr(ops, operation)(x.to(weight.dtype), *tensors, **known, backend="eager")
+        return result
+
+    twin = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    sides = (x.shape[2], x.shape[3]) if x.ndim == 4 else (1, x.shape[1])
+    biases = []
+    for one, (height, width) in attention_sides(steps, *sides):
+        assert one.table is not None
+        shape = one.table.shape[0], height * width, height * width
+        biases.append(torch.empty(shape, dtype=torch.float32, device="meta"))
+    with torch.no_grad():
+        run_steps(steps, twin, biases, call, prepared=False)

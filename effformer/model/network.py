@@ -73,6 +73,7 @@ class EfficientFormer(nn.Module):
 
     pretrained_cfg: dict[str, Any]  # timm's; `create_model` sets it
     default_cfg: dict[str, Any]
+    backend: str = "auto"
 
     def __init__(
         self,
@@ -157,7 +158,7 @@ class EfficientFormer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, num_classes] of images [B, in_chans, H, W]; `forward_head` describes the other results."""
-        if replaces(self, EfficientFormer, "forward_features", "forward_head", "logits"):
+        if replaces(self, EfficientFormer, "forward_features"):
             return self.forward_head(self.forward_features(x))
         for output in self._run_stages(x, len(self.stages)):
             x = output.features
