@@ -27,7 +27,7 @@ def pretrained_cfg(name: str) -> dict[str, Any]:
     return {
         "architecture": name,
         "url": "",
-        "hf_hub_id": hub.PRETRAINED[name],
+        "hf_hub_id": hub.PRETRAINED.get(name),
         "num_classes": 1000,
         "input_size": (3, *PUBLISHED_INPUT["size"]),
         "min_input_size": (3, 32, 32),

@@ -237,8 +237,8 @@ def _why_not_called(part: Part, x: Tensor) -> str | None:
     backends = part.backends()
     if "eager" in backends:
         return "backend='eager'"
-    if x.device.type != "cuda" and "triton" not in backends:
-        return why_not_triton(x.device)
+    if x.device.type != "cuda" and "triton" not in backends and (reason := why_not_triton(x.device)):
+        return reason
     if torch.is_grad_enabled() and (
         x.requires_grad
         or any(

@@ -308,7 +308,8 @@ class Frozen:
             raise ValueError(f"images: got shape {shape_of(images)}, allowed is {allowed}")
         if first and last:
             raise ValueError(f"images: got shape {shape_of(images)}, which may be either of {allowed}")
-        images = (images if first else images.permute(0, 3, 1, 2)).resolve_neg()
+        images = images if first else images.permute(0, 3, 1, 2)
+        images = images.resolve_neg() if images.is_neg() else images
         if images.shape[2] == 0 or images.shape[3] == 0:
             raise ValueError(f"images: got shape {shape_of(images)}, allowed are sides of 1 or more")
         return images
