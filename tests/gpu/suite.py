@@ -70,6 +70,7 @@ PIECES = (
     Piece("repeats", ("gpu/test_gpu_repeats.py",), 1, 240),
     Piece("models", ("gpu/test_gpu_models.py",), min(4, MANY), 240),
     Piece("frozen", ("gpu/test_gpu_frozen.py",), min(4, MANY), 240),
+    Piece("live", ("gpu/test_gpu_live.py", "test_live.py", "test_live_modules.py", "test_plan.py"), min(4, MANY), 240),
     Piece(
         "kernels",
         (
