@@ -93,11 +93,15 @@ def replace_data(tensor: Tensor) -> None:
 
 
 def restride_data(tensor: Tensor) -> None:
-    """The same address and other strides: a square matrix transposed, a vector with gaps."""
+    """The same address and other strides: a square matrix transposed."""
+    if tensor.ndim in (2, 4) and tensor.shape[0] == tensor.shape[1]:
+        tensor.data = tensor.data.transpose(0, 1)
+
+
+def space_out(tensor: Tensor) -> None:
+    """Vectors with gaps between their elements."""
     if tensor.ndim == 1:
         tensor.data = torch.stack([tensor.data + 0.25, tensor.data], 1)[:, 0]
-    elif tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]:
-        tensor.data = tensor.data.t()
 
 
 on_cpu = pytest.mark.skipif(ON_GPU, reason="writes from the CPU")
@@ -105,9 +109,17 @@ on_cpu = pytest.mark.skipif(ON_GPU, reason="writes from the CPU")
 
 @pytest.mark.parametrize(
     "change",
-    [shift, replace_data, restride_data, pytest.param(shift_in_numpy, marks=on_cpu), pytest.param(poke, marks=on_cpu)],
+    [
+        shift,
+        replace_data,
+        restride_data,
+        space_out,
+        pytest.param(shift_in_numpy, marks=on_cpu),
+        pytest.param(poke, marks=on_cpu),
+    ],
 )
-def test_each_forward_reads_the_parameters_of_then(network: EfficientFormer, change: Callable[[Tensor], None]) -> None:
+def test_each_forward_reads_the_parameters_of_then(narrow: Narrow, change: Callable[[Tensor], None]) -> None:
+    network = narrow(dtype=torch.float32, backend="triton", device=DEVICE, mlp_ratio=1)  # with square matrices
     x = torch.randn(SHAPE)
     with torch.no_grad():
         before = network(x)

@@ -209,6 +209,10 @@ def test_another_device_neither_runs_nor_spoils_a_plan(network: EfficientFormer)
     for one in (network, fresh):
         with torch.no_grad(), pytest.raises(RuntimeError):
             one.stem(x.to("meta"))
+        with torch.no_grad():
+            known = one is network  # and it has plans for this form
+            reason = "its input and its parameters are on different devices" if known else "'meta' is not an NVIDIA GPU"
+            assert live.decide(one.stem, x.to("meta")) == reason
         check(one, x)
         assert planned(one) == [True] * 6
 

@@ -211,6 +211,17 @@ def test_a_plan_repeats_its_launches() -> None:
     assert torch.allclose(made(x, lambda: tensors), found + 2, atol=1e-5)
 
 
+def test_views_of_results_in_between() -> None:
+    """A launch that reads a part of what another wrote."""
+    forward, x, parameters, tensors = chain()
+    made = Plan(lambda x: forward(forward(x)[:, 2:]), x, parameters, tensors)
+    case = linear_mlp_case(x, hidden=32)
+    expected = x
+    for first in (0, 0, 2, 0):
+        expected = call("linear_mlp", expected[:, first:], tensors, case.options)
+    assert torch.allclose(made(x, lambda: tensors), expected, atol=1e-6)
+
+
 def test_no_launch_is_recorded_while_planning() -> None:
     with launch.recorded() as launches:
         Plan(*chain())
