@@ -52,7 +52,7 @@ def fold_kernel(table_ptr, vectors_ptr, matrices_ptr, COLUMNS: tl.constexpr, BLO
         shift += _load(p_line + 10, codes >> 8, i, mask, 0.0) * scale
         gamma = _load(p_line + 11, codes >> 10, i, mask, 1.0) * factor
         second = tl.load(p_line + 4)
-        tl.store(vectors_ptr + target + i, scale * gamma, mask=mask & (target >= 0))
+        tl.store(vectors_ptr + target + i, scale * gamma, mask=mask & (i.to(tl.int64) * 0 + target >= 0))
         tl.store(vectors_ptr + second + i, shift * gamma, mask=mask)
     elif kind == MATRIX:
         n1, n2 = tl.load(p_line + 8).to(tl.int32), tl.load(p_line + 9).to(tl.int32)
@@ -88,7 +88,8 @@ def fold_kernel(table_ptr, vectors_ptr, matrices_ptr, COLUMNS: tl.constexpr, BLO
 def _load(address_ptr, code, offsets, mask, default):
     """Values in float32 from the address at `address_ptr`, `default` for address 0; `code` is of their dtype."""
     address = tl.load(address_ptr)
-    mask &= address != 0
+    # As a block: in Triton 3.9's interpreter a block and one truth value do not make a mask.
+    mask &= offsets.to(tl.int64) * 0 + address != 0
     kind = code & 3
     if kind == 0:
         value = tl.load(address.to(tl.pointer_type(tl.float32)) + offsets, mask=mask, other=default)
