@@ -256,7 +256,6 @@ MUTANTS = (
     Mutant("live: a weight that is no parameter read once", "kernels/fold.py", "tensor.data_ptr() not in self._places", "False"),
     Mutant("live: hooks compared with themselves", "effformer/model/live.py", "dict(value) if name in _COPIED else value", "value"),
     Mutant("live: strides not compared", "effformer/model/live.py", "one.shape, one.stride(), type(one))", "type(one))"),
-    Mutant("live: a shallow copy takes the other's state", "effformer/model/live.py", "vars(part.owner) is self._owner", "True"),
     Mutant("live: a gradient lost", "effformer/model/live.py", 'return "a gradient is needed"', "return None"),
     Mutant("live: tracers see nothing", "effformer/model/live.py", "and torch._C._get_tracing_state() is None", ""),
     Mutant("live: vmap sees nothing", "effformer/model/live.py", "and torch._C._functorch.peek_interpreter_stack() is None", ""),

@@ -101,7 +101,6 @@ class _State:
 
     def __init__(self, part: Part, before: _State | None) -> None:
         owner, modules = part.owner, list(part.watched())
-        self._owner = vars(owner)  # to tell a shallow copy
         self._modules = [module for module in modules if module is not owner]
         self._classes = [type(module) for module in self._modules]
         self._attributes = [vars(module) for module in modules]
@@ -116,8 +115,7 @@ class _State:
         """Whether all is as it was."""
         try:
             return (
-                vars(part.owner) is self._owner
-                and part.facts() == self._facts
+                part.facts() == self._facts
                 and self._attributes == self._seen
                 and [type(module) for module in self._modules] == self._classes
                 and self._forms() == self._tensors
