@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from . import serving as serving
     from . import testing as testing
     from . import workload as workload
-    from .apps.explain import Explanation, explain, warm
+    from .apps.explain import Explanation, explain
     from .apps.images import Preprocessing
+    from .apps.warm import warm
     from .checkpoints.accelerate import AccelerationError, accelerate
     from .checkpoints.load import load_checkpoint
     from .config import EfficientFormerConfig
@@ -35,8 +36,9 @@ else:
     _MODULES = ("accuracy", "backend", "checkpoints", "checks", "config", "factory", "model", "ops", "reference",
                 "serving", "testing", "workload")  # fmt: skip
     _HOMES = {
-        "apps.explain": ("Explanation", "explain", "warm"),
+        "apps.explain": ("Explanation", "explain"),
         "apps.images": ("Preprocessing",),
+        "apps.warm": ("warm",),
         "checkpoints.accelerate": ("AccelerationError", "accelerate"),
         "checkpoints.load": ("load_checkpoint",),
         "config": ("EfficientFormerConfig",),

@@ -23,7 +23,7 @@ def list_models() -> list[str]:
 
 
 def pretrained_cfg(name: str) -> dict[str, Any]:
-    """What timm's tools ask of a model: the images that its published weights need, where these are, and its ends."""
+    """Describe a published model for timm's tools: preprocessing, hub id, first convolution and heads."""
     return {
         "architecture": name,
         "url": "",

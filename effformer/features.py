@@ -53,7 +53,7 @@ class Features(nn.Module):
         return Snapshot(self.network, "features", self.named, self.out_indices)
 
     def named(self, maps: list[Tensor]) -> Any:
-        """What forward returns, of these maps."""
+        """Put the maps of the stages into the form that `forward` returns."""
         return maps
 
 

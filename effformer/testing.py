@@ -279,7 +279,7 @@ def float32_as_such(*, tf32: bool = False) -> Iterator[None]:
 
 
 def _readable(read: Callable[[], Any]) -> Any:
-    """What `read` returns; None where newer flags were set, and PyTorch refuses to read the older ones."""
+    """The result of `read`; None where newer flags were set, and PyTorch refuses to read the older ones."""
     try:
         return read()
     except RuntimeError:

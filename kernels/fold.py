@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -33,7 +34,7 @@ _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class NotFoldableError(Exception):
-    """The parameters are not such that the kernel computes them: the reason."""
+    """Raised for parameters that the kernel cannot read; the message is the reason."""
 
 
 @triton.jit
@@ -127,10 +128,10 @@ class _Item:
 
 
 class Parameters:
-    """The parameters of a part of a network as arguments of its launches; its methods are those of `effformer.ops`.
+    """The parameters of a part of a network as arguments of its launches: a source of `effformer.model.steps`.
 
-    They return tensors on the meta device, which stand for memory: that of a parameter, where it is as the kernels read
-    it, or a result of the fold. Nothing here keeps parameters in memory.
+    The methods return tensors on the meta device, which stand for memory: that of a parameter, where it is as the
+    kernels read it, or a result of the fold. Nothing here keeps parameters in memory.
 
     Args:
         tensors: all that the part reads.
@@ -165,7 +166,7 @@ class Parameters:
         return self._affine(bias=vector)[1]
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Stands for the tensor's own memory; copied if its address is odd."""
+        """A stand-in for the tensor's own memory; for a copy, where its address is no multiple of ALIGNMENT."""
         if tensor.data_ptr() % ALIGNMENT:
             return self._affine(bias=tensor)[1] if tensor.ndim == 1 else self._matrix(tensor, None, 1.0)
         stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -178,17 +179,9 @@ class Parameters:
             self._affine(bias=one, conv_bias=other, factor=0.5)[1] if one.ndim == 1 else self._matrix(one, other, 0.5)
         )
 
-    def fold_batch_norm(
-        self,
-        conv_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        eps: float,
-        layer_scale: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return self._affine(weight, bias, running_mean, running_var, conv_bias, layer_scale, eps, scaled=True)
+    def fold_batch_norm(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """(scale, shift) of the arguments of `effformer.reference.fold_batch_norm`."""
+        return self._affine(*arguments, scaled=True)
 
     def fold_layer_scale(self, bias: Tensor, layer_scale: Tensor) -> tuple[Tensor, Tensor]:
         return self._affine(conv_bias=bias, layer_scale=layer_scale, scaled=True)
@@ -230,13 +223,13 @@ class Parameters:
 
     def _affine(
         self,
+        conv_bias: Tensor | None = None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         mean: Tensor | None = None,
         var: Tensor | None = None,
-        conv_bias: Tensor | None = None,
-        layer_scale: Tensor | None = None,
         eps: float = 0.0,
+        layer_scale: Tensor | None = None,
         *,
         factor: float = 1.0,
         scaled: bool = False,

@@ -1,8 +1,8 @@
 """The launches of a whole part of a network, planned once for an input of one form and then repeated.
 
-Triton's own launch takes 15 µs on the host, allocation of each intermediate result 2 µs more. A plan holds the compiled
-kernels with their arguments, and lays all intermediate results into one piece of memory: those that are not needed at
-the same time share a place.
+Triton's own launch takes 15 µs on the host, and a plan's 2 (`make host`): it holds the compiled kernels with their
+arguments. It lays all intermediate results into one piece of memory. Those that are not needed at the same time share a
+place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _INPUT, _WORKSPACE, _RESULTS = 0, 1, 2  # bases that pointers count from; parame
 
 
 class NotPlannableError(Exception):
-    """What was called does more than launch kernels: the reason."""
+    """Raised for a function that does more than launch kernels; the message is the reason."""
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,13 @@ CHAIN = 10  # MLPs one after the other, of three launches each, to time a launch
 
 @dataclass(frozen=True)
 class Host:
-    """Medians in milliseconds, launches of one forward, and of a launch microseconds.
+    """Times on the host, medians.
 
     Attributes:
-        timm: a forward of timm's network in float32.
-        live, frozen: of ours by dtype.
-        launches: of ours by form and dtype, counted by the driver.
-        triton, plan: one launch by Triton's `kernel[grid](...)` and within a plan.
+        timm: milliseconds of a forward of timm's network in float32.
+        live, frozen: milliseconds of a forward of ours, by dtype.
+        launches: of one forward of ours, by form and dtype, counted by the driver.
+        triton, plan: microseconds of one launch by Triton's `kernel[grid](...)`, and within a plan.
     """
 
     timm: float

@@ -1,4 +1,4 @@
-"""`explain`: which way each part of a network computes, and why; `warm`: compile its kernels before they are needed."""
+"""`explain`: which way each part of a network computes, and why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import products_dtype, why_eager
-from ..checks import check_count, shape_of
+from ..checks import shape_of
 from ..model.blocks import Flat, Meta3D, Meta4D
 from ..model.end import End
 from ..model.fusion import Fusable
@@ -152,40 +152,3 @@ def _map(like: Tensor, channels: int, sides: tuple[int, int], dtype: torch.dtype
     """An empty map, as a part before would return it."""
     shape = (like.shape[0], channels, *sides)
     return torch.empty(shape, dtype=dtype, device=like.device).to(memory_format=torch.channels_last)
-
-
-def warm(model: EfficientFormer | Backbone, *shapes: tuple[int, int, int], dtype: torch.dtype | None = None) -> None:
-    """Compile the kernels of a live model's forward for images of these shapes, side by side, and load them.
-
-    A kernel takes one to four seconds to compile, and the first forward of a shape waits for all that are new. Triton
-    keeps what is compiled on disk. Call it as forwards will run: in eval mode, under their autocast.
-
-    Args:
-        model: an `EfficientFormer` or a `Backbone`; it is not changed. Its hooks are called.
-        shapes: (batch, height, width) of the images.
-        dtype: of the images, by default the model's.
-
-    Raises:
-        ValueError: for other shapes.
-    """
-    network = network_within(model)
-    weight = network.stem.conv1.weight
-    images = []
-    for shape in shapes:
-        if len(shape) != 3:
-            raise ValueError(f"shapes: got {shape}, allowed are (batch, height, width)")
-        batch, height, width = shape
-        for size in shape:
-            check_count("shapes", size, least=1)
-        images.append(
-            torch.zeros(batch, network.in_chans, height, width, dtype=dtype or weight.dtype, device=weight.device)
-        )
-    if network.training:
-        raise ValueError("model: got one in training mode, allowed is one in eval mode: call model.eval()")
-    from ..kernels.launch import compile_within
-
-    for x in images:
-        with torch.no_grad():
-            with compile_within():
-                network(x)
-            network(x)

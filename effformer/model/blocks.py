@@ -99,8 +99,9 @@ class Stem(live.Planned, nn.Sequential):
         if x.ndim != 4 or x.shape[1] != self.conv1.in_channels:
             return None
         from ..kernels.conv_norm import GATHERED
+        from ..kernels.layout import dense_map
 
-        return x if x.shape[1] <= GATHERED else live.dense(x)
+        return x if x.shape[1] <= GATHERED else dense_map(x)
 
     def steps(self, source: Source) -> Iterator[Step]:
         for convolution in self.folded(source):

@@ -32,11 +32,11 @@ class End:
         network = self.network
         yield from (network.norm, network.head_drop, network.head, network.head_dist)
 
-    def facts(self) -> tuple[Any, ...]:
+    def settings(self) -> tuple[Any, ...]:
         network = self.network
         ends = network.norm, network.head_drop, network.head, network.head_dist
-        settings = network.training, network.global_pool, network.num_classes, network.distilled_training
-        return *map(id, ends), *settings, network.backend, len(network.stages), self._replaced()
+        options = network.training, network.global_pool, network.num_classes, network.distilled_training
+        return *map(id, ends), *options, network.backend, len(network.stages), self._replaced()
 
     def _replaced(self) -> bool:
         """Whether the network has another end of its own."""

@@ -1,9 +1,9 @@
-"""A part of a live network as one plan of launches, at each forward without gradients.
+"""Forwards of a live network without gradients: each of its parts runs as one plan of launches.
 
-Its modules are what counts: parameters may change in any way between two forwards, hooks may come and modules go. So
-each forward compares everything that the plan rests on with what it was: the modules' attributes, and the addresses of
-their tensors. The tensors' values are read on the device (`effformer.kernels.fold`). Where a part is not plain, its
-modules run, and block by block `fusion.fusable` chooses.
+Parameters may change in any way between two forwards, hooks may come and modules go. So each forward compares all that
+the plan rests on with its former state: the modules' attributes, and their tensors' addresses. The tensors' values are
+read on the device (`effformer.kernels.fold`). Where a part is not plain, its modules run, and block by block
+`fusion.fusable` chooses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .steps import Source, Step, attention_sides, run_steps
 if TYPE_CHECKING:
     from ..kernels.plan import Plan
 
-_MOST_PLANS = 64  # of a part: one for each form of input
+_MOST_PLANS = 64  # of a part: one for each form of input, which is batch, sides, strides and dtype
 _REBUILDS = 4  # after as many changes from one forward to the next, only a state that stays is planned
 
 # Attributes of a module that are changed in place; of a snapshot they are copies.
@@ -47,8 +47,8 @@ class Part(Protocol):
     def watched(self) -> Iterator[nn.Module]:
         """All modules that it consists of."""
 
-    def facts(self) -> tuple[Any, ...]:
-        """What else it rests on; compared at each forward."""
+    def settings(self) -> tuple[Any, ...]:
+        """Settings of the owner that the plan rests on; each forward compares them."""
 
     def backends(self) -> set[str]:
         """The backends of its fused operations."""
@@ -76,16 +76,11 @@ class Planned:
     def watched(self) -> Iterator[nn.Module]:
         return self.owner.modules()
 
-    def facts(self) -> tuple[Any, ...]:
+    def settings(self) -> tuple[Any, ...]:
         return ()
 
     def backends(self) -> set[str]:
         return {self.backend}
-
-
-def dense(x: Tensor) -> Tensor:
-    """The map x [B, C, H, W] with channels next to each other, copied if they are not."""
-    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
 
 
 class _State:
@@ -94,7 +89,7 @@ class _State:
     It holds no module that holds the part, so that both are freed when the part is.
 
     Attributes:
-        device: of the parameters.
+        devices: of the parameters.
         plans: by the form of the input; the reason where that has none.
         forwards: the number of them so far.
     """
@@ -105,8 +100,8 @@ class _State:
         self._classes = [type(module) for module in self._modules]
         self._attributes = [vars(module) for module in modules]
         self._seen = [_snapshot(attributes) for attributes in self._attributes]
-        self._tensors, self._facts = self._forms(), part.facts()
-        self.backends, self.device = part.backends(), self.tensors()[0].device
+        self._tensors, self._settings = self._forms(), part.settings()
+        self.backends, self.devices = part.backends(), {tensor.device for tensor in self.tensors()}
         self.plans: dict[Any, Plan | str] = {}
         self.forwards = 0
         self._changes: int = 0 if before is None or before.forwards > 1 else before._changes + 1
@@ -115,7 +110,7 @@ class _State:
         """Whether all is as it was."""
         try:
             return (
-                part.facts() == self._facts
+                part.settings() == self._settings
                 and self._attributes == self._seen
                 and [type(module) for module in self._modules] == self._classes
                 and self._forms() == self._tensors
@@ -129,7 +124,7 @@ class _State:
         return self._changes < _REBUILDS or self.forwards > 1
 
     def _forms(self) -> list[Any]:
-        """All that a plan takes from the parameters and buffers, but their values."""
+        """Name, address, dtype, shape, strides and type of each parameter and buffer."""
         return [
             None if one is None else (name, one.data_ptr(), one.dtype, one.shape, one.stride(), type(one))
             for attributes in self._attributes
@@ -153,9 +148,8 @@ def _why_not(tensors: Sequence[Tensor]) -> str | None:
     for tensor in tensors:
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
         if not plain or tensor.is_meta or tensor.is_neg():
-            return f"a parameter is a {type(tensor).__name__} on {tensor.device}, {tensor.layout}"
-    devices = {tensor.device for tensor in tensors}
-    return None if len(devices) == 1 else f"parameters lie on {len(devices)} devices"
+            return f"a parameter is a {type(tensor).__name__} on {tensor.device}, {tensor.layout}, or a negated view"
+    return None
 
 
 _states: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
@@ -195,7 +189,7 @@ def decide(part: Part, x: Tensor) -> Decision | str:
     state.forwards += 1
     if not state.rests:
         return "its parameters or modules change at each forward"
-    if x.device != state.device:
+    if state.devices != {x.device}:
         return "its input and its parameters are on different devices"
     given = part.input(x.resolve_neg() if x.is_neg() else x)
     if given is None or 0 in given.shape:
@@ -205,14 +199,19 @@ def decide(part: Part, x: Tensor) -> Decision | str:
     if form not in state.plans and not capturing:
         with _lock:
             if form not in state.plans:  # another thread made it
-                while len(state.plans) >= _MOST_PLANS:
-                    del state.plans[next(iter(state.plans))]
-                state.plans[form] = _new_plan(part, state, given, dtype)
+                remember(state.plans, form, _new_plan(part, state, given, dtype), _MOST_PLANS)
     plan = state.plans.get(form)
     if plan is None or (capturing and not isinstance(plan, str) and not plan.ready):
         # Copying the table of addresses, and loading kernels, would end the capture.
         return "a graph is captured, and no forward of this form came before"
     return plan if isinstance(plan, str) else Decision(plan, given, state)
+
+
+def remember(entries: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Add an entry, and drop the oldest beyond `most`."""
+    entries[key] = value
+    while len(entries) > most:
+        del entries[next(iter(entries))]
 
 
 def _is_plain_call(x: Tensor) -> bool:
@@ -229,7 +228,7 @@ def _is_plain_call(x: Tensor) -> bool:
 
 
 def _why_not_called(part: Part, x: Tensor) -> str | None:
-    """The reason, of the call, the backend or a gradient, for which nobody needs to look at the modules."""
+    """The reason, of the call, the backend or a gradient, that rules a plan out before modules are compared."""
     if not _is_plain_call(x):
         return "a tracer, a transformation or hooks for all modules need the modules"
     backends = part.backends()
@@ -262,7 +261,7 @@ def _new_state(part: Part, device: torch.device, before: _State | None) -> _Stat
 
 
 def form_of(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    """All that launches for x depend on, with products in `dtype`: inputs of one form share a plan."""
+    """A plan's key: inputs of one form, with products in `dtype`, have the same launches."""
     from ..kernels.launch import tf32_allowed
     from ..kernels.tiling.choose import overriding
 
@@ -283,17 +282,15 @@ def _new_plan(part: Part, state: _State, x: Tensor, dtype: torch.dtype) -> Plan 
     if not (autocast(x.device.type) or matrices <= {x.dtype}):
         return "its input and its parameters differ in dtype"
     parameters = Parameters(tensors, dtype)
-    sides = (x.shape[2], x.shape[3]) if x.ndim == 4 else (1, x.shape[1])
-
     try:
         steps = list(part.steps(parameters))
-        _check(steps, x)
+        _check_arguments(steps, x)
         for activation in {one.options.get("activation") or "relu" for one in steps}:
             for used in {x.dtype, dtype}:
                 if reason := why_not_triton(x.device, used, activation, "triton" in state.backends):
                     return reason
         biases = []
-        for one, (height, width) in attention_sides(steps, *sides):
+        for one, (height, width) in attention_sides(steps, *_sides(x)):
             assert one.table is not None
             if one.resize["resize"] != "table" and {height, width} != {one.resize["resolution"]}:
                 return f"its attention bias is resized by {one.resize['resize']!r}"
@@ -303,7 +300,12 @@ def _new_plan(part: Part, state: _State, x: Tensor, dtype: torch.dtype) -> Plan 
         return str(error)  # of wrong shapes and dtypes, too: the modules give their own
 
 
-def _check(steps: Sequence[Step], x: Tensor) -> None:
+def _sides(x: Tensor) -> tuple[int, int]:
+    """Of a map, or of tokens as a map of one line."""
+    return (x.shape[2], x.shape[3]) if x.ndim == 4 else (1, x.shape[1])
+
+
+def _check_arguments(steps: Sequence[Step], x: Tensor) -> None:
     """Raise the error of `effformer.ops`, or of PyTorch, for arguments that do not fit each other."""
 
     def call(operation: str, x: Tensor, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> Tensor:
@@ -313,9 +315,8 @@ def _check(steps: Sequence[Step], x: Tensor) -> None:
         return result
 
     twin = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-    sides = (x.shape[2], x.shape[3]) if x.ndim == 4 else (1, x.shape[1])
     biases = []
-    for one, (height, width) in attention_sides(steps, *sides):
+    for one, (height, width) in attention_sides(steps, *_sides(x)):
         assert one.table is not None
         shape = one.table.shape[0], height * width, height * width
         biases.append(torch.empty(shape, dtype=torch.float32, device="meta"))

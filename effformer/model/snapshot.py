@@ -1,4 +1,4 @@
-"""What `freeze` takes of an adapter: the network within, the results that it needs, and their form."""
+"""An adapter's description for `freeze`: its network, the results that it needs, and the form that it gives them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Of an adapter around `network`.
+    """An adapter's description.
 
     Attributes:
+        network: within the adapter.
         output: "logits", "pooled" or "features", of the network.
-        give: from that output to what the adapter's forward returns.
-        stages: whose maps are features; None for all.
+        give: converts that output to the result of the adapter's forward.
+        stages: those whose maps are the features; None for all.
     """
 
     network: EfficientFormer
@@ -33,7 +34,7 @@ class Adapter(Protocol):
     """A module around a network that `freeze` takes."""
 
     def snapshot(self, dtype: torch.dtype) -> Snapshot:
-        """Its network and the form of its results, for a snapshot in `dtype`.
+        """Describe the adapter, for a frozen model in `dtype`.
 
         Raises:
             ValueError: for an adapter with hooks.

@@ -80,7 +80,11 @@ class Stage(live.Planned, nn.Module):
 
     def input(self, x: Tensor) -> Tensor | None:
         width = self.downsample.conv.in_channels if isinstance(self.downsample, Downsample) else self.width
-        return live.dense(x) if x.ndim == 4 and x.shape[1] == width else None
+        if x.ndim != 4 or x.shape[1] != width:
+            return None
+        from ..kernels.layout import dense_map
+
+        return dense_map(x)
 
     def backends(self) -> set[str]:
         return {block.backend for block in self.blocks if isinstance(block, (Meta4D, Meta3D))}

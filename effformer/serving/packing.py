@@ -165,19 +165,9 @@ class _Exact:
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
         return torch.empty_like(tensor, dtype=kind, memory_format=layout).copy_(tensor.detach())
 
-    def fold_batch_norm(
-        self,
-        conv_bias: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        eps: float,
-        layer_scale: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        norm = (weight.double(), bias.double(), running_mean.double(), running_var.double())
-        others = (None if one is None else one.double() for one in (conv_bias, layer_scale))
-        return reference.fold_batch_norm(next(others), *norm, eps, next(others))
+    def fold_batch_norm(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        exact: list[Any] = [one.double() if isinstance(one, Tensor) else one for one in arguments]
+        return reference.fold_batch_norm(*exact)
 
     def fold_layer_scale(self, bias: Tensor, layer_scale: Tensor) -> tuple[Tensor, Tensor]:
         return reference.fold_layer_scale(bias.double(), layer_scale.double())

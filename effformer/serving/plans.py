@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..model.live import form_of
+from ..model.live import form_of, remember
 from .packing import Packed
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Plans:
             return packed.run(images, packed.biases(*sides, backend), backend)
         size = self._sizes.get(sides)
         if size is None:
-            size = self._sizes[sides] = _Size(packed.biases(*sides, backend))
-            _limit(self._sizes, _SIZES)
+            size = _Size(packed.biases(*sides, backend))
+            remember(self._sizes, sides, size, _SIZES)
         if images.is_cuda:
             for bias in size.biases:  # it may be freed while this stream still reads it
                 bias.record_stream(torch.cuda.current_stream())
@@ -77,12 +77,5 @@ class Plans:
     def _plan(self, size: _Size, images: Tensor) -> Plan | None:
         form = form_of(images, self._packed.dtype)
         if form not in size.plans:
-            size.plans[form] = self._packed.plan(images, size.biases)
-            _limit(size.plans, _PLANS)
+            remember(size.plans, form, self._packed.plan(images, size.biases), _PLANS)
         return size.plans[form]
-
-
-def _limit(entries: dict[Any, Any], most: int) -> None:
-    """Drop the oldest beyond `most`."""
-    while len(entries) > most:
-        del entries[next(iter(entries))]
