@@ -1,6 +1,7 @@
 /* A CUDA driver for a machine without a GPU: the calls that Triton makes to load and launch kernels. Nothing runs.
 
-   It takes the place of libcuda.so.1, and counts launches. Devices are as an H100 of compute capability 9.0. */
+   It takes the place of libcuda.so.1, has every call that Triton 3.6 to 3.9 make by name, and counts launches. Devices
+   are as an H100 of compute capability 9.0. */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -27,9 +28,11 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)1; return 0; }
 int cuCtxGetCurrent(void **context) { *context = (void *)1; return 0; }
 int cuCtxSetCurrent(void *context) { return 0; }
+int cuCtxGetDevice(int *device) { *device = 0; return 0; }
 int cuCtxGetLimit(size_t *value, int limit) { *value = 0; return 0; }
 int cuCtxSetLimit(int limit, size_t value) { return 0; }
 int cuModuleLoadData(void **module, const void *image) { *module = (void *)1; return 0; }
+int cuModuleUnload(void *module) { return 0; }
 int cuModuleGetFunction(void **function, void *module, const char *name) { *function = (void *)1; return 0; }
 int cuFuncGetAttribute(int *value, int attribute, void *function) {
   *value = attribute == 0 ? 1024 : 0; /* threads of a block */
@@ -38,6 +41,7 @@ int cuFuncGetAttribute(int *value, int attribute, void *function) {
 int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
 int cuFuncSetCacheConfig(void *function, int config) { return 0; }
 int cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) { launches++; return 0; }
+int cuStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
 int cuPointerGetAttribute(void *data, int attribute, uint64_t pointer) { *(uint64_t *)data = pointer; return 0; }
 int cuOccupancyMaxActiveClusters(int *clusters, void *function, const void *config) { *clusters = 1; return 0; }
 int cuTensorMapEncodeTiled(void *map, ...) { return 0; }
