@@ -50,7 +50,7 @@ JUDGES = {
     "effformer/model/steps.py": _SERVING,
     "kernels/fold.py": ("test_plan.py", "test_live.py", "test_live_modules.py"),
     "kernels/plan.py": ("test_plan.py", "test_live.py", "test_live_modules.py"),
-    "effformer/model/live.py": ("test_live.py", "test_live_modules.py", "test_operators.py"),
+    "effformer/model/live.py": ("test_live.py", "test_live_modules.py", "test_host.py", "test_operators.py"),
     "effformer/model/end.py": ("test_live_modules.py",),
     "effformer/model/fusion.py": _SERVING,
 }

@@ -149,8 +149,9 @@ def test_transformations_see_modules(network: EfficientFormer) -> None:
         assert planned(network)[0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            traced = torch.jit.trace(stem, x)
+            traced, whole = torch.jit.trace(stem, x), torch.jit.trace(network, x)
         assert torch.allclose(traced(x[:1]), expected[:1], atol=SLACK)
+        assert torch.allclose(whole(x[:1]), network(x[:1]), atol=SLACK)
         for early in (False, True):
             graph = make_fx(stem, pre_dispatch=early)(x)
             assert any("conv" in str(node.target) for node in graph.graph.nodes)
