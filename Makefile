@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .NOTPARALLEL:
-.PHONY: demo test gpu bench host mutants audit audit-part lint format types clean help
+.PHONY: demo test test-part gpu bench host first-call mutants audit audit-part triton lint format types clean help
 
 help:
 	@echo "make demo    features of a photograph, in an environment made for it"
@@ -13,9 +13,11 @@ help:
 	@echo "make gpu     the GPU's tests, by the Python that PYTHON names, with what is installed there (10 minutes)"
 	@echo "make bench   whole networks beside timm's, by the Python that PYTHON names, a piece of under 10 minutes (exit status 75: again)"
 	@echo "make host    time of a forward and of a launch on the host, without a GPU (a minute)"
+	@echo "make first-call   seconds of a network's first forwards, which compile its kernels, without a GPU (two minutes)"
 	@echo "make mutants planted faults in the kernels, each of which the tests must catch (hours)"
 	@echo "make audit   every kernel compiled for every GPU it is for, and held to rules (three quarters of an hour, then from a cache)"
 	@echo "make audit-part TRITON=3.9.0   a part of the audit with another Triton (20 minutes)"
+	@echo "make test-part TRITON=3.9.0    the kernels' tests with another Triton (20 minutes)"
 	@echo "make lint    ruff: style and format"
 	@echo "make types   mypy, on the package as it is installed"
 	@echo "make format  let ruff fix what it can"
@@ -62,16 +64,31 @@ bench:
 host: $(VENV)/dev.stamp
 	$(BIN)/python -m effformer.bench.host.measure $(HOST)
 
+first-call: $(VENV)/dev.stamp
+	$(BIN)/python -m effformer.bench.host.first_call
+	$(BIN)/python -m effformer.bench.host.first_call --threads 1
+
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/mutants.py
 
 audit: $(VENV)/dev.stamp
 	$(BIN)/python -m effformer.bench.offline.audit --output bench/results/audit.jsonl $(AUDIT)
 
-# The part that is audited for other Tritons than that of constraints.txt, in 20 minutes each: TRITON names the version.
-audit-part: $(VENV)/dev.stamp
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
-	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m effformer.bench.offline.audit --part --dtypes bfloat16 float32 \
+# Another Triton than that of constraints.txt, whose version TRITON names, beside the CPU's torch. The interpreter of 3.6
+# fails with NumPy 2.4.
+OTHER := build/triton-$(TRITON)
+triton: $(VENV)/dev.stamp
+	$(if $(TRITON),,$(error TRITON: give a version of Triton, such as TRITON=3.9.0))
+	test -d $(OTHER)/numpy || $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OTHER) triton==$(TRITON) "numpy<2.4"
+
+KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_models.py kernel_shapes.py kernel_values.py split.py conv_norm.py \
+	operators.py plan.py live.py live_modules.py host.py)
+test-part: triton
+	PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest \
+		--numprocesses logical --maxprocesses 8 --dist worksteal -m "not gpu" $(KERNEL_TESTS)
+
+audit-part: triton
+	PYTHONPATH=$(OTHER) $(BIN)/python -m effformer.bench.offline.audit --part --dtypes bfloat16 float32 \
 		--output bench/results/audit-$(TRITON).jsonl $(AUDIT)
 
 lint: $(VENV)/dev.stamp

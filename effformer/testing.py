@@ -250,13 +250,26 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 @contextlib.contextmanager
-def float32_as_such(*, tf32: bool = False) -> Iterator[None]:
-    """Turn off TF32, which PyTorch's convolutions use by default and whose errors are a thousand times larger.
+def float32_as_such() -> Iterator[None]:
+    """Turn off TF32, which PyTorch's convolutions use by default and whose errors are a thousand times larger."""
+    with _fp32_precision("ieee"):
+        yield
 
-    With `tf32` turn it on, for matrix products as well. PyTorch's older switches, `allow_tf32` and `cudnn.flags()`, can
-    be read within it, and afterwards if they could before.
+
+@contextlib.contextmanager
+def with_tf32() -> Iterator[None]:
+    """Turn on TF32, for convolutions and matrix products."""
+    with _fp32_precision("tf32"):
+        yield
+
+
+@contextlib.contextmanager
+def _fp32_precision(wanted: str) -> Iterator[None]:
+    """Set PyTorch's flags, and its older switches, which then can be read as well: `allow_tf32`, `cudnn.flags()`.
+
+    Afterwards they are as before, and can be read if they could before.
     """
-    cudnn, wanted = torch.backends.cudnn, "tf32" if tf32 else "ieee"
+    cudnn, tf32 = torch.backends.cudnn, wanted == "tf32"
     newer: tuple[Any, ...] = cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     precisions = [flag.fp32_precision for flag in newer]
     of_cudnn = _readable(lambda: cudnn.allow_tf32)

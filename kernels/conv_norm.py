@@ -146,8 +146,7 @@ def conv_norm_launches(
 
     x [B, C, H, W] of any strides, but with channels next to each other (`dense_map`) if they are more than GATHERED.
     weight [O, C, 3, 3] channels_last, scale and shift [O] float32; border [C] float32 with uint8, else None (the kernel
-    rounds it to the weight's dtype); out
-    [B, O, ceil(H / 2), ceil(W / 2)] channels_last, in the weight's dtype.
+    rounds it to the weight's dtype); out [B, O, ceil(H / 2), ceil(W / 2)] channels_last, in the weight's dtype.
     """
     source, target, device = map_rows(x), map_rows(out), device_of(x.device)
     channels, outputs = source.channels, target.channels

@@ -89,7 +89,7 @@ def fold_kernel(table_ptr, vectors_ptr, matrices_ptr, COLUMNS: tl.constexpr, BLO
 def _load(address_ptr, code, offsets, mask, default):
     """Values in float32 from the address at `address_ptr`, `default` for address 0; `code` is of their dtype."""
     address = tl.load(address_ptr)
-    # As a block: in Triton 3.9's interpreter a block and one truth value do not make a mask.
+    # The address as a block: Triton 3.9's interpreter does not combine a mask with a scalar condition.
     mask &= offsets.to(tl.int64) * 0 + address != 0
     kind = code & 3
     if kind == 0:

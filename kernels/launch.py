@@ -22,8 +22,8 @@ from .tiling.device import Device
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
-# Sizes of images and batches. A kernel is not compiled anew where one is 1 or a multiple of 16: it would gain nothing,
-# since strides tell how addresses are aligned. Attention's N is not among them: masks of whole vectors save registers.
+# Sizes of images and batches. Kernels are not compiled anew where one is 1 or a multiple of 16. They would be no faster:
+# strides tell how addresses are aligned. Attention's N is not among them: masks of whole vectors save registers.
 SIZES = ("rows", "H", "W", "OUT_H", "OUT_W", "tokens", "units_xb", "units_xh")
 
 kernel = functools.partial(triton.jit, do_not_specialize=SIZES)
@@ -39,7 +39,7 @@ class Launch:
     Attributes:
         arguments: name -> tensor (None for one that the constants switch off), int or float, read at run time.
         constants: name -> value that the kernel is compiled for.
-        question: what the table was asked for these tiles; None where there is no choice.
+        question: that the table answered with these tiles; None where there is no choice.
     """
 
     kernel: Any
@@ -135,7 +135,7 @@ def _on_device_of(launch: Launch) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def compile_within() -> Iterator[None]:
-    """Compile what is launched within it, side by side, at its end; nothing is carried out."""
+    """Compile the launches that are made within it, side by side, at its end; none is carried out."""
     with recorded(run=False) as launches:
         yield
     if launches and not INTERPRETED:
@@ -158,7 +158,8 @@ def dot_precision(dtype: torch.dtype, *, convolution: bool, exact: str = "ieee")
     """
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if tf32_allowed()[not convolution] else exact
+    convolutions, products = tf32_allowed()
+    return "tf32" if (convolutions if convolution else products) else exact
 
 
 def tf32_allowed() -> tuple[bool, bool]:

@@ -83,7 +83,7 @@ def main() -> None:
         report["warm"] = warmed()
         for plan, x, tensors in plans:
             workspace = torch.empty(plan._bytes, dtype=torch.uint8)
-            results = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype) for one in plan._results]
+            results = plan.new_results(x.device)
             direct = arguments(lambda: plan._launch(x, workspace, results, lambda: tensors))  # noqa: B023
             by_triton = arguments(
                 lambda: [launch.run() for launch in plan._tensors_of(x, workspace, results, tensors)]  # noqa: B023

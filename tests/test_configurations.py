@@ -293,6 +293,7 @@ def test_an_entry_for_newer_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
             found = mlp_config(Question("meta4d", torch.float16, (224, 256 * 14 * 14)), HOPPER)
         assert isinstance(found, MlpConfig)
         tiles[version] = found.block_h
+        assert (entry in config.Table([entry]).entries) == (tiles[version] == 32)
     shipped_table.cache_clear()
     assert tiles == {"3.6.0": 64, "3.8.0+git": 64, "3.9.0": 32, "3.10.1": 32}
 

@@ -1,4 +1,4 @@
-"""`freeze` of adapters gives what they give; other libraries' models are told to be accelerated first."""
+"""Frozen adapters return the same as before; for other libraries' models an error names `accelerate`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def same(found: Any, expected: Any) -> None:
 
 
 def check(adapter: nn.Module) -> Any:
-    """Freezing gives what the adapter gives, with its own weights, then with new ones."""
+    """The frozen adapter returns the adapter's results, with its own weights, then with new ones."""
     randomise(adapter.eval().double(), 1)
     frozen = freeze(adapter, torch.float64)  # type: ignore[arg-type]
     with torch.no_grad():

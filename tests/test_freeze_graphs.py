@@ -296,7 +296,7 @@ def test_results_that_callers_hold_lie_outside_the_graphs_pool(
     output: str,
     feature_norm: str | None,
 ) -> None:
-    """What a capture allocates is in the pool, where another shape's replay may write."""
+    """A capture allocates from the graphs' pool, and another shape's replay may write over its memory."""
     before: list[list[int]] = []
 
     def captured(forward: Callable[[], Any], pool: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The audit's rules on orders of instructions: each sees a planted fault, and what compilers are known to break."""
+"""The audit's rules on orders of instructions: each finds planted faults, and one that Triton compiles."""
 
 from __future__ import annotations
 

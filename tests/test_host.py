@@ -53,10 +53,26 @@ def test_the_benchmark_of_the_host(tmp_path: Path) -> None:
     assert found["plan"] < 0.35 * found["triton"]
 
 
+FIRST_CALLS = """
+import json
+from effformer.bench.host.first_call import measure
+from effformer.config import EfficientFormerConfig
+
+config = EfficientFormerConfig(depths=(1, 1, 1, 2), widths=(8, 8, 8, 16), num_vit=1, num_heads=2, key_dim=8)
+print(json.dumps(measure(config, [(1, 32, 32), (1, 32, 32)], 2)))
+"""
+
+
+@needs_compiler
+def test_first_forwards_compile_and_later_ones_do_not() -> None:
+    first, second = json.loads(run("-c", FIRST_CALLS))
+    assert first > 1 > 10 * second
+
+
 def test_the_table_of_the_benchmark() -> None:
     host = Host(2.0, {"float32": 0.5}, {"float32": 0.25}, {"live float32": 33, "frozen float32": 27}, 15.0, 3.0)
     assert host.table().splitlines() == [
-        "timm, float32      2.000 ms a forward",
+        "timm, float32       2.000 ms a forward",
         "live, float32       0.500 ms, 0.25 of timm's, 33 launches",
         "frozen, float32     0.250 ms, 0.12 of timm's, 27 launches",
         "a launch by Triton  15.00 us, in a plan 3.00 us, 0.20 of it",

@@ -1,4 +1,4 @@
-"""`float32_as_such`, beside PyTorch's older and newer switches for TF32; each case in a process of its own."""
+"""`float32_as_such` and `with_tf32`, beside PyTorch's older and newer switches for TF32; each case in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 CODE = """
 import sys, torch
-from effformer.testing import float32_as_such
+from effformer.testing import float32_as_such, with_tf32
 backends = torch.backends
 
 def readable(read):
@@ -25,9 +25,9 @@ def state():
 
 exec(sys.argv[1])
 before = state()
-for tf32, expected in ((False, "ieee"), (True, "tf32")):
+for setting, tf32, expected in ((float32_as_such, False, "ieee"), (with_tf32, True, "tf32")):
     try:
-        with float32_as_such(tf32=tf32):
+        with setting():
             assert state()[0] == [expected] * 4, state()
             assert backends.cudnn.allow_tf32 is backends.cuda.matmul.allow_tf32 is tf32
             with backends.cudnn.flags(enabled=True):

@@ -58,13 +58,12 @@ class Host:
     plan: float
 
     def table(self) -> str:
-        lines = [f"timm, float32    {self.timm:7.3f} ms a forward"]
+        lines = [f"{'timm, float32':<17}{self.timm:8.3f} ms a forward"]
         for form, times in (("live", self.live), ("frozen", self.frozen)):
-            lines += [
-                f"{form}, {name:9}{'' if form == 'frozen' else '  '} {ms:7.3f} ms, {ms / self.timm:.2f} of timm's, "
-                f"{self.launches[f'{form} {name}']} launches"
-                for name, ms in times.items()
-            ]
+            for name, ms in times.items():
+                ratio, launches = ms / self.timm, self.launches[f"{form} {name}"]
+                label = f"{form}, {name}"
+                lines.append(f"{label:<17}{ms:8.3f} ms, {ratio:.2f} of timm's, {launches} launches")
         ratio = self.plan / self.triton
         lines.append(f"a launch by Triton {self.triton:6.2f} us, in a plan {self.plan:.2f} us, {ratio:.2f} of it")
         return "\n".join(lines)

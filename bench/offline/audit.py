@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from functools import partial
 from multiprocessing import active_children, get_context
 from operator import attrgetter
 from pathlib import Path
@@ -32,7 +31,7 @@ from ...kernels.tiling import choose as config
 from ...kernels.tiling.choose import user_file, write_whole
 from ...kernels.tiling.device import AMPERE, BLACKWELL, CLASSES, CONSUMER, HOPPER, Device, device_class
 from ...kernels.tiling.table import DTYPES, Entry, Table, read_table
-from ...testing import float32_as_such
+from ...testing import float32_as_such, with_tf32
 from .compile import TENSOR_CORES, Compiled, Source, compile_source, source_of
 from .launches import network_launches, unusual_launches
 
@@ -152,7 +151,7 @@ def _flags(dtype: str) -> Sequence[Callable[[], contextlib.AbstractContextManage
     """PyTorch's settings to describe launches under: as it starts; for float32 also without any TF32, and with it."""
     if dtype != "float32":
         return (contextlib.nullcontext,)
-    return contextlib.nullcontext, float32_as_such, partial(float32_as_such, tf32=True)
+    return contextlib.nullcontext, float32_as_such, with_tf32
 
 
 def _launches(

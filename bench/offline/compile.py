@@ -71,7 +71,7 @@ class Compiled:
         waits, products: WARPGROUP and HGMMA instructions of the hot loop; see `serialised`.
         instructions, loop_instructions: of the whole kernel, and of its hot loop (0 without one).
         loop_mufu: of these, those of the multi-function unit (exponentials, reciprocals).
-        hazards: what `hazards` found.
+        hazards: faults of compilers that `hazards` found in it.
     """
 
     registers: int

@@ -1,4 +1,4 @@
-"""Two faults of compilers that leave right code in the source wrong on the GPU, found in what they made of it.
+"""Finds two known faults of compilers in compiled code, whose source is right.
 
 Tensor memory, sm_100: Triton 3.6 and 3.7 read a product's accumulator while a later product on it still runs, where
 pipelined products are chained (github.com/triton-lang/triton/issues/10821). It shows in Triton's GPU dialect.

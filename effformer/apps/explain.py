@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..backend import products_dtype, why_eager
 from ..checks import shape_of
-from ..model.blocks import Flat, Meta3D, Meta4D
+from ..model.blocks import Flat, Meta3D, Meta4D, Stem
 from ..model.end import End
 from ..model.fusion import Fusable
-from ..model.live import Part, Planned, decide
+from ..model.live import decide
 from ..model.netspresso import Backbone, network_within
 from ..model.network import EfficientFormer
 from ..model.stage import Stage
@@ -82,43 +82,34 @@ def explain(model: EfficientFormer | Backbone, images: Tensor) -> Explanation:
 
 
 def _parts(network: EfficientFormer, images: Tensor) -> Iterator[PartPath]:
-    yield _planned("stem", network.stem, images) or _modules("stem", network.stem, images)
+    yield _whole("stem", network.stem, images)
     dtype = products_dtype(images)
     sides = (images.shape[2] + 3) // 4, (images.shape[3] + 3) // 4
     x = _map(images, network.config.widths[0], sides, dtype)
     for index, stage in enumerate(network.stages):
         name, before = f"stages.{index}", sides
         sides = before if index == 0 else (halved(before[0]), halved(before[1]))
-        if found := _planned(name, stage, x):
+        found = _whole(name, stage, x)
+        if found.path == "plan" or not isinstance(stage, Stage):
             yield found
-        elif isinstance(stage, Stage):
-            yield from _blocks(name, stage, x, sides)
         else:
-            yield _modules(name, stage, x)
+            yield from _blocks(name, stage, x, sides, found.why)
         x = _map(images, network.config.widths[index], sides, dtype)
-    end, tokens = End(network), x.flatten(2).transpose(1, 2)
-    yield _planned("end", end, tokens) or _modules("end", end, tokens)
+    yield _whole("end", End(network), x.flatten(2).transpose(1, 2))
 
 
-def _modules(name: str, part: object, x: Tensor) -> PartPath:
-    why = str(decide(part, x)) if _is_part(part) else f"it is a {type(part).__name__}"
-    return PartPath(name, "modules", why, None)
-
-
-def _is_part(module: object) -> TypeGuard[Part]:
-    return isinstance(module, Planned | End)
-
-
-def _planned(name: str, part: object, x: Tensor) -> PartPath | None:
-    if not _is_part(part):
-        return None
+def _whole(name: str, part: object, x: Tensor) -> PartPath:
+    """Planned, or by its modules."""
+    if not isinstance(part, Stem | Stage | End):
+        return PartPath(name, "modules", f"its class is {type(part).__name__}", None)
     decision = decide(part, x)
-    return None if isinstance(decision, str) else PartPath(name, "plan", None, tuple(decision.plan.kernels))
+    if isinstance(decision, str):
+        return PartPath(name, "modules", decision, None)
+    return PartPath(name, "plan", None, tuple(decision.plan.kernels))
 
 
-def _blocks(name: str, stage: Stage, x: Tensor, sides: tuple[int, int]) -> Iterator[PartPath]:
-    """Of a stage that is not planned as a whole."""
-    reason = str(decide(stage, x))
+def _blocks(name: str, stage: Stage, x: Tensor, sides: tuple[int, int], reason: str | None) -> Iterator[PartPath]:
+    """Of a stage that is not planned as a whole, for this reason."""
     if not isinstance(stage.downsample, nn.Identity):
         yield PartPath(f"{name}.downsample", "modules", reason, None)
         x = _map(x, stage.width, sides, x.dtype)
@@ -129,7 +120,7 @@ def _blocks(name: str, stage: Stage, x: Tensor, sides: tuple[int, int]) -> Itera
             arguments = (x, *sides) if isinstance(block, Meta3D) else (x,)
             yield _block(f"{name}.blocks.{index}", block, *arguments)
         else:
-            yield PartPath(f"{name}.blocks.{index}", "modules", f"it is a {type(block).__name__}", None)
+            yield PartPath(f"{name}.blocks.{index}", "modules", f"its class is {type(block).__name__}", None)
 
 
 def _block(name: str, block: Fusable, x: Tensor, *sides: int) -> PartPath:

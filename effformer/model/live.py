@@ -107,7 +107,7 @@ class _State:
         self._changes: int = 0 if before is None or before.forwards > 1 else before._changes + 1
 
     def holds(self, part: Part) -> bool:
-        """Whether all is as it was."""
+        """Whether the part is still in this state."""
         try:
             return (
                 part.settings() == self._settings
@@ -215,7 +215,7 @@ def remember(entries: dict[Any, Any], key: Any, value: Any, most: int) -> None:
 
 
 def _is_plain_call(x: Tensor) -> bool:
-    """Whether nothing but this forward sees x: no tracing, no transformation, no hooks for all modules."""
+    """Whether tracers, transformations, dispatch modes and hooks for all modules are absent."""
     return (
         type(x) is Tensor
         and forward_ad._current_level < 0

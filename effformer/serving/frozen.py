@@ -75,7 +75,8 @@ def freeze(
         raise TypeError(f"dtype: got {dtype}, allowed are {', '.join(map(str, DTYPES))}")
     if output is not None:
         check_choice("output", output, OUTPUTS)
-    network = _snapshot(model, dtype, output).network
+    snapshot = _snapshot(model, dtype, output)
+    network = snapshot.network
     device = network.stem.conv1.weight.device
     reason: str | None = "asked for"
     check_choice("when_full", when_full, ("run", "pad"))
@@ -86,11 +87,11 @@ def freeze(
         refuse_triton(backend, reason)
     pixels = normalisation(mean, std, network.in_chans)
     most = max_graphs if cuda_graphs and device.type == "cuda" else 0
-    return Frozen(model, dtype, output, reason, pixels, most, when_full == "pad", new_outputs, deterministic)
+    return Frozen(model, snapshot, dtype, output, reason, pixels, most, when_full == "pad", new_outputs, deterministic)
 
 
 def _snapshot(model: EfficientFormer | Adapter, dtype: torch.dtype, output: Output | None) -> Snapshot:
-    """The network of `model`, and the form of its results: with an `output` that of the network itself."""
+    """The network of `model`, and the form of its results; `output` asks for those of the network itself."""
     if not isinstance(model, Adapter):
         return Snapshot(network_within(model), output or "logits", lambda result: result)
     found = model.snapshot(dtype)
@@ -130,6 +131,7 @@ class Frozen:
     def __init__(
         self,
         model: EfficientFormer | Adapter,
+        snapshot: Snapshot,
         dtype: torch.dtype,
         output: Output | None,
         reason: str | None,
@@ -139,7 +141,7 @@ class Frozen:
         new_outputs: bool,
         deterministic: bool,
     ) -> None:
-        self._asked_for, snapshot = output, _snapshot(model, dtype, output)
+        self._asked_for = output
         self.device, self.in_chans = snapshot.network.stem.conv1.weight.device, snapshot.network.in_chans
         self.dtype, self.output, self.reason = dtype, snapshot.output, reason
         self.backend = "triton" if reason is None else "eager"

@@ -211,11 +211,7 @@ def write_whole(path: Path, text: str) -> None:
 
 @functools.cache
 def shipped_table() -> Table:
-    """The shipped entries for this Triton."""
-    import triton
-
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    return Table(entry for entry in read_table(SHIPPED) if entry.triton is None or entry.triton <= version)
+    return Table(read_table(SHIPPED))
 
 
 @functools.cache

@@ -281,10 +281,17 @@ def read_config(found: Any, operations: Iterable[str], source: str) -> Config | 
 
 
 class Table:
-    """Entries in the order of precedence. `used`: those that were an answer, with (device class, dtype)."""
+    """Entries for this Triton, in the order of precedence.
+
+    Attributes:
+        used: those that were an answer, with (device class, dtype).
+    """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
-        self.entries = tuple(entries)
+        import triton  # here, since files of entries are read without it, too
+
+        version = tuple(map(int, triton.__version__.split(".")[:2]))
+        self.entries = tuple(entry for entry in entries if entry.triton is None or entry.triton <= version)
         self.used: set[tuple[Entry, str, torch.dtype]] = set()
         self.find = functools.lru_cache(maxsize=4096)(self._find)
 

@@ -5,12 +5,12 @@ A rehearsal on a CPU has the same kinds of calls with tiny tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from machine import REHEARSED
+from machine import REHEARSED, same
 
 from effformer import EfficientFormer, EfficientFormerConfig, create_model
 from effformer.config import PRESETS
@@ -72,3 +72,19 @@ WORKS = sorted(dict.fromkeys(_works()), key=lambda work: ([*OPERATIONS].index(wo
 def network(name: str, dtype: torch.dtype, backend: str, **options: Any) -> EfficientFormer:
     """A published model (rehearsed, a narrow one) with randomised weights, in eval mode."""
     return randomise(create_model(name, dtype=dtype, backend=backend, **options, **NARROW), seed=1).eval()
+
+
+def same_on_streams(forward: Callable[[torch.Tensor], torch.Tensor], given: Sequence[torch.Tensor]) -> None:
+    """Ten calls of `forward` on each of several streams at once give the bits of calls on one."""
+    expected = [forward(x) for x in given]
+    streams = [torch.cuda.Stream() for _ in given]
+    torch.cuda.synchronize()
+    results: list[list[torch.Tensor]] = [[] for _ in given]
+    for _ in range(10):
+        for stream, x, kept in zip(streams, given, results, strict=True):
+            with torch.cuda.stream(stream):
+                kept.append(forward(x))
+    torch.cuda.synchronize()
+    for kept, one in zip(results, expected, strict=True):
+        for found in kept:
+            same(found, one)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import MODELS, network
+from gpu_cases import MODELS, network, same_on_streams
 from machine import DEVICE, DTYPES, REHEARSED, id_of, measured, same
 
 from effformer import EfficientFormer, freeze
@@ -151,19 +151,7 @@ def test_the_buffer_that_a_graph_reads() -> None:
 def test_streams_take_turns() -> None:
     """One graph, one buffer: a call on another stream waits for the one before."""
     _, frozen = snapshot(MODELS[0], torch.bfloat16)
-    given = [normalised(images(64), torch.bfloat16) for _ in range(3)]
-    wanted = [frozen(x) for x in given]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in given]
-    results: list[list[torch.Tensor]] = [[] for _ in given]
-    for _ in range(10):
-        for stream, x, kept in zip(streams, given, results, strict=True):
-            with torch.cuda.stream(stream):
-                kept.append(frozen(x))
-    torch.cuda.synchronize()
-    for kept, expected in zip(results, wanted, strict=True):
-        for found in kept:
-            same(found, expected)
+    same_on_streams(frozen, [normalised(images(64), torch.bfloat16) for _ in range(3)])
 
 
 @pytest.mark.cuda

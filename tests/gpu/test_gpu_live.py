@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from effformer.kernels.launch import recorded
-from gpu_cases import MODELS, network
+from gpu_cases import MODELS, network, same_on_streams
 from machine import DTYPES, REHEARSED, id_of, same
 
 from effformer import EfficientFormer, explain, set_backend
@@ -107,19 +107,7 @@ def test_a_capture_before_any_forward_composes() -> None:
 @torch.no_grad()
 def test_streams() -> None:
     model = network(MODELS[0], torch.float16, "triton")
-    images = [draw_map(SHAPE, torch.float16) for _ in range(2)]
-    expected = [model(x) for x in images]
-    streams = [torch.cuda.Stream() for _ in images]
-    torch.cuda.synchronize()
-    results: list[list[torch.Tensor]] = [[], []]
-    for _ in range(10):
-        for stream, x, kept in zip(streams, images, results, strict=True):
-            with torch.cuda.stream(stream):
-                kept.append(model(x))
-    torch.cuda.synchronize()
-    for kept, one in zip(results, expected, strict=True):
-        for result in kept:
-            same(result, one)
+    same_on_streams(model, [draw_map(SHAPE, torch.float16) for _ in range(2)])
 
 
 @pytest.mark.cuda
