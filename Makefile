@@ -17,7 +17,7 @@ help:
 	@echo "make mutants planted faults in the kernels, each of which the tests must catch (hours)"
 	@echo "make audit   every kernel compiled for every GPU it is for, and held to rules (three quarters of an hour, then from a cache)"
 	@echo "make audit-part TRITON=3.9.0   a part of the audit with another Triton (20 minutes)"
-	@echo "make test-part TRITON=3.9.0    the kernels' tests with another Triton (20 minutes)"
+	@echo "make test-part TRITON=3.9.0    the kernels' tests with another Triton (three to seven minutes)"
 	@echo "make lint    ruff: style and format"
 	@echo "make types   mypy, on the package as it is installed"
 	@echo "make format  let ruff fix what it can"
@@ -76,7 +76,7 @@ audit: $(VENV)/dev.stamp
 
 # Another Triton than that of constraints.txt, whose version TRITON names, beside the CPU's torch. The interpreter of 3.6
 # fails with NumPy 2.4.
-OTHER := build/triton-$(TRITON)
+OTHER := $(CURDIR)/build/triton-$(TRITON)
 triton: $(VENV)/dev.stamp
 	$(if $(TRITON),,$(error TRITON: give a version of Triton, such as TRITON=3.9.0))
 	test -d $(OTHER)/numpy || $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OTHER) triton==$(TRITON) "numpy<2.4"

@@ -22,8 +22,9 @@ from .tiling.device import Device
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
-# Sizes of images and batches. Kernels are not compiled anew where one is 1 or a multiple of 16. They would be no faster:
-# strides tell how addresses are aligned. Attention's N is not among them: masks of whole vectors save registers.
+# Sizes of images and batches. Kernels are not compiled anew where one is 1 or a multiple of 16: strides tell how
+# addresses are aligned, so it would not make them faster. Attention's N is not here: masks of whole vectors save
+# registers.
 SIZES = ("rows", "H", "W", "OUT_H", "OUT_W", "tokens", "units_xb", "units_xh")
 
 kernel = functools.partial(triton.jit, do_not_specialize=SIZES)
