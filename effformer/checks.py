@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -84,6 +84,15 @@ def check_count(argument: str, value: Any, *, least: int = 0) -> None:
     """Raise a ValueError that names the argument unless `value` is an integer of `least` or more."""
     if not (is_int(value) and value >= least):
         raise ValueError(wrong(argument, value, f"an integer of {least} or more"))
+
+
+def check_shapes(shapes: Iterable[Any]) -> None:
+    """Raise a ValueError that names `shapes` unless each is (batch, height, width)."""
+    for shape in shapes:
+        if not isinstance(shape, Sequence) or len(shape) != 3:
+            raise ValueError(f"shapes: got {shape}, allowed are (batch, height, width)")
+        for size in shape:
+            check_count("shapes", size, least=1)
 
 
 # --- tensors: a TypeError for a wrong dtype, a ValueError for a wrong shape or device ---------------------------------

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .features import Features, check_rising
+from .model.adapter import AdapterSpec
 from .model.fusion import refuse_hooks
-from .model.snapshot import Snapshot
 
 
 class ShapeSpec(NamedTuple):
@@ -60,11 +60,11 @@ class EfficientFormerBackbone(Base):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.out_features, self.features(x), strict=True))
 
-    def snapshot(self, dtype: torch.dtype) -> Snapshot:
-        """For `effformer.freeze`, see `effformer.model.snapshot.Adapter`."""
+    def describe_for_freeze(self, dtype: torch.dtype) -> AdapterSpec:
+        """For `effformer.freeze`, see `effformer.model.adapter.Adapter`."""
         refuse_hooks(self)
-        inner, names = self.features.snapshot(dtype), self.out_features
-        return replace(inner, give=lambda maps: dict(zip(names, maps, strict=True)))
+        inner, names = self.features.describe_for_freeze(dtype), self.out_features
+        return replace(inner, convert=lambda maps: dict(zip(names, maps, strict=True)))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each map."""

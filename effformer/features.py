@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .model.adapter import AdapterSpec
 from .model.fusion import refuse_hooks
 from .model.netspresso import network_within
-from .model.snapshot import Snapshot
 
 
 class Features(nn.Module):
@@ -47,12 +47,13 @@ class Features(nn.Module):
         """Images [B, in_chans, H, W] -> maps [B, C, ceil(H / stride), ceil(W / stride)]."""
         return self.network.forward_intermediates(x, indices=self.out_indices, intermediates_only=True)
 
-    def snapshot(self, dtype: torch.dtype) -> Snapshot:
-        """For `effformer.freeze`, see `effformer.model.snapshot.Adapter`."""
+    def describe_for_freeze(self, dtype: torch.dtype) -> AdapterSpec:
+        """For `effformer.freeze`, see `effformer.model.adapter.Adapter`."""
         refuse_hooks(self)
-        return Snapshot(self.network, "features", self.named, self.out_indices)
+        return AdapterSpec(self.network, "features", self.named, self.out_indices)
 
-    def named(self, maps: list[Tensor]) -> Any:
+    @staticmethod
+    def named(maps: list[Tensor]) -> Any:
         """Put the maps of the stages into the form that `forward` returns."""
         return maps
 

@@ -16,8 +16,8 @@ from .checkpoints.load import load_checkpoint
 from .checks import check_choice
 from .factory import create_model
 from .features import Features
+from .model.adapter import AdapterSpec
 from .model.fusion import refuse_hooks
-from .model.snapshot import Snapshot
 
 
 class EffFormer(nn.Module):
@@ -78,10 +78,10 @@ class EffFormer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.features(x))
 
-    def snapshot(self, dtype: torch.dtype) -> Snapshot:
-        """For `effformer.freeze`, see `effformer.model.snapshot.Adapter`."""
+    def describe_for_freeze(self, dtype: torch.dtype) -> AdapterSpec:
+        """For `effformer.freeze`, see `effformer.model.adapter.Adapter`."""
         refuse_hooks(self)
-        return replace(self.features.snapshot(dtype), give=tuple)
+        return replace(self.features.describe_for_freeze(dtype), convert=tuple)
 
     def train(self, mode: bool = True) -> EffFormer:
         super().train(mode)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .features import Features
+from .model.adapter import AdapterSpec
 from .model.fusion import refuse_hooks
-from .model.snapshot import Snapshot
 
 try:  # absolute: torchvision itself
     from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
@@ -29,7 +29,8 @@ class Body(Features):
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:  # type: ignore[override]
         return self.named(super().forward(x))
 
-    def named(self, maps: list[Tensor]) -> OrderedDict[str, Tensor]:
+    @staticmethod
+    def named(maps: list[Tensor]) -> OrderedDict[str, Tensor]:
         return OrderedDict((str(index), feature) for index, feature in enumerate(maps))
 
 
@@ -65,14 +66,15 @@ class BackboneWithFPN(nn.Module):
         maps: OrderedDict[str, Tensor] = self.fpn(self.body(x))
         return maps
 
-    def snapshot(self, dtype: torch.dtype) -> Snapshot:
+    def describe_for_freeze(self, dtype: torch.dtype) -> AdapterSpec:
         """For `effformer.freeze`: the pyramid is copied, and stays in PyTorch."""
         refuse_hooks(self)
-        body, fpn = self.body.snapshot(dtype), copy.deepcopy(self.fpn).to(dtype).eval()
+        body, fpn = self.body.describe_for_freeze(dtype), copy.deepcopy(self.fpn).to(dtype).eval()
+        named = body.convert
 
-        def give(maps: list[Tensor]) -> OrderedDict[str, Tensor]:
-            with torch.no_grad():
-                found: OrderedDict[str, Tensor] = fpn(body.give(maps))
+        @torch.no_grad()
+        def convert(maps: list[Tensor]) -> OrderedDict[str, Tensor]:
+            found: OrderedDict[str, Tensor] = fpn(named(maps))
             return found
 
-        return replace(body, give=give)
+        return replace(body, convert=convert, copied=fpn)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from effformer.bench.host.stub import stub_driver
-from effformer.kernels.launch import recorded
+from effformer.kernels.launch import SIZES, recorded
 from effformer.kernels.plan import Plan
 from torch import Tensor
 from triton.backends.nvidia import compiler, driver
@@ -80,6 +80,11 @@ def main() -> None:
                     form(images)
                 report["counted"][f"{type(form).__name__} {dtype}"] = (by_driver, len(launches))
             network(torch.cat([images.flatten()[:1], images.flatten()])[1:].view(images.shape))  # not aligned
+        kernels = {planned.launch.kernel for plan, _, _ in plans for planned in plan._launches}
+        report["specialised"] = {
+            kernel.__name__: [one.name for one in kernel.params if one.name in SIZES and not one.do_not_specialize]
+            for kernel in kernels
+        }
         report["warm"] = warmed()
         for plan, x, tensors in plans:
             workspace = torch.empty(plan._bytes, dtype=torch.uint8)

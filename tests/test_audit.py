@@ -122,6 +122,7 @@ def test_rules() -> None:
     assert faults() == []  # spills outside the loop are none
     assert faults(loop_spills=2) == ["2 spills inside the loop"]
     assert faults(shared_memory=1001) == ["1001 bytes of shared memory, and the GPU has 1000"]
+    assert faults(hazards=["a register is written"]) == ["a register is written"]
     assert faults(waits=22) == ["serialised products: 22 waits for 11 in the loop"]
     assert faults("linear_kernel", loop_instructions=0) == ["7 spills, and the loop is unrolled"]
     for kernel in ("mlp_kernel", "split_mlp_kernel", "linear_kernel", "bias_attention_kernel"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -98,6 +100,44 @@ def test_gradients_backends_and_dtypes(network: EfficientFormer, narrow: Narrow)
 
 
 @torch.no_grad()
+def test_launches_within_composed_blocks_and_of_other_threads(network: EfficientFormer) -> None:
+    x = torch.randn(1, 3, 64, 64)
+    block = network.stages[3].blocks[-1]
+    set_backend(network, "auto" if ON_GPU else "triton")
+    block.backend = "auto"  # "triton" refuses to compose
+    block.mlp.act.register_forward_hook(lambda *_: None)
+    found, name = explain(network, x), "stages.3.blocks." + str(len(network.stages[3].blocks) - 1)
+    by_name = {one.part: one for one in found.parts}
+    assert (by_name[name].path, by_name[name].kernels) == ("modules", None)
+    assert by_name[f"{name}.token_mixer"].kernels == ("bias_attention_kernel",)
+    with launch.recorded(run=False) as launches:
+        network(x)
+    assert found.launches == len(launches)
+
+    stop = threading.Event()
+
+    def busy() -> None:
+        while not stop.is_set():
+            with torch.no_grad(), launch.recorded(run=False):
+                other(images)
+
+    other, images = copy.deepcopy(network), torch.randn(1, 3, 32, 32, device=DEVICE)
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        assert {explain(network, x).launches for _ in range(5)} == {found.launches}
+    finally:
+        stop.set()
+        thread.join()
+
+
+@torch.no_grad()
+def test_a_replaced_body_of_the_forward(network: EfficientFormer) -> None:
+    network.forward_features = lambda x: torch.ones(1, 4, network.num_features)  # type: ignore[method-assign]
+    assert paths(network, torch.randn(1, 3, 64, 64))["end"] == ("modules", "forward_features was replaced")
+
+
+@torch.no_grad()
 def test_hooks_for_all_modules_and_replaced_parts(network: EfficientFormer) -> None:
     x = torch.randn(1, 3, 64, 64)
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
@@ -119,13 +159,26 @@ def test_hooks_for_all_modules_and_replaced_parts(network: EfficientFormer) -> N
 def test_what_explain_and_warm_refuse(network: EfficientFormer) -> None:
     with pytest.raises(TypeError, match="model: got Linear"):
         explain(nn.Linear(1, 1), torch.zeros(1, 3, 64, 64))
-    with pytest.raises(ValueError, match=r"images: got \[3, 64, 64\], allowed is a tensor \[B, 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"images: got shape \[3, 64, 64\], allowed is \[B, 3, H, W\]"):
         explain(network, torch.zeros(3, 64, 64))
+    with pytest.raises(TypeError, match="images: got torch.float16, allowed is the network's torch.float32"):
+        explain(network, torch.zeros(1, 3, 64, 64).half())
+    with pytest.raises(ValueError, match="images: got a tensor on meta, allowed is the model's device"):
+        explain(network, torch.zeros(1, 3, 64, 64, device="meta"))
+    with pytest.raises(ValueError, match="shapes: got none"):
+        warm(network)
+    with pytest.raises(ValueError, match="shapes: got 1, allowed are"):
+        warm(network, 1, 224, 224)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="dtype: got torch.int64"):
+        warm(network, (1, 64, 64), dtype=torch.int64)
+    network.stages[1].downsample.norm.train()
+    with pytest.raises(ValueError, match=r"model: got stages.1.downsample.norm in training mode"):
+        warm(network, (1, 64, 64))
     with pytest.raises(ValueError, match=r"shapes: got \(1, 64\), allowed are \(batch, height, width\)"):
         warm(network, (1, 64))
     with pytest.raises(ValueError, match="shapes: got 0"):
         warm(network, (0, 64, 64))
-    with pytest.raises(ValueError, match="model: got one in training mode"):
+    with pytest.raises(ValueError, match="model: got the model in training mode"):
         warm(network.train(), (1, 64, 64))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +82,39 @@ def test_a_pyramid(narrow: Narrow, vision: Any) -> None:
     assert {one.dtype for one in half(IMAGES.bfloat16()).values()} == {torch.bfloat16}
 
 
+def test_the_networks_of_frozen_adapters_are_freed(narrow: Narrow, vision: Any) -> None:
+    for build in (Features, vision.Body, lambda network: vision.BackboneWithFPN(network, out_channels=8)):
+        network = narrow()
+        gone, frozen = weakref.ref(network), freeze(build(network).eval(), torch.float64)
+        del network
+        gc.collect()
+        assert gone() is None
+        with pytest.raises(ValueError, match="the frozen model no longer exists"):
+            frozen.refresh()
+
+
+def test_weights_come_from_an_adapter_of_the_same_kind(narrow: Narrow, vision: Any) -> None:
+    body, pyramid = vision.Body(narrow()).eval(), vision.BackboneWithFPN(narrow(), out_channels=8).eval()
+    for frozen, other in (
+        (freeze(body), Features(narrow()).eval()),
+        (freeze(pyramid), vision.BackboneWithFPN(narrow(), out_channels=16).eval()),
+    ):
+        with pytest.raises(ValueError, match="allowed is the frozen model's kind, and sizes"):
+            frozen.refresh(other)
+    features = freeze(narrow(), torch.float64, output="features")
+    features.refresh(body.double())  # maps are asked for, whatever the adapter makes of them
+    assert isinstance(features(IMAGES), list)
+
+
+def test_methods_of_a_subclass_may_have_any_name(narrow: Narrow) -> None:
+    class Named(EfficientFormer):
+        def describe_for_freeze(self) -> None: ...
+
+    network = narrow()
+    network.__class__ = Named
+    assert freeze(network, torch.float64)(IMAGES).shape == (2, 10)
+
+
 def test_openmm_and_detectron2(narrow: Narrow) -> None:
     sizes = {"widths": (8, 12, 16, 24), "depths": (1, 1, 1, 2), "num_heads": 2, "key_dim": 4}
     check(EffFormer("efficientformer_l1", (0, 3), **sizes))
@@ -95,7 +130,7 @@ def test_the_trainers_backbone(task: str) -> None:
     maps = freeze(backbone, torch.float64, output="features")(IMAGES)
     assert isinstance(maps, list)
     other = build_backbone(YAML, task="detection" if task == "classification" else "classification").eval().double()
-    with pytest.raises(ValueError, match="model: got a Backbone, allowed is one of the frozen model's kind"):
+    with pytest.raises(ValueError, match="model: got a Backbone, allowed is the frozen model's kind, and sizes"):
         frozen.refresh(other)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from effformer.bench.offline import compile as offline
@@ -95,6 +97,7 @@ def test_operands_in_registers_are_kept() -> None:
         ("IADD3 R3, R3, 0x1, RZ", "LDSM.16.M88.4 R140, [R3]", "LDSM.16.M88.4 R140, [R3]"),
         ("IADD3 R3, R3, 0x1, RZ", "SHFL.BFLY PT, R141, R3, 0x1, 0x1f", "SHFL.BFLY PT, R141, R3, 0x1, 0x1f"),
         ("IADD3 R3, R3, 0x1, RZ", "STS.128 [R136], R4", None),
+        ("IADD3 R3, R3, 0x1, RZ", "ISETP.GE.AND P0, PT, R137, 0x5, PT", None),
         ("MOV R137, R6", "MOV R145, R6", "MOV R145, R6"),
         ("MOV R137, R6", "IMAD.WIDE R146, R6, 0x4, R8", "IMAD.WIDE R146, R6, 0x4, R8"),
         # Over the back edge: the second product still runs in the next round.
@@ -105,6 +108,23 @@ def test_operands_in_registers_are_kept() -> None:
 def test_a_write_to_an_operand_is_seen(old: str, new: str, found: str | None) -> None:
     assert SASS.count(old) == 1
     assert overwritten(SASS.replace(old, new)) == ([] if found is None else [found])
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_machine_code_is_read(planted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The audit gives the rule what the disassembler prints: all instructions, and the loops."""
+    sass = SASS.replace("F2FP.BF16.F32.PACK_AB R136", "F2FP.BF16.F32.PACK_AB R144") if planted else SASS
+
+    class Kernel:
+        asm: Any = {"cubin": b"", "ttgir": ""}  # noqa: RUF012
+        metadata = SimpleNamespace(shared=0)
+
+    monkeypatch.setattr(offline, "ASTSource", lambda **_: None)
+    monkeypatch.setattr(offline.triton, "compile", lambda *_, **__: Kernel)
+    monkeypatch.setattr(offline, "_cuobjdump", lambda option, _: sass if option == "-sass" else "REG:8")
+    source = offline.Source("a:b", {}, {}, {}, {}, 90)
+    expected = ["a register is written that a product reads: F2FP.BF16.F32.PACK_AB R144, R5, R4"] if planted else []
+    assert offline._compile(None, source).hazards == expected
 
 
 BLACKWELL = """

@@ -33,6 +33,8 @@ def test_plans_launch_what_triton_would(tmp_path: Path) -> None:
     assert compiled > 10
     assert threads > 1 or os.cpu_count() == 1
     assert later == 0
+    assert len(report["specialised"]) > 6
+    assert set(map(tuple, report["specialised"].values())) == {()}
     assert len(report["counted"]) == 4
     for by_driver, recorded in report["counted"].values():
         assert by_driver == recorded > 10

@@ -8,6 +8,7 @@ import ctypes
 import gc
 import io
 import pickle
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -216,7 +217,7 @@ def test_states_that_never_stay_are_not_planned(network: EfficientFormer) -> Non
     assert planned(network)[0] is True
 
 
-def test_attributes_of_users_do_not_matter(network: EfficientFormer) -> None:
+def test_users_attributes_of_the_network_do_not_matter(network: EfficientFormer) -> None:
     x = torch.randn(SHAPE)
     for number in range(7):
         network.calls = number
@@ -245,10 +246,22 @@ def test_plans_are_few(network: EfficientFormer, monkeypatch: pytest.MonkeyPatch
     assert [form[0][0] for form in state.plans] == [3, 4, 1]
 
 
-def test_threads(network: EfficientFormer) -> None:
+def test_threads(network: EfficientFormer, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU they plan at once, and launch nothing: the interpreter is for one thread."""
     images = [torch.randn(1, 3, 32, 32 * width) for width in (1, 2)]
     expected = [eager(network, x) for x in images]
+
+    with torch.no_grad(), launch.recorded(run=False):
+        network(torch.randn(1, 3, 32, 96))
+    made: list[object] = []
+    new_plan = live._new_plan
+
+    def counted(part: Any, *arguments: Any) -> Any:
+        made.append(part)
+        time.sleep(0.01)  # for the other threads to come
+        return new_plan(part, *arguments)
+
+    monkeypatch.setattr(live, "_new_plan", counted)
 
     def work(number: int) -> None:
         torch.set_default_device(DEVICE)
@@ -261,4 +274,5 @@ def test_threads(network: EfficientFormer) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(8)))
     assert planned(network) == [True] * 6
-    assert {len(live._states[part].plans) for part in (network.stem, network)} == {2}
+    assert {len(live._states[part].plans) for part in (network.stem, network)} == {3}
+    assert len(made) == 2 * 6

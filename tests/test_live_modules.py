@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from effformer.kernels.tiling import choose
 from live_networks import SHAPE, Narrow, check, eager, planned
 from machine import DEVICE, ON_GPU, SLACK
 from torch import Tensor, nn
@@ -115,6 +116,10 @@ def test_a_gradient_is_wanted(network: EfficientFormer) -> None:
     network(x).sum().backward()
     assert network.stem.conv1.weight.grad.abs().sum() > 0
     network.requires_grad_(False)
+    network.stem.norm1.running_mean.requires_grad_()
+    with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'running_mean'"):
+        network.stem(x)  # as PyTorch does
+    network.stem.norm1.running_mean.requires_grad_(False)
     y = network(x.requires_grad_())
     assert y.requires_grad
 
@@ -208,6 +213,40 @@ def test_weights_of_other_shapes_raise_as_modules_do(narrow: Narrow) -> None:
         network = changed(change)
         with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
             network(x)
+
+
+def test_plans_of_autocast_are_its_own(narrow: Narrow) -> None:
+    """A map in autocast's dtype has the same form outside; there it does not fit the parameters."""
+    maps = torch.randn(2, 8, 9, 16).half()
+    for first in (False, True):
+        stage = narrow(dtype=torch.float32, backend="auto" if ON_GPU else "triton", device=DEVICE).stages[1]
+        for automatic in (first, not first, first):
+            with torch.no_grad(), torch.autocast(DEVICE.type, torch.float16, enabled=automatic):
+                decision = live.decide(stage, maps)
+                if automatic:
+                    assert isinstance(decision, live.Decision)
+                    assert stage(maps).dtype == torch.float16
+                else:
+                    assert decision == "its input and its parameters differ in dtype"
+
+
+def test_classes_of_modules_and_tables_of_tiles_count(network: EfficientFormer) -> None:
+    class Doubled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    x = torch.randn(SHAPE)
+    with torch.no_grad():
+        before = network.stem(x)
+        whole = choose.shipped_table()
+        with choose.using(choose.Table(whole.entries)):
+            network.stem(x)
+        assert len(live._states[network.stem].plans) == 2
+        network.stem.conv2.__class__ = Doubled
+        assert not torch.allclose(network.stem(x), before, atol=SLACK)
+        network.stem.conv2.__class__ = nn.Conv2d
+        network.stem._is_replica = True
+        assert live.decide(network.stem, x) == "it is a replica of DataParallel"
 
 
 def test_another_device_neither_runs_nor_spoils_a_plan(network: EfficientFormer) -> None:

@@ -128,7 +128,7 @@ def _unrolled(instructions: Sequence[Instruction], loops: Sequence[tuple[int, in
 
 def _written(name: str, operands: str, tokens: Sequence[str]) -> range:
     """The registers that an instruction writes."""
-    if name.startswith(("ST", "RED", "BRA", "BAR", "WARPGROUP", "WARPSYNC", "SYNCS", "UTMA")):
+    if name.startswith(("ST", "RED", "BRA", "BAR", "WARPGROUP", "WARPSYNC", "SYNCS", "UTMA")) or name.endswith("SETP"):
         return range(0)
     target = next((token for token in tokens if not re.fullmatch(r"!?U?P(\d|T)", token)), "")
     register = re.fullmatch(r"R(\d+)(?:\.\w+)?", target)

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import products_dtype, why_eager
-from ..checks import shape_of
-from ..model.blocks import Flat, Meta3D, Meta4D, Stem
+from ..model.blocks import Attention, Flat, Meta3D, Meta4D, Stem
 from ..model.end import End
-from ..model.fusion import Fusable
+from ..model.fusion import replaces
 from ..model.live import decide
 from ..model.netspresso import Backbone, network_within
-from ..model.network import EfficientFormer
+from ..model.network import EfficientFormer, check_images
 from ..model.stage import Stage
 from ..workload import halved
 
@@ -29,8 +28,9 @@ class PartPath:
 
     Attributes:
         part: "stem", "stages.0" to "stages.3", their parts where they compute one by one, and "end".
-        path: "plan", the kernels of the whole part at once; "kernels", those of one block; "eager", the fused
-            operations in plain PyTorch; "modules", its modules; "raises", an UnsupportedError by backend="triton".
+        path: "plan", the kernels of the whole part at once; "kernels", those of one block, or of the attention in a
+            block of modules; "eager", the fused operations in plain PyTorch; "modules", its modules; "raises", an
+            UnsupportedError by backend="triton".
         why: the reason why the part takes no faster path; None for a plan.
         kernels: names of the kernels that it launches; None where PyTorch's operators compute.
     """
@@ -65,19 +65,23 @@ class Explanation:
 def explain(model: EfficientFormer | Backbone, images: Tensor) -> Explanation:
     """Tell how `model` would compute on `images` now: its modes, hooks, backend, autocast and gradients count.
 
-    Nothing is computed, and no hook is called; plans that a forward would make are made.
+    No kernel is launched and no hook is called. Plans that a forward would make are made.
 
     Args:
         model: an `EfficientFormer` or a `Backbone`.
         images: [B, in_chans, H, W] in the model's dtype (any floating one under autocast), on its device.
 
     Raises:
-        TypeError, ValueError: for another model, or images of another shape.
+        TypeError: for another model, or images in another dtype.
+        ValueError: for images of another shape, or on another device.
     """
     network = network_within(model)
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != network.in_chans:
-        got = shape_of(images) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images: got {got}, allowed is a tensor [B, {network.in_chans}, H, W]")
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: got {type(images).__name__}, allowed is a tensor")
+    weight = next(network.parameters())
+    check_images(images, network.in_chans, weight, "images")
+    if images.device != weight.device:
+        raise ValueError(f"images: got a tensor on {images.device}, allowed is the model's device {weight.device}")
     return Explanation(tuple(_parts(network, images)))
 
 
@@ -95,7 +99,10 @@ def _parts(network: EfficientFormer, images: Tensor) -> Iterator[PartPath]:
         else:
             yield from _blocks(name, stage, x, sides, found.why)
         x = _map(images, network.config.widths[index], sides, dtype)
-    yield _whole("end", End(network), x.flatten(2).transpose(1, 2))
+    if replaces(network, EfficientFormer, "forward_features"):
+        yield PartPath("end", "modules", "forward_features was replaced", None)
+    else:
+        yield _whole("end", End(network), x.flatten(2).transpose(1, 2))
 
 
 def _whole(name: str, part: object, x: Tensor) -> PartPath:
@@ -117,29 +124,43 @@ def _blocks(name: str, stage: Stage, x: Tensor, sides: tuple[int, int], reason: 
         if isinstance(block, Flat):
             x = x.flatten(2).transpose(1, 2)
         elif isinstance(block, Meta4D | Meta3D):
-            arguments = (x, *sides) if isinstance(block, Meta3D) else (x,)
-            yield _block(f"{name}.blocks.{index}", block, *arguments)
+            found = _block(f"{name}.blocks.{index}", block, x, *(sides if isinstance(block, Meta3D) else ()))
+            yield found
+            if found.path == "modules" and isinstance(mixer := getattr(block, "token_mixer", None), Attention):
+                yield _block(f"{found.part}.token_mixer", mixer, *_attended(mixer, x))
         else:
             yield PartPath(f"{name}.blocks.{index}", "modules", f"its class is {type(block).__name__}", None)
 
 
-def _block(name: str, block: Fusable, x: Tensor, *sides: int) -> PartPath:
-    from ..kernels.launch import recorded
-
+def _block(name: str, block: Meta4D | Meta3D | Attention, x: Tensor, *others: Any) -> PartPath:
+    """A fused operation on its own, in a stage that is not planned as a whole."""
     asked_for = block.backend == "triton"
     if reason := block.why_composed():
         return PartPath(name, "raises" if asked_for else "modules", reason, None)
-    sizes: dict[str, Any] = {"norm": True, "key_dim": block.token_mixer.key_dim} if isinstance(block, Meta3D) else {}
-    if reason := why_eager(block.backend, x, *block.parameters(), activation=block.activation, **sizes):
+    options: dict[str, Any] = {}
+    if isinstance(block, Meta4D | Meta3D):
+        options["activation"] = block.activation
+    if isinstance(block, Meta3D | Attention):
+        mixer = block.token_mixer if isinstance(block, Meta3D) else block
+        options |= {"norm": isinstance(block, Meta3D), "key_dim": mixer.key_dim}
+    if reason := why_eager(block.backend, x, *block.parameters(), **options):
         return PartPath(name, "raises" if asked_for else "eager", reason, None)
-    with torch.no_grad(), recorded(run=False) as launches:
-        block.fused(x, *sides)
-    return PartPath(
-        name, "kernels", "its stage is not planned as a whole", tuple(one.kernel.__name__ for one in launches)
-    )
+    from ..kernels.launch import described
+
+    with torch.no_grad(), described() as launches:
+        block.fused(x, *others)
+    kernels = tuple(one.kernel.__name__ for one in launches)
+    return PartPath(name, "kernels", "its stage is not planned as a whole", kernels)
+
+
+def _attended(mixer: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty arguments of `Attention.attend` for tokens x."""
+    batch, tokens, _ = x.shape
+    qkv = torch.empty(batch, tokens, mixer.qkv.out_features, dtype=x.dtype, device=x.device)
+    return qkv, torch.empty(mixer.num_heads, tokens, tokens, dtype=torch.float32, device=x.device)
 
 
 def _map(like: Tensor, channels: int, sides: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """An empty map, as a part before would return it."""
     shape = (like.shape[0], channels, *sides)
-    return torch.empty(shape, dtype=dtype, device=like.device).to(memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)

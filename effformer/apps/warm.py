@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..backend import why_not_triton
-from ..checks import check_count
+from ..checks import check_shapes
 from ..model.netspresso import Backbone, network_within
 from ..model.network import EfficientFormer
 
@@ -16,29 +16,36 @@ def warm(model: EfficientFormer | Backbone, *shapes: tuple[int, int, int], dtype
     A kernel takes one to four seconds to compile, and the first forward of a shape waits for all that are new. Triton
     keeps what is compiled on disk. Call it as forwards will run: in eval mode, under their autocast.
 
+    Where the kernels cannot run, nothing is done.
+
     Args:
-        model: an `EfficientFormer` or a `Backbone`; it is not changed. Its hooks are called.
-        shapes: (batch, height, width) of the images.
+        model: an `EfficientFormer` or a `Backbone` in eval mode. It is not changed, but its hooks are called, twice for
+            each shape, and once with values that were never written.
+        shapes: (batch, height, width) of the images, one or more.
         dtype: of the images, by default the model's.
 
     Raises:
-        ValueError: for other shapes.
+        TypeError: for another model, or a dtype that is not floating.
+        ValueError: for other shapes, or a model with a part in training mode.
     """
     network = network_within(model)
-    weight = network.stem.conv1.weight
-    for shape in shapes:
-        if len(shape) != 3:
-            raise ValueError(f"shapes: got {shape}, allowed are (batch, height, width)")
-        for size in shape:
-            check_count("shapes", size, least=1)
-    if network.training:
-        raise ValueError("model: got one in training mode, allowed is one in eval mode: call model.eval()")
-    for batch, height, width in shapes:
-        x = torch.zeros(batch, network.in_chans, height, width, dtype=dtype or weight.dtype, device=weight.device)
-        with torch.no_grad():
-            if why_not_triton(weight.device, asked_for=True) is None:
-                from ..kernels.launch import compile_within
+    weight = next(network.parameters())
+    dtype = weight.dtype if dtype is None else dtype
+    check_shapes(shapes)
+    if not shapes:
+        raise ValueError("shapes: got none, allowed is (batch, height, width), one or more")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: got {dtype}, allowed is a floating one")
+    training = [name or "the model" for name, module in network.named_modules() if module.training]
+    if training:
+        raise ValueError(f"model: got {training[0]} in training mode, allowed is eval mode: call model.eval()")
+    if why_not_triton(weight.device, asked_for=True) is not None:
+        return
+    from ..kernels.launch import compile_within
 
-                with compile_within():
-                    network(x)
+    for batch, height, width in shapes:
+        x = torch.zeros(batch, network.in_chans, height, width, dtype=dtype, device=weight.device)
+        with torch.no_grad():
+            with compile_within():
+                network(x)
             network(x)

@@ -86,7 +86,7 @@ class Planned:
 class _State:
     """A part's modules and tensors at one time, and the plans that rest on them.
 
-    It holds no module that holds the part, so that both are freed when the part is.
+    It holds no module that holds the part (unless an attribute does), so that both are freed when the part is.
 
     Attributes:
         devices: of the parameters.
@@ -119,7 +119,7 @@ class _State:
             return False
 
     @property
-    def rests(self) -> bool:
+    def is_stable(self) -> bool:
         """Whether it is worth a plan: not where each forward finds another state."""
         return self._changes < _REBUILDS or self.forwards > 1
 
@@ -187,7 +187,7 @@ def decide(part: Part, x: Tensor) -> Decision | str:
             return found
         state = found
     state.forwards += 1
-    if not state.rests:
+    if not state.is_stable:
         return "its parameters or modules change at each forward"
     if state.devices != {x.device}:
         return "its input and its parameters are on different devices"
@@ -199,7 +199,7 @@ def decide(part: Part, x: Tensor) -> Decision | str:
     if form not in state.plans and not capturing:
         with _lock:
             if form not in state.plans:  # another thread made it
-                remember(state.plans, form, _new_plan(part, state, given, dtype), _MOST_PLANS)
+                add_bounded(state.plans, form, _new_plan(part, state, given, dtype), _MOST_PLANS)
     plan = state.plans.get(form)
     if plan is None or (capturing and not isinstance(plan, str) and not plan.ready):
         # Copying the table of addresses, and loading kernels, would end the capture.
@@ -207,7 +207,7 @@ def decide(part: Part, x: Tensor) -> Decision | str:
     return plan if isinstance(plan, str) else Decision(plan, given, state)
 
 
-def remember(entries: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+def add_bounded(entries: dict[Any, Any], key: Any, value: Any, most: int) -> None:
     """Add an entry, and drop the oldest beyond `most`."""
     entries[key] = value
     while len(entries) > most:
@@ -215,7 +215,7 @@ def remember(entries: dict[Any, Any], key: Any, value: Any, most: int) -> None:
 
 
 def _is_plain_call(x: Tensor) -> bool:
-    """Whether tracers, transformations, dispatch modes and hooks for all modules are absent."""
+    """Whether tracers, transformations, fake, proxy and functional modes, and hooks for all modules are absent."""
     return (
         type(x) is Tensor
         and forward_ad._current_level < 0
@@ -241,7 +241,7 @@ def _why_not_called(part: Part, x: Tensor) -> str | None:
         or any(
             tensor is not None and tensor.requires_grad
             for module in part.watched()
-            for tensor in module._parameters.values()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
         )
     ):
         return "a gradient is needed"
@@ -265,7 +265,7 @@ def form_of(x: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     from ..kernels.launch import tf32_allowed
     from ..kernels.tiling.choose import overriding
 
-    form = x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0, dtype, overriding()
+    form = x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0, dtype, autocast(x.device.type), overriding()
     if dtype != torch.float32:
         return form
     return *form, *tf32_allowed()

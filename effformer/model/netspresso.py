@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..checks import check_choice
 from ..config import DENSE_TASKS, TASKS, BiasResize, FeatureNorm
+from .adapter import AdapterSpec
 from .blocks import ConvMlp
 from .fusion import refuse_hooks
 from .netspresso_file import read_netspresso
 from .network import EfficientFormer
-from .snapshot import Snapshot
 
 
 class BackboneOutput(TypedDict, total=False):
@@ -62,12 +62,12 @@ class Backbone(nn.Module):
         features = self.network.forward_features(x)
         return {"last_feature": self.network.forward_head(features, pre_logits=True)}
 
-    def snapshot(self, dtype: torch.dtype) -> Snapshot:
+    def describe_for_freeze(self, dtype: torch.dtype) -> AdapterSpec:
         """For `effformer.freeze`, see `Adapter`."""
         refuse_hooks(self)
         if self.task in DENSE_TASKS:
-            return Snapshot(self.network, "features", lambda maps: {"intermediate_features": tuple(maps)})
-        return Snapshot(self.network, "pooled", lambda pooled: {"last_feature": pooled})
+            return AdapterSpec(self.network, "features", lambda maps: {"intermediate_features": tuple(maps)})
+        return AdapterSpec(self.network, "pooled", lambda pooled: {"last_feature": pooled})
 
 
 def build_backbone(

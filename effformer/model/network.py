@@ -29,7 +29,7 @@ POOLS = ("avg", "")
 
 
 @torch.fx.wrap
-def check_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
+def check_images(x: Tensor, in_chans: int, weight: Tensor, name: str = "x") -> Tensor:
     """Return `x` if it is a batch of images [B, in_chans, H, W] in the dtype of `weight`; FX records this as one node.
 
     Raises:
@@ -38,11 +38,11 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor) -> Tensor:
     """
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         if x.ndim != 4 or x.shape[1] != in_chans:
-            raise ValueError(f"x: got shape {shape_of(x)}, allowed is [B, {in_chans}, H, W]")
-        check_floating("x", x)
+            raise ValueError(f"{name}: got shape {shape_of(x)}, allowed is [B, {in_chans}, H, W]")
+        check_floating(name, x)
         if x.dtype != weight.dtype and not autocast(x.device.type):
             raise TypeError(
-                f"x: got {x.dtype}, allowed is the network's {weight.dtype} (any floating dtype in autocast)"
+                f"{name}: got {x.dtype}, allowed is the network's {weight.dtype} (any floating dtype in autocast)"
             )
     return x
 

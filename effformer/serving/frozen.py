@@ -6,17 +6,17 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..backend import BACKENDS, no_autocast, refuse_triton, why_not_triton
-from ..checks import check_choice, check_count, shape_of
+from ..checks import check_choice, check_count, check_shapes, shape_of
+from ..model.adapter import Adapter, AdapterSpec
 from ..model.netspresso import network_within
 from ..model.network import EfficientFormer
-from ..model.snapshot import Adapter, Snapshot
 from .graphs import capture_graph, wait_for
 from .packing import OUTPUTS, Packed, normalisation, pack
 from .plans import Plans
@@ -75,8 +75,8 @@ def freeze(
         raise TypeError(f"dtype: got {dtype}, allowed are {', '.join(map(str, DTYPES))}")
     if output is not None:
         check_choice("output", output, OUTPUTS)
-    snapshot = _snapshot(model, dtype, output)
-    network = snapshot.network
+    spec = _described(model, dtype, output)
+    network = spec.network
     device = network.stem.conv1.weight.device
     reason: str | None = "asked for"
     check_choice("when_full", when_full, ("run", "pad"))
@@ -87,15 +87,23 @@ def freeze(
         refuse_triton(backend, reason)
     pixels = normalisation(mean, std, network.in_chans)
     most = max_graphs if cuda_graphs and device.type == "cuda" else 0
-    return Frozen(model, snapshot, dtype, output, reason, pixels, most, when_full == "pad", new_outputs, deterministic)
+    return Frozen(model, spec, dtype, output, reason, pixels, most, when_full == "pad", new_outputs, deterministic)
 
 
-def _snapshot(model: EfficientFormer | Adapter, dtype: torch.dtype, output: Output | None) -> Snapshot:
+def _described(model: EfficientFormer | Adapter, dtype: torch.dtype, output: Output | None) -> AdapterSpec:
     """The network of `model`, and the form of its results; `output` asks for those of the network itself."""
-    if not isinstance(model, Adapter):
-        return Snapshot(network_within(model), output or "logits", lambda result: result)
-    found = model.snapshot(dtype)
-    return found if output is None else replace(found, output=output, give=lambda result: result, stages=None)
+    if isinstance(model, EfficientFormer) or not isinstance(model, Adapter):
+        return AdapterSpec(network_within(model), output or "logits", lambda result: result)
+    found = model.describe_for_freeze(dtype)
+    if output is None:
+        return found
+    return AdapterSpec(found.network, output, lambda result: result)
+
+
+def _kind(model: object, spec: AdapterSpec) -> tuple[Any, ...]:
+    """Its class, and the shapes of its modules after the network; all networks are of one kind."""
+    shapes = {} if spec.copied is None else {name: one.shape for name, one in spec.copied.state_dict().items()}
+    return EfficientFormer if isinstance(model, EfficientFormer) else type(model), spec.output, shapes
 
 
 # Batch, height, width, and whether the images are uint8.
@@ -131,7 +139,7 @@ class Frozen:
     def __init__(
         self,
         model: EfficientFormer | Adapter,
-        snapshot: Snapshot,
+        spec: AdapterSpec,
         dtype: torch.dtype,
         output: Output | None,
         reason: str | None,
@@ -141,9 +149,9 @@ class Frozen:
         new_outputs: bool,
         deterministic: bool,
     ) -> None:
-        self._asked_for = output
-        self.device, self.in_chans = snapshot.network.stem.conv1.weight.device, snapshot.network.in_chans
-        self.dtype, self.output, self.reason = dtype, snapshot.output, reason
+        self._requested_output, self._kind = output, _kind(model, spec)
+        self.device, self.in_chans = spec.network.stem.conv1.weight.device, spec.network.in_chans
+        self.dtype, self.output, self.reason = dtype, spec.output, reason
         self.backend = "triton" if reason is None else "eager"
         self._pixels, self._deterministic = pixels, deterministic
         self._max_graphs, self._pads, self._new_outputs = max_graphs, pads, new_outputs
@@ -151,10 +159,10 @@ class Frozen:
         self._graphs: dict[Key, _Graph] = {}
         self._pool: Any = None
         self._ready: torch.cuda.Event | None = None  # the work of the last call is done
-        self._model, self._give = weakref.ref(model), snapshot.give
+        self._model, self._convert = weakref.ref(model), spec.convert
         with self._turn():
             self._outside_a_graph("freeze")
-            self._packed = self._pack(snapshot)
+            self._packed = self._pack(spec)
             self._plans = Plans(self._packed, self.backend)  # of images without a graph
             self._wait()  # a caller's graph may run on another stream, and does not wait
 
@@ -199,10 +207,10 @@ class Frozen:
             key = self._key(images)
             if key is None:
                 # A caller's graph may be replayed when what is kept here is freed.
-                return self._give(self._plans.run(images, keep=not self._within_a_graph()))
+                return self._convert(self._plans.run(images, keep=not self._within_a_graph()))
             if key not in self._graphs:
                 self._graphs[key] = self._capture(key)
-            return self._give(self._replay(self._graphs[key], images))
+            return self._convert(self._replay(self._graphs[key], images))
 
     def capture(self, *shapes: tuple[int, int, int], uint8: bool = False) -> None:
         """Capture a graph for each (batch, height, width), before a call does; these count into `max_graphs`.
@@ -213,11 +221,7 @@ class Frozen:
         """
         if uint8 and self._pixels is None:
             raise ValueError("uint8: got True, allowed is False for a model frozen without mean and std")
-        for shape in shapes:
-            if not isinstance(shape, Sequence) or len(shape) != 3:
-                raise ValueError(f"shapes: got {shape}, allowed are (batch, height, width)")
-            for size in shape:
-                check_count("shapes", size, least=1)
+        check_shapes(shapes)
         with self._turn():
             keys = [(*shape, uint8) for shape in shapes]
             if len({*self._graphs, *keys}) > self._max_graphs:
@@ -267,27 +271,27 @@ class Frozen:
         given = self._model() if model is None else model
         if given is None:
             raise ValueError("model: got None, and the frozen model no longer exists; allowed is a model")
-        snapshot = _snapshot(given, self.dtype, self._asked_for)
-        if snapshot.output != self.output:
-            raise ValueError(f"model: got a {type(given).__name__}, allowed is one of the frozen model's kind")
+        spec = _described(given, self.dtype, self._requested_output)
+        if self._requested_output is None and _kind(given, spec) != self._kind:
+            raise ValueError(f"model: got a {type(given).__name__}, allowed is the frozen model's kind, and sizes")
         with self._turn():
             self._outside_a_graph("refresh")
-            packed = self._pack(snapshot)
+            packed = self._pack(spec)
             self._wait()
             self._packed.take(packed)
             for (_, height, width, _), graph in self._graphs.items():
                 for target, source in zip(graph.biases, self._packed.biases(height, width, self.backend), strict=True):
                     target.copy_(source)
             self._plans.clear()
-            self._model, self._give = weakref.ref(given), snapshot.give
+            self._model, self._convert = weakref.ref(given), spec.convert
             self._wait()  # for a caller's graph, as above
 
     # --- the parts of a call ------------------------------------------------------------------------------------------
 
-    def _pack(self, snapshot: Snapshot) -> Packed:
+    def _pack(self, spec: AdapterSpec) -> Packed:
         mean, std = self._pixels or (None, None)
-        options: dict[str, Any] = {"deterministic": self._deterministic, "stages": snapshot.stages}
-        return pack(snapshot.network, self.dtype, self.output, mean, std, **options)
+        options: dict[str, Any] = {"deterministic": self._deterministic, "stages": spec.stages}
+        return pack(spec.network, self.dtype, self.output, mean, std, **options)
 
     def _check(self, images: Tensor) -> Tensor:
         """Check `images`, and return them as [B, in_chans, H, W]."""

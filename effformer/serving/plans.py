@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..model.live import form_of, remember
+from ..model.live import add_bounded, form_of
 from .packing import Packed
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Plans:
         size = self._sizes.get(sides)
         if size is None:
             size = _Size(packed.biases(*sides, backend))
-            remember(self._sizes, sides, size, _SIZES)
+            add_bounded(self._sizes, sides, size, _SIZES)
         if images.is_cuda:
             for bias in size.biases:  # it may be freed while this stream still reads it
                 bias.record_stream(torch.cuda.current_stream())
@@ -77,5 +77,5 @@ class Plans:
     def _plan(self, size: _Size, images: Tensor) -> Plan | None:
         form = form_of(images, self._packed.dtype)
         if form not in size.plans:
-            remember(size.plans, form, self._packed.plan(images, size.biases), _PLANS)
+            add_bounded(size.plans, form, self._packed.plan(images, size.biases), _PLANS)
         return size.plans[form]

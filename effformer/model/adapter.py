@@ -7,33 +7,38 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from .network import EfficientFormer
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """An adapter's description.
+class AdapterSpec:
+    """An adapter's network, and the way from its results to the adapter's.
+
+    No attribute but `network` may hold the adapter or the network: a frozen model keeps `convert`, and not these.
 
     Attributes:
         network: within the adapter.
         output: "logits", "pooled" or "features", of the network.
-        give: converts that output to the result of the adapter's forward.
+        convert: converts that output to the result of the adapter's forward.
         stages: those whose maps are the features; None for all.
+        copied: a copy of the modules that `convert` calls, if any.
     """
 
     network: EfficientFormer
     output: Literal["logits", "pooled", "features"]
-    give: Callable[[Any], Any]
+    convert: Callable[[Any], Any]
     stages: tuple[int, ...] | None = None
+    copied: nn.Module | None = None
 
 
 @runtime_checkable
 class Adapter(Protocol):
     """A module around a network that `freeze` takes."""
 
-    def snapshot(self, dtype: torch.dtype) -> Snapshot:
+    def describe_for_freeze(self, dtype: torch.dtype) -> AdapterSpec:
         """Describe the adapter, for a frozen model in `dtype`.
 
         Raises:
