@@ -74,8 +74,8 @@ mutants: $(VENV)/dev.stamp
 audit: $(VENV)/dev.stamp
 	$(BIN)/python -m effformer.bench.offline.audit --output bench/results/audit.jsonl $(AUDIT)
 
-# Another Triton than that of constraints.txt, whose version TRITON names, beside the CPU's torch. The interpreter of 3.6
-# fails with NumPy 2.4.
+# The next targets use the Triton that TRITON names, not that of constraints.txt. torch stays that of .venv. The
+# interpreter of Triton 3.6 fails with NumPy 2.4.
 OTHER := $(CURDIR)/build/triton-$(TRITON)
 triton: $(VENV)/dev.stamp
 	$(if $(TRITON),,$(error TRITON: give a version of Triton, such as TRITON=3.9.0))

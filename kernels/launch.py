@@ -40,7 +40,7 @@ class Launch:
     Attributes:
         arguments: name -> tensor (None for one that the constants switch off), int or float, read at run time.
         constants: name -> value that the kernel is compiled for.
-        question: that the table answered with these tiles; None where there is no choice.
+        question: the look-up in the table that gave these tiles; None for a kernel without a choice.
     """
 
     kernel: Any

@@ -20,6 +20,8 @@ from .launch import INTERPRETED, Launch, compiled, described, observed, run
 from .tiling.device import device_of, stand_in
 
 _PLACE = 256  # bytes, of which places in memory are multiples
+# The calls of compiled kernels are not Triton's public interface: newer versions launch by their own.
+_CALLS_DIRECTLY = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10)
 _INPUT, _WORKSPACE, _RESULTS = 0, 1, 2  # bases that pointers count from; parameters follow the results
 
 
@@ -159,7 +161,7 @@ class Plan:
                 return self(x, tensors, results)
         workspace = torch.empty(self._bytes, dtype=torch.uint8, device=x.device)
         results = self.new_results(x.device) if results is None else results
-        if INTERPRETED or observed() or _hooked():
+        if INTERPRETED or not _CALLS_DIRECTLY or observed() or _hooked():
             run(*self._tensors_of(x, workspace, results, tensors()))
         else:
             self._launch(x, workspace, results, tensors)

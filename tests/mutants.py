@@ -263,6 +263,11 @@ MUTANTS = (
     Mutant("live: TF32's flags forgotten", "effformer/model/live.py", "return *form, *tf32_allowed()", "return form"),
     Mutant("live: a bias resized as a table, whatever was asked for", "effformer/model/live.py", 'if one.resize["resize"] != "table" and', "if False and"),
     Mutant("live: a replaced head computed as the old one", "effformer/model/end.py", "if not all(is_plain(head, (nn.Linear,)) for head in (network.head, network.head_dist)):", "if False:"),
+    Mutant("live: a plan of autocast taken outside it", "effformer/model/live.py", "dtype, autocast(x.device.type), overriding()", "dtype, overriding()"),
+    Mutant("live: another table's plan taken", "effformer/model/live.py", "autocast(x.device.type), overriding()", "autocast(x.device.type)"),
+    Mutant("live: classes of modules not compared", "effformer/model/live.py", "                and [type(module) for module in self._modules] == self._classes\n", ""),
+    Mutant("live: replicas planned", "effformer/model/live.py", 'vars(part.owner).get("_is_replica")', "False"),
+    Mutant("live: a plan made by each thread", "effformer/model/live.py", "            if form not in state.plans:  # another thread made it\n", "            if True:\n"),
     Mutant("live: methods of subclasses ignored", "effformer/model/end.py", 'return replaces(self.network, EfficientFormer, "forward_head", "logits")', "return False"),
     Mutant("frozen: a gradient lost", "effformer/serving/frozen.py", "if torch.is_grad_enabled() and images.requires_grad:", "if False:"),
 )  # fmt: skip

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import threading
 from typing import Any
+from unittest import mock
 
 import torch
 from effformer.bench.host.stub import stub_driver
+from effformer.kernels import launch
+from effformer.kernels import plan as plan_module
 from effformer.kernels.launch import SIZES, recorded
 from effformer.kernels.plan import Plan
 from torch import Tensor
@@ -24,41 +27,47 @@ Launched = tuple[int, int, list[object]]  # programs, the function, arguments
 def arguments(call: Any) -> list[Launched]:
     """The launches of a call as they reach Triton's launcher, tensors as their addresses."""
     found: list[Launched] = []
-    launch = driver.CudaLauncher.__call__
+    by_launcher = driver.CudaLauncher.__call__
 
     def spy(self: Any, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
         values = [one.data_ptr() if isinstance(one, Tensor) else one for one in rest[4:]]
         found.append((x, id(self), values))
-        launch(self, x, y, z, stream, function, *rest)
+        by_launcher(self, x, y, z, stream, function, *rest)
 
     driver.CudaLauncher.__call__ = spy
     try:
         call()
     finally:
-        driver.CudaLauncher.__call__ = launch
+        driver.CudaLauncher.__call__ = by_launcher
     return found
 
 
-def warmed() -> tuple[int, int, int]:
-    """Kernels that `warm` compiled, in how many threads, and kernels that the next forward compiled."""
+def warmed() -> tuple[int, int, int, int]:
+    """Kernels that `warm` compiled at first, in all, in how many threads, and those that the next forward compiled."""
     threads: list[int] = []
-    make = compiler.CUDABackend.make_cubin
+    batches: list[int] = []
+    make, compiled = compiler.CUDABackend.make_cubin, launch.compiled
 
     def spy(*args: Any) -> Any:
         threads.append(threading.get_ident())
         return make(*args)
 
-    compiler.CUDABackend.make_cubin = spy
+    def counted(launches: Any) -> Any:
+        found = compiled(launches)
+        batches.append(len(threads))
+        return found
+
+    compiler.CUDABackend.make_cubin, launch.compiled = spy, counted
     network = EfficientFormer(CONFIG, num_classes=5, backend="triton").eval().half()
     warm(network, (2, 32, 32))
     before, count = len(threads), len(set(threads))
     network(torch.zeros(2, 3, 32, 32).half())
-    return before, count, len(threads) - before
+    return batches[0], before, count, len(threads) - before
 
 
 @torch.no_grad()
 def main() -> None:
-    report: dict[str, Any] = {"same": [], "counted": {}}
+    report: dict[str, Any] = {"same": [], "counted": {}, "by_triton": []}
     plans: list[tuple[Plan, Tensor, list[Tensor]]] = []
     by_plan = Plan.__call__
 
@@ -79,6 +88,10 @@ def main() -> None:
                 with recorded() as launches:
                     form(images)
                 report["counted"][f"{type(form).__name__} {dtype}"] = (by_driver, len(launches))
+                before = count()
+                with mock.patch.multiple(plan_module, _CALLS_DIRECTLY=False), mock.patch.object(Plan, "_launch", None):
+                    form(images)  # as with a newer Triton
+                report["by_triton"].append((count() - before, len(launches)))
             network(torch.cat([images.flatten()[:1], images.flatten()])[1:].view(images.shape))  # not aligned
         kernels = {planned.launch.kernel for plan, _, _ in plans for planned in plan._launches}
         report["specialised"] = {
@@ -91,7 +104,7 @@ def main() -> None:
             results = plan.new_results(x.device)
             direct = arguments(lambda: plan._launch(x, workspace, results, lambda: tensors))  # noqa: B023
             by_triton = arguments(
-                lambda: [launch.run() for launch in plan._tensors_of(x, workspace, results, tensors)]  # noqa: B023
+                lambda: [one.run() for one in plan._tensors_of(x, workspace, results, tensors)]  # noqa: B023
             )
             report["same"].append((direct == by_triton, len(direct)))
     print(json.dumps(report))  # noqa: T201

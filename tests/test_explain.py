@@ -199,3 +199,6 @@ def test_info_explains(capsys: pytest.CaptureFixture[str]) -> None:
         "part": "stem", "path": "modules", "why": "'cpu' is not an NVIDIA GPU", "kernels": None,
     }  # fmt: skip
     assert effformer.explain is explain
+    for option in (["--dtype", "fp16"], ["--device", "cpu"]):
+        assert main(["info", *option]) == 1
+        assert f"{option[0]}: allowed is only together with --explain" in capsys.readouterr().err

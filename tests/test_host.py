@@ -29,8 +29,8 @@ def run(*command: str, **variables: str) -> str:
 def test_plans_launch_what_triton_would(tmp_path: Path) -> None:
     """Also in bfloat16, which the interpreter refuses. `warm` compiles side by side, and leaves nothing to compile."""
     report: dict[str, Any] = json.loads(run(str(TESTS / "stub_worker.py"), TRITON_CACHE_DIR=str(tmp_path)))
-    compiled, threads, later = report["warm"]
-    assert compiled > 10
+    first, compiled, threads, later = report["warm"]
+    assert first == compiled > 10  # at once, and not part by part
     assert threads > 1 or os.cpu_count() == 1
     assert later == 0
     assert len(report["specialised"]) > 6
@@ -38,6 +38,7 @@ def test_plans_launch_what_triton_would(tmp_path: Path) -> None:
     assert len(report["counted"]) == 4
     for by_driver, recorded in report["counted"].values():
         assert by_driver == recorded > 10
+    assert [found for found, _ in report["by_triton"]] == [expected for _, expected in report["by_triton"]]
     assert len(report["same"]) > 12
     assert all(same and launches for same, launches in report["same"])
 
@@ -59,16 +60,20 @@ FIRST_CALLS = """
 import json
 from effformer.bench.host.first_call import measure
 from effformer.config import EfficientFormerConfig
+from effformer.kernels import launch
 
 config = EfficientFormerConfig(depths=(1, 1, 1, 2), widths=(8, 8, 8, 16), num_vit=1, num_heads=2, key_dim=8)
-print(json.dumps(measure(config, [(1, 32, 32), (1, 32, 32)], 2)))
+pool, sizes = launch.ThreadPoolExecutor, []
+launch.ThreadPoolExecutor = lambda size: (sizes.append(size), pool(size))[1]
+print(json.dumps([measure(config, [(1, 32, 32), (1, 32, 32)], 3), sizes]))
 """
 
 
 @needs_compiler
 def test_first_forwards_compile_and_later_ones_do_not() -> None:
-    first, second = json.loads(run("-c", FIRST_CALLS))
+    (first, second), threads = json.loads(run("-c", FIRST_CALLS))
     assert first > 1 > 10 * second
+    assert set(threads) == {3}
 
 
 def test_the_table_of_the_benchmark() -> None:

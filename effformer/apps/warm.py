@@ -13,8 +13,8 @@ from ..model.network import EfficientFormer
 def warm(model: EfficientFormer | Backbone, *shapes: tuple[int, int, int], dtype: torch.dtype | None = None) -> None:
     """Compile the kernels of a live model's forward for images of these shapes, side by side, and load them.
 
-    A kernel takes one to four seconds to compile, and the first forward of a shape waits for all that are new. Triton
-    keeps what is compiled on disk. Call it as forwards will run: in eval mode, under their autocast.
+    A kernel takes seconds to compile, and the first forward of a shape waits for all that are new. Triton keeps
+    compiled kernels on disk. Call it as forwards will run: in eval mode, under their autocast.
 
     Where the kernels cannot run, nothing is done.
 

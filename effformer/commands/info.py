@@ -22,7 +22,7 @@ def add(commands: common.Commands) -> None:
     parser = common.add_command(commands, "info", main, __doc__)
     common.add_size(parser)
     parser.add_argument("--explain", type=common.model, metavar="MODEL", help="l1, l3 or l7: how its parts compute")
-    parser.add_argument("--dtype", type=common.dtype, default="float32", help="with --explain; default: fp32")
+    parser.add_argument("--dtype", type=common.dtype, help="with --explain; default: fp32")
     common.add_device(parser)
     common.add_json(parser)
 
@@ -34,6 +34,9 @@ def main(arguments: argparse.Namespace) -> int:
     from ..kernels.tiling.choose import user_file
 
     height, width = arguments.size
+    for option, given in (("--dtype", arguments.dtype), ("--device", arguments.device != "auto")):
+        if given and not arguments.explain:
+            raise ValueError(f"{option}: allowed is only together with --explain")
     explanation = _explained(arguments) if arguments.explain else None
     models = [summarise(name, height, width) for name in PRESETS]
     backends = {name: describe_backend("auto", torch.device(name)) for name in devices()}
@@ -61,7 +64,7 @@ def main(arguments: argparse.Namespace) -> int:
         maps = "  ".join("x".join(map(str, shape)) for shape in model.features)
         print(f"{model.name:<20}{model.parameters / 1e6:>10.2f} M{model.macs / 1e9:>8.2f} G   {maps}")
     if explanation is not None:
-        print(f"\n{arguments.explain}, one image of {height}x{width} in {arguments.dtype}:\n{explanation}")
+        print(f"\n{arguments.explain}, one image of {height}x{width} in {arguments.dtype or 'float32'}:\n{explanation}")
     return 0
 
 
@@ -71,7 +74,7 @@ def _explained(arguments: argparse.Namespace) -> Explanation:
     from ..apps.explain import explain
     from ..factory import create_model
 
-    device, dtype = common.torch_device(arguments.device), common.torch_dtype(arguments.dtype)
+    device, dtype = common.torch_device(arguments.device), common.torch_dtype(arguments.dtype or "float32")
     model = create_model(arguments.explain, device=device, dtype=dtype).eval()
     with torch.no_grad():
         return explain(model, torch.zeros(1, 3, *arguments.size, device=device, dtype=dtype))
