@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class AdapterSpec:
     """An adapter's network, and the way from its results to the adapter's.
 
-    No attribute but `network` may hold the adapter or the network: a frozen model keeps `convert`, and not these.
+    `convert` must not hold the adapter or its network: a frozen model keeps `convert`, and lets these be freed.
 
     Attributes:
         network: within the adapter.
