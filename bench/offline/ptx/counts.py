@@ -1,0 +1,121 @@
+"""Dynamic counts: instructions by class, traffic of global and shared memory, work of the matrix units."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .numbers import Array
+
+if TYPE_CHECKING:
+    from .machine import Block, Machine
+    from .program import Instruction
+
+_CLASSES = {
+    "ex2": "mufu", "rsqrt": "mufu", "sqrt": "mufu", "rcp": "mufu", "lg2": "mufu", "tanh": "mufu", "sin": "mufu",
+    "cos": "mufu", "mma": "tensor", "elect": "control", "mbarrier": "sync", "ldmatrix": "lds", "stmatrix": "sts",
+    "shfl": "shfl", "bar": "sync", "barrier": "sync", "fence": "sync", "bra": "control", "ret": "control",
+    "exit": "control", "cvt": "cvt", "mov": "mov", "cvta": "mov", "setp": "int", "selp": "int", "atom": "stg",
+    "red": "stg",
+}  # fmt: skip
+CLASSES = ("int", "fp32", "mufu", "cvt", "mov", "ldg", "stg", "ldgsts", "lds", "sts", "tensor", "tmem", "shfl", "sync",
+           "control")  # fmt: skip
+
+
+def class_of(instruction: Instruction) -> str:
+    """The class that an instruction counts as, one of `CLASSES`."""
+    parts = instruction.name.split(".")
+    head, last = parts[0], parts[-1]
+    if head == "ld":
+        return "mov" if "param" in parts else "lds" if any(p.startswith("shared") for p in parts) else "ldg"
+    if head == "st":
+        return "sts" if any(p.startswith("shared") for p in parts) else "stg"
+    if head == "cp":
+        return "sync" if parts[2] in ("commit_group", "wait_group", "wait_all") else "ldgsts"
+    if head == "wgmma":
+        return "tensor" if parts[1] == "mma_async" else "sync"
+    if head == "tcgen05":
+        return {"mma": "tensor", "ld": "tmem", "st": "tmem"}.get(parts[1], "sync")
+    if head in _CLASSES:
+        return _CLASSES[head]
+    if last in ("f32", "f32x2", "bf16x2", "f16x2", "bf16", "f16", "f64"):
+        return "mufu" if head == "div" else "fp32"
+    return "int"
+
+
+@dataclass
+class Traffic:
+    """What one memory instruction moved: `units` are sectors of 32 bytes, or wavefronts of shared memory.
+
+    `ideal` is the least for the bytes of distinct places.
+    """
+
+    units: int = 0
+    ideal: float = 0.0
+
+
+class Counts:
+    """Sums over all programs that ran."""
+
+    def __init__(self, *, on: bool) -> None:
+        self.on = on
+        self.flops = 0  # of the matrix units
+        self.operand_bytes = 0  # that they read from shared memory
+        self._blocks: Counter[int] = Counter()
+        self._of_block: dict[int, Block] = {}
+        self._global: defaultdict[Instruction, Traffic] = defaultdict(Traffic)
+        self._shared: defaultdict[Instruction, Traffic] = defaultdict(Traffic)
+
+    def entered(self, block: Block, m: Machine) -> None:
+        """The warps of the mask carry out a block."""
+        warps = m.warps if m.mask is None else int(m.mask.reshape(-1, 32).any(1).sum())
+        self._blocks[id(block)] += warps
+        self._of_block[id(block)] = block
+
+    def global_access(self, i: Instruction, address: Array, lanes: Array, size: int, m: Machine) -> None:
+        """Sectors that each warp touches, and the least for its distinct bytes."""
+        if not len(lanes):
+            return
+        warps = m.warp_of[lanes]
+        traffic = self._global[i]
+        sectors = np.unique(warps << 44 | address[lanes] >> 5 & (1 << 44) - 1)
+        places = np.unique(warps << 48 | address[lanes] & (1 << 48) - 1)
+        traffic.units += len(sectors) * max(1, size // 32)
+        traffic.ideal += len(places) * size / 32
+
+    def shared_access(self, i: Instruction, address: Array, lanes: Array, size: int, m: Machine) -> None:
+        """Passes that the banks need for each group of lanes that is served at once, and the least."""
+        if not len(lanes):
+            return
+        step = max(size // 4, 1)
+        group = lanes // {1: 32, 2: 32, 4: 32, 8: 16, 16: 8}[size]
+        words = (address[lanes] >> 2)[:, None] + np.arange(step)
+        distinct = np.unique(group[:, None] << 32 | words)
+        banks, number = np.unique(distinct >> 32 << 5 | distinct & 31, return_counts=True)
+        starts = np.flatnonzero(np.diff(banks >> 5, prepend=-1))
+        traffic = self._shared[i]
+        traffic.units += int(np.maximum.reduceat(number, starts).sum())
+        of_warps = np.unique((lanes // 32)[:, None] << 32 | words) >> 32
+        traffic.ideal += float(np.ceil(np.unique(of_warps, return_counts=True)[1] / 32).sum())
+
+    def totals(self) -> dict[str, float]:
+        """By name: warp instructions of each class, sectors and wavefronts with their ideals, FLOP, operand bytes."""
+        found: Counter[str] = Counter(dict.fromkeys(CLASSES, 0))
+        for key, times in self._blocks.items():
+            block = self._of_block[key]
+            for one in [*block.instructions, *([block.end] if block.end else [])]:
+                found[class_of(one)] += times
+        result: dict[str, float] = dict(found)
+        names = "sectors_read", "sectors_written", "wavefronts"
+        result |= {prefix + name: 0.0 for name in names for prefix in ("", "ideal_")}
+        for one, traffic in self._global.items():
+            name = "sectors_written" if class_of(one) == "stg" else "sectors_read"
+            result[name] += traffic.units
+            result["ideal_" + name] += traffic.ideal
+        for traffic in self._shared.values():
+            result["wavefronts"] += traffic.units
+            result["ideal_wavefronts"] += traffic.ideal
+        return result | {"flops": self.flops, "operand_bytes": self.operand_bytes}
