@@ -202,20 +202,22 @@ class Parameters:
         self._add(BIAS, target.numel(), (target,), _CODES[table.dtype], columns, key_dim**-0.5)
         return target
 
-    def launch(self, places: Mapping[int, int], device: torch.device) -> Launch | None:
+    def launch(self, places: Mapping[int, int], bytes: int, device: torch.device) -> Launch | None:
         """The fold, given the byte offset of each of `folded` (by `id`); None where there is nothing to do.
 
-        The arguments vectors_ptr and matrices_ptr point to the memory that the offsets count from.
+        The arguments vectors_ptr and matrices_ptr are the memory that the offsets count from, of so many bytes.
         """
         if not self._items:
             return None
         block = block_on(device)
         self.addresses = lines = torch.cat([_lines(item, places, block) for item in self._items]).to(device)
-        base = torch.empty(1, dtype=torch.float32, device="meta")
+        vectors, matrices = (
+            torch.empty(bytes // dtype.itemsize, dtype=dtype, device="meta") for dtype in (torch.float32, self.dtype)
+        )
         return Launch(
             fold_kernel,
             len(lines),
-            {"table_ptr": lines, "vectors_ptr": base, "matrices_ptr": base.to(self.dtype)},
+            {"table_ptr": lines, "vectors_ptr": vectors, "matrices_ptr": matrices},
             {"COLUMNS": COLUMNS, "BLOCK": block},
             None,
             num_stages=1,

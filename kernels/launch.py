@@ -27,6 +27,9 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 # registers.
 SIZES = ("rows", "H", "W", "OUT_H", "OUT_W", "tokens", "units_xb", "units_xh")
 
+# Arguments that kernels write to. The first is written as a whole; the others, the fold's, in part.
+OUTPUTS = ("out_ptr", "vectors_ptr", "matrices_ptr")
+
 kernel = functools.partial(triton.jit, do_not_specialize=SIZES)
 
 # Of the compiler, in all versions of Triton: fuse products with the sums that follow. Triton 3.10 changes the default.

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from .fold import Parameters
-from .launch import INTERPRETED, Launch, compiled, described, observed, run
+from .launch import INTERPRETED, OUTPUTS, Launch, compiled, described, observed, run
 from .tiling.device import device_of, stand_in
 
 _PLACE = 256  # bytes, of which places in memory are multiples
@@ -112,7 +112,8 @@ class Plan:
         bases |= {_storage(result): _RESULTS + index for index, result in enumerate(self._results)}
         bases |= {_storage(kept): _RESULTS + len(self._results) + place for kept, place in parameters.kept}
         offsets, self._bytes = _arranged(_lifetimes(launches, parameters.folded, self._results, bases))
-        fold = parameters.launch({id(folded): offsets[_storage(folded)] for folded in parameters.folded}, x.device)
+        folded = {id(folded): offsets[_storage(folded)] for folded in parameters.folded}
+        fold = parameters.launch(folded, self._bytes, x.device)
         self._table = parameters.addresses
 
         def planned(launch: Launch) -> _Planned:
@@ -237,7 +238,7 @@ def _lifetimes(
             storage = _storage(tensor)
             base = bases.get(storage, _WORKSPACE)
             of_result = _RESULTS <= base < _RESULTS + len(results)
-            if name == "out_ptr":
+            if name == OUTPUTS[0]:
                 if base != _WORKSPACE and not of_result:
                     raise NotPlannableError("a launch writes to its input or to a parameter")
                 written.add(storage)

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ def register(schema: str, implementation: Callable[..., Tensor], fake: Callable[
     # Compilers must pass inputs in the layout that they had while tracing: outputs follow it.
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _LIBRARY.impl(name, implementation, "CUDA")
-    _LIBRARY.impl(name, implementation if INTERPRETED else _needs_interpreter, "CPU")
+    _LIBRARY.impl(name, implementation if INTERPRETED else functools.partial(_on_cpu, implementation), "CPU")
     needed = sum(one.default is one.empty for one in inspect.signature(fake).parameters.values())
     torch.library.register_fake(f"effformer::{name}", lambda *arguments: fake(*arguments[:needed]), lib=_LIBRARY)
     return getattr(torch.ops.effformer, name).default
@@ -52,5 +54,21 @@ def arguments_of(operator: str, tensors: Sequence[Tensor], options: Mapping[str,
     return found
 
 
-def _needs_interpreter(*args: Any) -> Tensor:
-    raise RuntimeError("the kernels run on a CPU only in a process started with TRITON_INTERPRET=1")
+_cpu_accepted = False
+
+
+@contextlib.contextmanager
+def accepting_cpu() -> Iterator[None]:
+    """Within it the operators take CPU tensors to Triton's driver, which must know what to do with them."""
+    global _cpu_accepted
+    before, _cpu_accepted = _cpu_accepted, True
+    try:
+        yield
+    finally:
+        _cpu_accepted = before
+
+
+def _on_cpu(implementation: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    if not _cpu_accepted:
+        raise RuntimeError("the kernels run on a CPU only in a process started with TRITON_INTERPRET=1")
+    return implementation(*arguments)

@@ -76,22 +76,22 @@ def main() -> None:
         return by_plan(self, x, tensors)
 
     Plan.__call__ = noted  # type: ignore[method-assign]
-    with stub_driver() as count:
+    with stub_driver() as stub:
         for dtype in (torch.bfloat16, torch.float32):
             network = randomise(EfficientFormer(CONFIG, num_classes=5, backend="triton")).eval().to(dtype)
             images = torch.randn(1, 3, 33, 64).to(dtype)
             for form in (network, freeze(network, dtype, backend="triton")):
                 form(images)
-                before = count()
+                before = stub.launches
                 form(images)
-                by_driver = count() - before
+                by_driver = stub.launches - before
                 with recorded() as launches:
                     form(images)
                 report["counted"][f"{type(form).__name__} {dtype}"] = (by_driver, len(launches))
-                before = count()
+                before = stub.launches
                 with mock.patch.multiple(plan_module, _CALLS_DIRECTLY=False), mock.patch.object(Plan, "_launch", None):
                     form(images)  # as with a newer Triton
-                report["by_triton"].append((count() - before, len(launches)))
+                report["by_triton"].append((stub.launches - before, len(launches)))
             network(torch.cat([images.flatten()[:1], images.flatten()])[1:].view(images.shape))  # not aligned
         kernels = {planned.launch.kernel for plan, _, _ in plans for planned in plan._launches}
         report["specialised"] = {

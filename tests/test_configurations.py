@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from effformer.bench.offline.audit import TARGETS, jobs
+from effformer.bench.offline.audit import jobs
 from effformer.bench.offline.candidates import miscompiled
 from effformer.kernels.tiling import choose as config
 from effformer.kernels.tiling.choose import (
@@ -25,7 +25,7 @@ from effformer.kernels.tiling.choose import (
     user_file,
     write_user_entries,
 )
-from effformer.kernels.tiling.device import AMPERE, CLASSES, HOPPER, Device, device_class
+from effformer.kernels.tiling.device import AMPERE, CLASSES, HOPPER, TARGETS, Device, device_class
 from effformer.kernels.tiling.table import DTYPES, Entry, LinearConfig, MlpConfig, as_text, read_entry, read_table
 
 from effformer import list_models

@@ -10,12 +10,12 @@ from collections.abc import Callable
 import machine
 import pytest
 import torch
-from effformer.bench.offline.audit import TARGETS
 from effformer.bench.offline.launches import network_launches
 from effformer.kernels import launch
 from effformer.kernels.attention_mixer import attention_mixer
 from effformer.kernels.bias_attention import prepare_bias
 from effformer.kernels.head import head_launches
+from effformer.kernels.tiling.device import TARGETS
 from machine import DTYPES, prepared
 
 from effformer.testing import (

@@ -83,7 +83,7 @@ def measure(repeats: int, dtypes: Sequence[torch.dtype] = DTYPES) -> Host:
     live: dict[str, float] = {}
     frozen: dict[str, float] = {}
     launches: dict[str, int] = {}
-    with stub_driver() as count:
+    with stub_driver() as stub:
         for dtype in dtypes:
             name = str(dtype).removeprefix("torch.")
             network = EfficientFormer(config, num_classes=WIDTH, backend="triton").eval().to(dtype)
@@ -94,9 +94,9 @@ def measure(repeats: int, dtypes: Sequence[torch.dtype] = DTYPES) -> Host:
             )
             for form, times, forward in forms:
                 times[name] = _median(partial(forward, images), repeats) * 1e3
-                before = count()
+                before = stub.launches
                 forward(images)
-                launches[f"{form} {name}"] = count() - before
+                launches[f"{form} {name}"] = stub.launches - before
         plan, triton = _launch_times(repeats)
     theirs = _timms(config.depths, config.num_vit)
     return Host(_median(lambda: theirs(x), repeats) * 1e3, live, frozen, launches, triton * 1e6, plan * 1e6)

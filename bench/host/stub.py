@@ -1,7 +1,7 @@
 """Triton's launch path without a GPU: its driver for CUDA over a library that runs nothing (libcuda.c).
 
-Kernels are compiled as for an H100 and launched with tensors in the CPU's memory. What the host does is as on a GPU,
-but for the driver's own work and for PyTorch's allocator, which is the CPU's.
+Kernels are compiled for the GPU that is asked for, an H100 by default, and launched with tensors in the CPU's memory.
+What the host does is as on a GPU, but for the driver's own work and for PyTorch's allocator, which is the CPU's.
 """
 
 from __future__ import annotations
@@ -13,34 +13,106 @@ import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 
 from ... import backend
+from ...kernels.register import accepting_cpu
 
 SOURCE = Path(__file__).with_name("libcuda.c")
 
 
-@contextlib.contextmanager
-def stub_driver() -> Iterator[Callable[[], int]]:
-    """Within it Triton launches over the stub, and the kernels accept CPU tensors; gives the number of launches so far.
+class Stub:
+    """The library, as processes have it once.
 
-    Once in a process: Triton keeps the library for as long as it lives.
+    Attributes:
+        device: the compute capability of the device in use, such as 90.
+    """
+
+    def __init__(self) -> None:
+        self.device = 90
+        self._temporary = tempfile.TemporaryDirectory()  # until the process ends: Triton links launchers with it
+        self._library = ctypes.CDLL(str(_build(Path(self.folder))), mode=ctypes.RTLD_GLOBAL)
+        self._library.stub_launches.restype = ctypes.c_uint64
+        self._listener: Any = None
+
+    @property
+    def folder(self) -> str:
+        """Where the library is."""
+        return self._temporary.name
+
+    @property
+    def launches(self) -> int:
+        """Launches so far."""
+        return int(self._library.stub_launches())
+
+    def listen(self, listener: Callable[[LaunchCall], None] | None) -> None:
+        """Have each launch reported; None ends it. The listener must not raise."""
+
+        def told(function: int, x: int, y: int, z: int, threads: int, shared_memory: int, parameters: Any) -> None:
+            assert listener is not None
+            listener(LaunchCall(function, (x, y, z), threads, shared_memory, parameters))
+
+        self._listener = _LISTENER(told) if listener else _LISTENER()
+        self._library.stub_listen(self._listener)
+
+
+@dataclass(frozen=True)
+class LaunchCall:
+    """A launch as it reaches the driver.
+
+    Attributes:
+        function: its handle.
+        grid: programs in each direction.
+        threads: of a program.
+        shared_memory: bytes of a program.
+        parameters: an array of the addresses of all parameters.
+    """
+
+    function: int
+    grid: tuple[int, int, int]
+    threads: int
+    shared_memory: int
+    parameters: Any
+
+    def parameter(self, place: int, size: int) -> int:
+        """The bits of a parameter of `size` bytes."""
+        return int.from_bytes(ctypes.string_at(self.parameters[place], size), "little")
+
+
+_LISTENER = ctypes.CFUNCTYPE(
+    None, ctypes.c_uint64, *[ctypes.c_uint] * 5, ctypes.POINTER(ctypes.c_void_p)
+)  # as in libcuda.c
+_stub: Stub | None = None
+
+
+@contextlib.contextmanager
+def stub_driver(device: int = 90) -> Iterator[Stub]:
+    """Within it Triton launches over the stub, for a GPU of this compute capability, and kernels accept CPU tensors.
+
+    Triton keeps the library for as long as the process lives; there may be no other driver in it.
 
     Raises:
         RuntimeError: on a machine with a GPU, in a process that interprets, or without a C compiler.
     """
+    global _stub
     if torch.cuda.is_available():
         raise RuntimeError("the stub driver is for machines without a GPU: hide it (CUDA_VISIBLE_DEVICES=)")
-    with tempfile.TemporaryDirectory() as folder:
-        library = ctypes.CDLL(str(_build(Path(folder))), mode=ctypes.RTLD_GLOBAL)
-        library.stub_launches.restype = ctypes.c_uint64
-        with mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder):
-            _activate()
-            with mock.patch.object(backend, "_why_not_device", return_value=None):
-                yield lambda: int(library.stub_launches())
+    stub = _stub or Stub()
+    before, stub.device = stub.device, device
+    try:
+        with mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=stub.folder):
+            if _stub is None:
+                _activate(stub)
+                _stub = stub
+            with mock.patch.object(backend, "_why_not_device", return_value=None), accepting_cpu():
+                yield stub
+    finally:
+        stub.device = before
 
 
 def _build(folder: Path) -> Path:
@@ -55,7 +127,7 @@ def _build(folder: Path) -> Path:
     return target
 
 
-def _activate() -> None:
+def _activate(stub: Stub) -> None:
     import triton
     from triton.backends.nvidia import driver
 
@@ -67,8 +139,8 @@ def _activate() -> None:
     class Driver(driver.CudaDriver):  # type: ignore[misc]
         def __init__(self) -> None:  # the base class asks torch for a GPU
             self.utils, self.launcher_cls = driver.CudaUtils(), driver.CudaLauncher
-            self.get_device_capability = lambda *_: (9, 0)
-            self.get_current_device = lambda: 0
+            self.get_device_capability = lambda *_: divmod(stub.device, 10)
+            self.get_current_device = lambda: stub.device  # Triton keeps compiled kernels by device
             self.get_current_stream = lambda *_: 0
             self.set_current_device = lambda *_: None
 

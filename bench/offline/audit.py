@@ -29,20 +29,12 @@ from ...config import PRESETS
 from ...kernels.launch import Launch
 from ...kernels.tiling import choose as config
 from ...kernels.tiling.choose import user_file, write_whole
-from ...kernels.tiling.device import AMPERE, BLACKWELL, CLASSES, CONSUMER, HOPPER, Device, device_class
+from ...kernels.tiling.device import CLASSES, TARGETS, Device, device_class
 from ...kernels.tiling.table import DTYPES, Entry, Table, read_table
 from ...testing import float32_as_such, with_tf32
 from .compile import TENSOR_CORES, Compiled, Source, compile_source, source_of
 from .launches import network_launches, unusual_launches
 
-TARGETS = {
-    80: AMPERE,
-    86: CONSUMER,
-    89: Device(89, CONSUMER.shared_memory),
-    90: HOPPER,
-    100: BLACKWELL,
-    120: Device(120, CONSUMER.shared_memory),
-}
 SIZES = ((224, 224), (512, 640))
 BATCHES = (256, 64, 8, 2, 1)
 

@@ -86,7 +86,7 @@ def _fold(dtype: torch.dtype, device: Device) -> Described:
         parameters = Parameters([vector, matrix], dtype)
         parameters.fold_layer_scale(vector, vector)
         parameters.mean(matrix, matrix)
-        launch = parameters.launch(dict.fromkeys(map(id, parameters.folded), 0), torch.device("meta"))
+        launch = parameters.launch(dict.fromkeys(map(id, parameters.folded), 0), 1 << 10, torch.device("meta"))
     assert launch is not None
     return "fold", "parameters of a live network", launch
 

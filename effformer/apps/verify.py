@@ -114,6 +114,11 @@ class _Network:
         set_backend(self.network, backend)
         return self.network.forward_features(self.images)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Parameters and buffers, which kernels may reach by their addresses."""
+        return [*self.network.parameters(), *self.network.buffers()]
+
     @torch.no_grad()
     def exact(self) -> Tensor:
         exact = copy.deepcopy(self.network).double()  # of the weights as T rounded them
@@ -145,7 +150,7 @@ def _outcome(check: Check, device: torch.device, seed: int, repeats: int) -> Out
                     try:
                         result = subject.run("triton")
                     finally:  # the launches are known even after an error
-                        ran = _summary(launches)
+                        ran = summary(launches)
                 launches.clear()  # they hold tensors
                 differing = sum(not _same_bits(result, subject.run("triton")) for _ in range(repeats))
             found = accuracy(result, subject.exact(), subject.run("eager"))
@@ -154,7 +159,7 @@ def _outcome(check: Check, device: torch.device, seed: int, repeats: int) -> Out
     return Outcome(check, found, repeats if found else 0, differing, ran, raised=raised)
 
 
-def _summary(launches: Sequence[Launch]) -> tuple[Ran, ...]:
+def summary(launches: Sequence[Launch]) -> tuple[Ran, ...]:
     """Equal launches counted, in the order of their first."""
     counted = Counter(
         (launch.kernel.__name__.removesuffix("_kernel"), *launch.configuration.items()) for launch in launches

@@ -78,6 +78,7 @@ class Outcome:
         repeated: further runs of the kernels on the same arguments.
         differing: those of them that gave other bits than the first run.
         ran: the kernels that were launched, in the order of their first launch.
+        faults: of the kernels' memory accesses, races and waits, where compiled code was executed on a CPU.
         skipped: the reason why no kernel computes this here.
         raised: the error that ended the check.
     """
@@ -87,6 +88,7 @@ class Outcome:
     repeated: int = 0
     differing: int = 0
     ran: tuple[Ran, ...] = ()
+    faults: tuple[str, ...] = ()
     skipped: str | None = None
     raised: str | None = None
 
@@ -102,7 +104,7 @@ class Outcome:
             problems.append("no kernel was launched")
         if self.differing:
             problems.append(f"{self.differing} of {self.repeated} more runs gave another result")
-        return tuple(problems)
+        return (*problems, *self.faults)
 
     @property
     def verdict(self) -> str:

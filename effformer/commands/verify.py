@@ -6,11 +6,15 @@ of eager PyTorch in the same dtype (its mean 1.5 times) plus 2 ulp of the output
 infinities must stand where float64 has them. Repeated runs must give the same bits. On a CPU the
 kernels run in Triton's interpreter, which takes minutes and has no bfloat16.
 
+With --target they are compiled for a GPU that is not here, and what Triton compiled (PTX) is executed
+on the CPU. Memory, races, fences and waits are watched; each fault names the line of the kernel.
+
 Exit status: 0 if kernels ran and all passed; 1 if one failed, or none can run here.
 
 For example:
   effformer verify
   effformer verify --op meta4d network --dtype fp16 --size 512x640 --json > report.json
+  effformer verify --target sm_90 --op conv_norm --dtype bf16
 """
 
 from __future__ import annotations
@@ -19,11 +23,14 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import PRESETS
 from ..workload import OPERATIONS
 from . import common
+
+if TYPE_CHECKING:
+    from ..apps.verify_report import Outcome
 
 
 def add(commands: common.Commands) -> None:
@@ -35,8 +42,12 @@ def add(commands: common.Commands) -> None:
     option("--dtype", nargs="+", type=common.or_all(common.dtype), help="fp16, bf16, fp32 or all; default: all")
     parser.set_defaults(model=["efficientformer_l1"], op=["all"], dtype=["all"])
     common.add_size(parser)
-    option("--batch-size", type=common.positive, metavar="N", help="default: 8 on a GPU, 2 on a CPU")
+    option("--batch-size", type=common.positive, metavar="N", help="default: 8 on a GPU, 2 on a CPU, 1 with --target")
     common.add_device(parser)
+    option("--target", metavar="SM", help="sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120: execute the kernels as "
+           "compiled for such a GPU, on the CPU")  # fmt: skip
+    option("--truncate", action="store_true", help="with --target: cut the sums of matrix products off as measured on "
+           "GPUs; takes several times as long")  # fmt: skip
     option("--seed", type=common.count, default=0, metavar="N", help="of weights and inputs; default: 0")
     option("--repeats", type=common.count, metavar="N", help="further runs that must give the same bits; default: 3 "
            "on a GPU, 0 on a CPU, where programs run one after another")  # fmt: skip
@@ -44,16 +55,19 @@ def add(commands: common.Commands) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    device = common.torch_device(arguments.device)
-    if device.type == "cpu" and "triton" not in sys.modules:
+    if arguments.target:
+        _check_target(arguments)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for GPUs: tensors stay on the CPU
+    device = common.torch_device("cpu" if arguments.target else arguments.device)
+    if device.type == "cpu" and not arguments.target and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
     from ..apps.info import describe_backend, devices, versions
     from ..apps.verify import CHECKED, checks, verify, why_not_verified
     from ..apps.verify_report import VERDICTS, Columns, conclusion
 
-    on_gpu = device.type == "cuda"
-    batch_size = arguments.batch_size or (8 if on_gpu else 2)
-    repeats = arguments.repeats if arguments.repeats is not None else 3 if on_gpu else 0
+    on_gpu, target = device.type == "cuda", arguments.target
+    batch_size = arguments.batch_size or (8 if on_gpu else 1 if target else 2)
+    repeats = 0 if target else arguments.repeats if arguments.repeats is not None else 3 if on_gpu else 0
     todo = checks(
         _chosen(arguments.model, PRESETS),
         _chosen(arguments.op, CHECKED),
@@ -61,13 +75,14 @@ def main(arguments: argparse.Namespace) -> int:
         size=arguments.size,
         batch_size=batch_size,
     )
-    reason, table = why_not_verified(device), Columns(todo)
+    reason, table = None if target else why_not_verified(device), Columns(todo)
     facts: dict[str, Any] = {
         "versions": versions(),
         "device": device,
         "device_name": devices()[str(device)],
-        "interpreted": reason is None and not on_gpu,
-        "backend": describe_backend("auto", device),
+        "interpreted": reason is None and not on_gpu and not target,
+        "target": target,
+        "backend": "triton" if target else describe_backend("auto", device),
         "size": arguments.size,
         "batch_size": batch_size,
         "seed": arguments.seed,
@@ -75,13 +90,23 @@ def main(arguments: argparse.Namespace) -> int:
     }
     say, (height, width) = common.printer(arguments.json), arguments.size
     say("  ".join(f"{name} {version}" for name, version in versions().items()))
-    say(f"device:   {device} ({facts['device_name']}){', interpreted' if facts['interpreted'] else ''}")
+    how = f", compiled for {target} and executed here" if target else ", interpreted" if facts["interpreted"] else ""
+    say(f"device:   {device} ({facts['device_name']}){how}")
     say(f"backend:  {facts['backend']}; verified here: {'none' if reason else 'triton'}")
     say(f"input:    {batch_size}x3x{height}x{width}, seed {arguments.seed}, {repeats} further runs\n")
+
+    def found() -> Iterable[Outcome]:
+        if not target:
+            return verify(todo, device, seed=arguments.seed, repeats=repeats)
+        from ..apps.verify_compiled import DEFAULT, TRUNCATING, verify_compiled
+
+        options = TRUNCATING if arguments.truncate else DEFAULT
+        return verify_compiled(todo, target, seed=arguments.seed, options=options)
+
     if reason is None:
         say(table.head())
     outcomes = []
-    for outcome in verify(todo, device, seed=arguments.seed, repeats=repeats):
+    for outcome in found():
         outcomes.append(outcome)
         if not outcome.skipped:
             say(table.line(outcome))
@@ -92,6 +117,16 @@ def main(arguments: argparse.Namespace) -> int:
         facts |= {"passed": passed, "counts": counts, "why_no_kernel": reason}
         common.print_json(facts | {"checks": [outcome.facts() for outcome in outcomes]})
     return 0 if passed else 1
+
+
+def _check_target(arguments: argparse.Namespace) -> None:
+    """Refuse options that have no meaning beside --target, and processes that interpret."""
+    if arguments.device not in ("auto", "cpu"):
+        raise ValueError(f"--device: got {arguments.device!r} with --target, allowed is cpu")
+    if arguments.repeats:
+        raise ValueError(f"--repeats: got {arguments.repeats} with --target, allowed is 0: a machine repeats itself")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("TRITON_INTERPRET: got 1 with --target, allowed is a process that compiles")
 
 
 def _chosen(named: list[str], allowed: Iterable[str]) -> list[str]:

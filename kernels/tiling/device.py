@@ -41,6 +41,16 @@ HOPPER = Device(90, 232_448)  # H100, H200; the interpreter takes its tiles
 BLACKWELL = Device(100, 232_448)  # B200
 CLASSES = {f"sm_{device.capability}": device for device in (AMPERE, CONSUMER, HOPPER, BLACKWELL)}
 
+# The GPUs that the kernels are compiled for and checked on, by compute capability.
+TARGETS = {
+    80: AMPERE,
+    86: CONSUMER,
+    89: Device(89, CONSUMER.shared_memory),
+    90: HOPPER,
+    100: BLACKWELL,
+    120: Device(120, CONSUMER.shared_memory),
+}
+
 
 @functools.cache
 def device_class(device: Device) -> str:

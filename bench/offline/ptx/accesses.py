@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .numbers import F32, TYPES, U16, U32, UNSIGNED, Array, width
+from .numbers import F32, TYPES, U16, U32, U64, UNSIGNED, Array, width
 from .registry import Step, UnknownInstructionError, instruction
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .program import Instruction
 
 _KIND = r"(?P<kind>[subf](?:8|16|32|64))"
-_CACHE = r"(?:\.(?:L1|L2)::[\w:]+|\.nc|\.c[agsv]|\.relaxed|\.volatile|\.weak|\.gpu|\.cta)*"
+_CACHE = r"(?:\.(?:L1|L2)::[\w:]+|\.nc|\.c[agsv]|\.lu|\.w[bt]|\.relaxed|\.volatile|\.weak|\.gpu|\.cta)*"
 
 
 @instruction(rf"ld{_CACHE}\.(?P<space>global|shared(?:::cta)?){_CACHE}(?:\.v(?P<count>[248]))?\.{_KIND}")
@@ -46,6 +46,17 @@ def _extended(value: Array, kind: str, storage: Any) -> Array:
     if kind[0] == "s":
         return value.view(TYPES[kind]).astype(TYPES[f"s{8 * np.dtype(storage).itemsize}"]).view(storage)
     return value.astype(storage)
+
+
+@instruction(r"createpolicy\.fractional\.L2::evict_\w+(?:\.L2::evict_\w+)?\.b64")
+def create_policy(m: Machine, i: Instruction) -> Step:
+    """A hint for caches, which are not here."""
+    registers, target = m.registers, m.target(i.operands[0])
+
+    def run() -> None:
+        registers[target] = np.zeros(m.lanes, U64)
+
+    return run, [target]
 
 
 def _keeping(run: Callable[[], None]) -> Callable[[], None]:
@@ -108,7 +119,7 @@ def load_matrices(m: Machine, i: Instruction, count: str, trans: str | None) -> 
 
     def run() -> None:
         m.check_whole(i)
-        lanes, at = m.shared.places(i, address(), supplies if m.mask is None else supplies & m.mask, 16)
+        lanes, at = m.shared.places(i, address(), supplies if (on := m.active(i)) is None else supplies & on, 16)
         m.shared.mark_read(i, lanes, at, 16)
         tiles = np.zeros((m.lanes, 8), U16)
         tiles[lanes] = m.shared.chunks[at // 16]
@@ -133,7 +144,7 @@ def store_matrices(m: Machine, i: Instruction, count: str, trans: str | None) ->
 
     def run() -> None:
         m.check_whole(i)
-        lanes, at = m.shared.places(i, address(), supplies if m.mask is None else supplies & m.mask, 16)
+        lanes, at = m.shared.places(i, address(), supplies if (on := m.active(i)) is None else supplies & on, 16)
         m.shared.mark_write(i, lanes, at, 16)
         values = np.stack([registers[source].reshape(m.warps, 8, 4) for source in sources], 1)
         tiles = np.ascontiguousarray(values).view(U16).reshape(m.warps, number, 8, 8)

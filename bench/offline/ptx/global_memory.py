@@ -29,53 +29,60 @@ class Region:
         name: for messages.
         start: address, a multiple of 16.
         data: uint8 [bytes], read and written in place.
-        unit: bytes of an element, the unit of what is watched.
-        output: whether it may be written; then nothing of it counts as written at first.
-        outside: bool [elements], true for those that do not belong to the tensor; None where all do.
-        writes: how often each element was written, 255 at most.
-        read_sectors: sectors of 32 bytes that were read.
+        unit: bytes, the unit of what is watched; a divisor of the size of every access.
+        output: whether it is an output of some launch. Then reads of what was never written are watched, and races.
+        writable: whether it is one of the launch at hand.
+        outside: bool [units], true for those that do not belong to the tensor; None where all do.
+        writes: how often each unit was written, 255 at most.
+        read_sectors, write_sectors: sectors of 32 bytes that the launch at hand touched; only where traffic is counted.
     """
 
     name: str
     start: int
     data: Array
     unit: int
-    output: bool
+    output: bool = False
+    writable: bool = field(init=False)
     outside: Array | None = None
     writes: Array = field(init=False)
     read_sectors: Array = field(init=False)
     write_sectors: Array = field(init=False)
-    writer: Array = field(init=False)  # by element, in this launch: program + 1, warp, epoch
+    writer: Array = field(init=False)  # in this launch: program + 1, warp, epoch
     reader: Array = field(init=False)  # program + 1
 
     def __post_init__(self) -> None:
         if self.start % 16 or self.data.dtype != U8:
-            raise ValueError(f"{self.name}: got memory at {self.start:#x} of {self.data.dtype}, allowed is uint8 at a "
-                             "multiple of 16")  # fmt: skip
-        elements = -(-len(self.data) // self.unit)
-        self.writes = np.zeros(elements if self.output else 0, U8)
+            raise ValueError(
+                f"{self.name}: got memory at {self.start:#x} of {self.data.dtype}, allowed is uint8 at a multiple of 16"
+            )
+        self.writable = self.output
+        self.writes = np.zeros(self.units if self.output else 0, U8)
         self.begin_launch()
 
-    def begin_launch(self) -> None:
-        """Forget who read and wrote; what was written stays written."""
-        elements = -(-len(self.data) // self.unit) if self.output else 0
-        self.writer, self.reader = np.zeros(elements, I64), np.zeros(elements, np.int32)
-        self.read_sectors = np.zeros(len(self.data) // SECTOR + 1, bool)
-        self.write_sectors = np.zeros(len(self.data) // SECTOR + 1, bool)
+    @property
+    def units(self) -> int:
+        return -(-len(self.data) // self.unit)
 
     @property
     def end(self) -> int:
         return self.start + len(self.data)
 
+    def begin_launch(self) -> None:
+        """Forget who read and wrote; what was written stays written."""
+        units = self.units if self.output else 0
+        self.writer, self.reader = np.zeros(units, I64), np.zeros(units, np.int32)
+        self.read_sectors = np.zeros(len(self.data) // SECTOR + 1, bool)
+        self.write_sectors = np.zeros(len(self.data) // SECTOR + 1, bool)
+
+    def become_output(self) -> None:
+        """Watch it as an output; what it holds counts as written."""
+        if not self.output:
+            self.output = True
+            self.writes = np.ones(self.units, U8)
+
     def view(self, size: int) -> Array:
         """The data as unsigned integers of `size` bytes; less than one at the end is left out."""
         return self.data[: len(self.data) // size * size].view(UNSIGNED[size])
-
-    @property
-    def unwritten(self) -> int:
-        """Elements of an output that nothing wrote."""
-        missing = self.writes == 0
-        return int((missing if self.outside is None else missing & ~self.outside).sum())
 
 
 class GlobalMemory:
@@ -187,11 +194,9 @@ class GlobalMemory:
                 continue
             if not good.all():
                 mine, at = mine[good], at[good]
-            sectors = region.write_sectors if write else region.read_sectors
             if m.counts.on:
+                sectors = region.write_sectors if write else region.read_sectors
                 sectors[at // SECTOR] = True
-                if size > SECTOR:
-                    sectors[(at + size - 1) // SECTOR] = True
             mine, at = self._watched(m, i, region, mine, at, size, write=write, atomic=atomic)
             parts.append((region, mine, at))
         return parts
@@ -215,7 +220,7 @@ class GlobalMemory:
         atomic: bool,
     ) -> tuple[Array, Array]:
         """Look at elements that do not belong to the tensor, unwritten ones and races; the lanes that may go on."""
-        if write and not region.output:
+        if write and not region.writable:
             self._fault(m, i, "global write to what is no output", lanes, np.ones(len(lanes), bool), region.name)
             return lanes[:0], at[:0]
         if region.outside is None and not region.output:
