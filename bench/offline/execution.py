@@ -42,12 +42,16 @@ class Executed:
     Attributes:
         launch: as the kernels' launchers made it.
         ptx: the compiled code.
+        program: the same, parsed.
+        geometry: the launch as it reached the driver.
         outcome: with faults and counts.
         bytes_read, bytes_written: of distinct sectors of 32 bytes; 0 where traffic is not counted.
     """
 
     launch: Launch
     ptx: str
+    program: Program
+    geometry: Geometry
     outcome: Outcome
     bytes_read: int
     bytes_written: int
@@ -180,7 +184,7 @@ class _Runner:
             32 * sum(int(getattr(region, name).sum()) for region in memory.regions) if self.options.count else 0
             for name in ("read_sectors", "write_sectors")
         )
-        self.execution.executed.append(Executed(launch, text, outcome, read, written))
+        self.execution.executed.append(Executed(launch, text, program, geometry, outcome, read, written))
 
     def _map(self, launch: Launch) -> list[tuple[str, Region, Array]]:
         """Map the tensors of a launch; returns the outputs with the units that belong to them."""

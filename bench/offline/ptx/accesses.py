@@ -18,6 +18,12 @@ _KIND = r"(?P<kind>[subf](?:8|16|32|64))"
 _CACHE = r"(?:\.(?:L1|L2)::[\w:]+|\.nc|\.c[agsv]|\.lu|\.w[bt]|\.relaxed|\.volatile|\.weak|\.gpu|\.cta)*"
 
 
+def access_size(i: Instruction) -> int:
+    """Bytes that a load, store or atomic moves for each lane."""
+    parts = i.name.split(".")
+    return next((int(part[1:]) for part in parts if part in ("v2", "v4", "v8")), 1) * width(parts[-1])
+
+
 @instruction(rf"ld{_CACHE}\.(?P<space>global|shared(?:::cta)?){_CACHE}(?:\.v(?P<count>[248]))?\.{_KIND}")
 def load(m: Machine, i: Instruction, space: str, count: str | None, kind: str) -> Step:
     registers, names, size = m.registers, m.listed(i.operands[0]), width(kind)

@@ -6,6 +6,7 @@ memory of a tensor larger than the machine costs what is touched of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _MASKED = 64  # bytes that lanes which are off read
 SECTOR = 32  # bytes
+Touch = Callable[[bool, Array, Array, int], None]  # whether written, numbers of programs, addresses, bytes
 
 
 @dataclass(eq=False)
@@ -86,10 +88,15 @@ class Region:
 
 
 class GlobalMemory:
-    """The tensors that a launch may reach."""
+    """The tensors that a launch may reach.
+
+    Attributes:
+        touch: is told of accesses while a kernel is traced; see `trace`.
+    """
 
     def __init__(self, *, watch: bool = True) -> None:
         self.watch = watch
+        self.touch: Touch | None = None
         self.regions: list[Region] = []
         self._starts = np.zeros(0, I64)
         self._views: dict[tuple[int, int], Array] = {}

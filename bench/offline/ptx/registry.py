@@ -16,7 +16,7 @@ Step: TypeAlias = tuple[Callable[[], None], list[int]]
 
 _MODULES = (
     "arithmetic", "bits", "moves", "accesses", "async_copies", "warps", "products", "warpgroups", "tensor_memory",
-    "tensor_products", "mbarriers",
+    "tensor_products", "mbarriers", "trace",
 )  # fmt: skip
 _known: list[tuple[re.Pattern[str], Callable[..., Step]]] = []
 
