@@ -17,6 +17,7 @@ from .numbers import (
     U64,
     Array,
     flush,
+    flush_half,
     fma,
     fma_half,
     from_bf16,
@@ -43,7 +44,9 @@ def add_integers(m: Machine, i: Instruction, op: str, kind: str) -> Step:
 
 @instruction(r"(?P<op>mul|mad)\.(?P<part>lo|hi|wide)\.(?P<kind>[su](?:16|32|64))")
 def multiply_integers(m: Machine, i: Instruction, op: str, part: str, kind: str) -> Step:
-    result = _WIDE[kind] if part == "wide" else kind
+    result = _WIDE.get(kind) if part == "wide" else kind
+    if result is None:
+        raise UnknownInstructionError(i)
     wide = TYPES[result]
 
     def product(a: Array, b: Array) -> Array:
@@ -141,10 +144,14 @@ def change_sign_of_floats(m: Machine, i: Instruction, op: str, ftz: str | None, 
     size = {"bf16x2": 32, "f16x2": 32, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}[kind]
     bits = TYPES[f"b{size}"]
     signs = bits(0x80008000 if kind.endswith("x2") else 1 << size - 1)
+    if ftz and kind not in ("f32", "f16", "f16x2"):
+        raise UnknownInstructionError(i)
 
     def change(a: Array) -> Array:
         result = a ^ signs if op == "neg" else a & ~signs
-        return flush(result.view(F32)).view(U32) if ftz else result
+        if not ftz:
+            return result
+        return flush(result.view(F32)).view(U32) if kind == "f32" else flush_half(result.view(U16), "f16").view(bits)
 
     return m.lanewise(i, [f"b{size}"], change)
 
@@ -168,14 +175,28 @@ _FUNCTIONS: dict[str, tuple[Callable[..., Array], float]] = {
 def functions(m: Machine, i: Instruction, name: str, ftz: str | None) -> Step:
     function, ulps = _FUNCTIONS[name]
     prepare: Callable[[Array], Array] = flush if ftz else lambda a: a
-    return m.lanewise(i, ["f32"], lambda a: m.rounded(function(prepare(a).astype(F64)), ulps, ftz=bool(ftz)))
+    off = _beside_rounding(ulps)
+    return m.lanewise(i, ["f32"], lambda a: m.rounded(function(prepare(a).astype(F64)), off, ftz=bool(ftz)))
+
+
+def _beside_rounding(ulps: float) -> float:
+    """The rounding takes half a unit of what an approximation may be off by."""
+    return max(ulps - 0.5, 0.0)
 
 
 @instruction(r"div\.(?P<form>approx|full|rn)(?P<ftz>\.ftz)?\.f32")
 def divide(m: Machine, i: Instruction, form: str, ftz: str | None) -> Step:
-    ulps = 0.0 if form == "rn" else 2.0
+    """The approximate one is a product with a reciprocal, which is 0 for divisors beyond 2^126."""
+    ulps = 0.0 if form == "rn" else _beside_rounding(2.0)
     prepare: Callable[[Array], Array] = flush if ftz else lambda a: a
-    return m.lanewise(i, ["f32"] * 2, lambda a, b: m.rounded(prepare(a).astype(F64) / prepare(b), ulps, ftz=bool(ftz)))
+
+    def function(a: Array, b: Array) -> Array:
+        dividend, divisor = prepare(a).astype(F64), prepare(b).astype(F64)
+        if form == "approx":
+            divisor = np.where(np.abs(divisor) > 2.0**126, np.copysign(np.inf, divisor), divisor)
+        return m.rounded(dividend / divisor, ulps, ftz=bool(ftz))
+
+    return m.lanewise(i, ["f32"] * 2, function)
 
 
 # --- half precision ---------------------------------------------------------------------------------------------------
@@ -195,8 +216,9 @@ def _half(m: Machine, i: Instruction, kind: str, function: Callable[..., Array],
 
 @instruction(r"(?P<op>add|sub|mul|min|max)(?:\.rn)?(?P<nan>\.NaN)?\.(?P<kind>bf16x2|f16x2|bf16|f16)")
 def arithmetic_of_halves(m: Machine, i: Instruction, op: str, nan: str | None, kind: str) -> Step:
-    ignoring = {"min": np.fmin, "max": np.fmax} if not nan else {"min": np.minimum, "max": np.maximum}
-    function, base = _TWO.get(op) or ignoring[op], kind.removesuffix("x2")
+    extremes = {"min": np.minimum, "max": np.maximum} if nan else {"min": np.fmin, "max": np.fmax}
+    function = _TWO.get(op) or _zeros_apart(extremes[op], op == "max")
+    base = kind.removesuffix("x2")
     return _half(m, i, kind, lambda a, b: narrow(function(a.astype(F64), b.astype(F64)), base), 2)
 
 
@@ -205,10 +227,15 @@ def fma_of_halves(m: Machine, i: Instruction, kind: str) -> Step:
     return _half(m, i, kind, lambda a, b, c: fma_half(a, b, c, kind.removesuffix("x2")), 3)
 
 
-@instruction(r"(?P<op>ex2|tanh)\.approx(?:\.ftz)?\.(?P<kind>bf16x2|f16x2|bf16|f16)")
-def functions_of_halves(m: Machine, i: Instruction, op: str, kind: str) -> Step:
-    function: Callable[..., Array] = np.exp2 if op == "ex2" else np.tanh
-    return _half(m, i, kind, lambda a: narrow(function(a.astype(F64)), kind.removesuffix("x2")), 1)
+@instruction(r"(?P<op>ex2|tanh)\.approx(?P<ftz>\.ftz)?\.(?P<kind>bf16x2|f16x2|bf16|f16)")
+def functions_of_halves(m: Machine, i: Instruction, op: str, ftz: str | None, kind: str) -> Step:
+    function, base = np.exp2 if op == "ex2" else np.tanh, kind.removesuffix("x2")
+
+    def rounded(a: Array) -> Array:
+        result = narrow(function(a.astype(F64)), base)
+        return flush_half(result, base) if ftz else result
+
+    return _half(m, i, kind, rounded, 1)
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------

@@ -33,11 +33,12 @@ class Options:
     Attributes:
         watch: whether to look for races and reads of what was never written. Bounds are always watched.
         fuse: whether products and the sums that follow become one operation, as ptxas may do without `.rn`.
-        approximate: the share of their documented error by which approximate instructions (`ex2.approx`) are off;
-            with 0 they are rounded correctly.
+        approximate: the share of their documented error by which approximate instructions of float32 (`ex2.approx`)
+            are off; with 0 they are rounded correctly.
         truncate: whether matrix units cut sums off as measured on GPUs (arXiv 2512.07004); else they round once.
         count: whether to count traffic and instructions.
         seed: of the errors of approximations.
+        patience: blocks of instructions that a run may take before it counts as endless.
     """
 
     watch: bool = True
@@ -46,6 +47,7 @@ class Options:
     truncate: bool = False
     count: bool = False
     seed: int = 0
+    patience: int = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,15 @@ class Block:
     targets: list[list[int]] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
     end: Instruction | None = None  # a branch, an exit or a barrier
+
+
+def merged(on: Array | None, new: Array, old: Array | None) -> Array:
+    """`new` where `on`, elsewhere what was there; poison, if that is nothing."""
+    if on is None:
+        return new
+    if old is None:
+        old = np.array(POISON & (1 << 8 * new.itemsize) - 1).astype(new.dtype)
+    return np.where(on, new, old)
 
 
 class Machine:
@@ -148,7 +159,10 @@ class Machine:
             if found is None:
                 raise UnknownInstructionError(one)
             prepare, groups = found
-            run, targets = prepare(self, one, **groups)
+            try:
+                run, targets = prepare(self, one, **groups)
+            except (KeyError, ValueError) as error:  # an operand that is none
+                raise ValueError(f"PTX line {one.line}: {one.text}: {error}") from error
         if one.predicate and targets and not getattr(run, "predicated", False):
             run = self._switched(one, run, targets)
         return self._guarded(one, run, targets), targets
@@ -158,12 +172,10 @@ class Machine:
         registers = self.registers
 
         def switched() -> None:
-            before = [registers[target] for target in targets]
+            on, before = self.predicate(one), [registers[target] for target in targets]
             run()
-            on = self.predicate(one)
             for target, old in zip(targets, before, strict=True):
-                if old is not None:
-                    registers[target] = np.where(on, registers[target], old)
+                registers[target] = merged(on, registers[target], old)
 
         return switched
 
@@ -279,7 +291,9 @@ class Machine:
     def predicate(self, one: Instruction) -> Array:
         """Where the instruction's predicate is on, whatever the mask."""
         assert one.predicate is not None
-        on: Array = self.registers[self.source(one.predicate[0], "pred")]
+        on: Array | None = self.registers[self.source(one.predicate[0], "pred")]
+        if on is None:
+            raise AttributeError(one.predicate[0])
         return ~on if one.predicate[1] else on
 
     def active(self, one: Instruction) -> Array | None:
@@ -295,8 +309,9 @@ class Machine:
 
     def check_whole(self, one: Instruction, lanes: int = 32) -> None:
         """Look whether warps (or groups of `lanes`) take part as a whole."""
-        if self.mask is not None:
-            groups = self.mask.reshape(-1, lanes)
+        active = self.active(one)
+        if active is not None:
+            groups = active.reshape(-1, lanes)
             broken = groups.any(1) != groups.all(1)
             if broken.any():
                 what = "warp" if lanes == 32 else "warpgroup"
@@ -311,7 +326,8 @@ class Machine:
             bits = (bits ^ bits >> U32(15)) * U32(0x85EBCA77)
             off = ((bits >> U32(8)).astype(F64) / 2**23 - 1) * ulps * self.options.approximate
             moved = (exact + off * np.spacing(np.abs(result)).astype(F64)).astype(F32)
-            result = np.where(np.isfinite(result) & (result != 0), moved, result)
+            # Results for special values are exact: 2^0 and cos 0, tanh of an infinity.
+            result = np.where(np.isfinite(result) & (result != 0) & (np.abs(exact) != 1), moved, result)
         return flush(result) if ftz else result
 
     def reset(self, programs: Sequence[int]) -> None:

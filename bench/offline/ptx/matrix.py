@@ -17,28 +17,38 @@ if TYPE_CHECKING:
 # How far a sum is cut off: the products that are added at once, and the bits kept beyond float32's 24, by compute
 # capability and bytes of an operand (arXiv 2512.07004).
 _UNITS = {80: ({2: 8, 4: 4}, 1), 90: ({2: 16, 4: 8}, 2)}
+_LEAST = {"f16": -14}  # exponents of normal numbers; of the other types as of float32
 BYTES = {"bf16": 2, "f16": 2, "tf32": 4}
 
 
 def multiply_add(m: Machine, a: Array, b: Array, c: Array, kind: str) -> Array:
     """a [..., M, K] · b [..., K, N] + c [..., M, N] of float32, in float32.
 
-    Exact products, summed in float64 and rounded once; with `Options.truncate` cut off as GPUs do.
+    Exact products, summed in float64 and rounded once; with `Options.truncate` cut off as GPUs do: a unit aligns
+    products, whose significands are below 4, to the largest exponent.
     """
     if not m.options.truncate:
         return (np.matmul(a.astype(F64), b.astype(F64)) + c).astype(F32)
     depths, extra = _UNITS[90 if m.program.capability in range(90, 120) else 80]
-    depth, result = depths[BYTES[kind]], c
+    depth, result, least = depths[BYTES[kind]], c, _LEAST.get(kind, -126)
+    of_a, of_b = _exponents(a, least), _exponents(b, least)
     for first in range(0, a.shape[-1], depth):
         part = slice(first, first + depth)
         products = a[..., part, None].astype(F64) * b[..., None, part, :].astype(F64)
         addends = np.concatenate([products, result[..., :, None, :].astype(F64)], -2)
-        largest = np.abs(addends).max(-2, keepdims=True)
-        unit = np.exp2(np.floor(np.log2(np.where(largest > 0, largest, 1))) - 23 - extra)
-        cut = (np.trunc(addends / unit).sum(-2) * unit[..., 0, :]).astype(F64)
-        finite = np.isfinite(largest[..., 0, :])
-        result = np.where(finite, truncated(cut), addends.sum(-2)).astype(F32)
+        exponents = of_a[..., part, None] + of_b[..., None, part, :]
+        exponents = np.concatenate([exponents, _exponents(result, -126)[..., :, None, :]], -2)
+        largest = np.where(addends != 0, exponents, -1000).max(-2)
+        unit = np.exp2((largest - 23 - extra).astype(F64))
+        cut = np.trunc(addends / unit[..., None, :]).sum(-2) * unit
+        cut = np.where(np.abs(cut) < 2.0**128, truncated(cut), np.copysign(np.inf, cut))
+        result = np.where(np.isfinite(addends).all(-2), cut, addends.sum(-2)).astype(F32)
     return result
+
+
+def _exponents(x: Array, least: int) -> Array:
+    """Of the leading bit, or of subnormal numbers the least."""
+    return np.maximum(np.frexp(x)[1] - 1, least)
 
 
 def operand_chunks(

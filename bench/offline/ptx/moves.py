@@ -97,11 +97,11 @@ _INTEGER = r"[su](?:8|16|32|64)"
 @instruction(rf"cvt(?P<saturate>\.sat)?\.(?P<to>{_INTEGER})\.(?P<of>{_INTEGER})")
 def convert_integers(m: Machine, i: Instruction, saturate: str | None, to: str, of: str) -> Step:
     limits = np.iinfo(TYPES[to])
+    if saturate and "u64" in (of, to):
+        raise UnknownInstructionError(i)
 
     def function(value: Array) -> Array:
         if saturate:
-            if of == "u64" or to == "u64":
-                raise UnknownInstructionError(i)
             value = np.clip(value.astype(np.int64), limits.min, limits.max)
         return value.astype(TYPES[to])
 
@@ -129,11 +129,12 @@ def convert_to_integer(m: Machine, i: Instruction, rounding: str, ftz: str | Non
 
 @instruction(rf"cvt\.rn\.(?P<to>f16|bf16|f32|f64)\.(?P<of>{_INTEGER})")
 def convert_from_integer(m: Machine, i: Instruction, to: str, of: str) -> Step:
+    if to in ("f16", "bf16") and width(of) > 4:
+        raise UnknownInstructionError(i)
+
     def function(value: Array) -> Array:
         if to in ("f32", "f64"):
             return value.astype(TYPES[to])  # NumPy rounds once
-        if width(of) > 4:
-            raise UnknownInstructionError(i)
         from .numbers import narrow
 
         return narrow(value.astype(F64), to)
@@ -146,12 +147,19 @@ def round_to_whole(m: Machine, i: Instruction, rounding: str, ftz: str | None) -
     return m.lanewise(i, ["f32"], lambda a: _ROUNDINGS[rounding](flush(a) if ftz else a))
 
 
-@instruction(r"cvt(?:\.rn)?(?:\.ftz)?\.(?P<to>f16|bf16|f32|f64)\.(?P<of>f16|bf16|f32|f64)")
-def convert_floats(m: Machine, i: Instruction, to: str, of: str) -> Step:
+@instruction(r"cvt(?:\.rn)?(?P<ftz>\.ftz)?\.(?P<to>f16|bf16|f32|f64)\.(?P<of>f16|bf16|f32|f64)")
+def convert_floats(m: Machine, i: Instruction, ftz: str | None, to: str, of: str) -> Step:
+    """Only float32 is flushed."""
+    if (to, of) == ("bf16", "f64"):
+        raise UnknownInstructionError(i)
+
     def function(value: Array) -> Array:
+        if ftz and of == "f32":
+            value = flush(value)
         if to == "bf16":
-            return to_bf16(value.astype(F32)) if of != "f64" else _refuse(i)
-        return to_f16(value) if to == "f16" else value.astype(TYPES[to])
+            return to_bf16(value.astype(F32))
+        found = to_f16(value) if to == "f16" else value.astype(TYPES[to])
+        return flush(found) if ftz and to == "f32" else found
 
     return _converted(m, i, to, of, function)
 
@@ -174,10 +182,6 @@ def convert_to_tf32(m: Machine, i: Instruction, rounding: str) -> Step:
     if rounding == "rn":
         raise UnknownInstructionError(i)
     return m.lanewise(i, ["b32"], lambda a: to_tf32(a, nearest=rounding == "rna"))
-
-
-def _refuse(i: Instruction) -> Array:
-    raise UnknownInstructionError(i)
 
 
 def _converted(m: Machine, i: Instruction, to: str, of: str, function: Callable[[Array], Array]) -> Step:

@@ -21,6 +21,7 @@ TYPES: dict[str, Any] = {
 UNSIGNED: dict[int, Any] = {1: U8, 2: U16, 4: U32, 8: U64}
 
 _LEAST = F32(2.0**-126)  # of the normal numbers
+_INFINITY = U32(0x7F800000)
 _TF32 = U32(0xFFFFE000)
 
 
@@ -32,6 +33,12 @@ def width(kind: str) -> int:
 def flush(x: Array) -> Array:
     """Subnormal float32 become zeros of their sign, as `.ftz` says."""
     return np.where(np.abs(x) < _LEAST, np.copysign(F32(0), x), x)
+
+
+def flush_half(bits: Array, kind: str) -> Array:
+    """The same for bits of f16 or bf16."""
+    exponent = U16(0x7C00 if kind == "f16" else 0x7F80)
+    return np.where(bits & exponent == 0, bits & U16(0x8000), bits)
 
 
 def from_bf16(bits: Array) -> Array:
@@ -52,7 +59,10 @@ def to_f16(x: Array) -> Array:
 
 def to_tf32(bits: Array, *, nearest: bool) -> Array:
     """Bits of float32 to those of TF32: to the nearest, ties away from zero, or cut off as tensor cores do."""
-    return (bits + U32(0x1000) if nearest else bits) & _TF32
+    if nearest:
+        finite = (bits & _INFINITY) != _INFINITY
+        bits = np.where(finite, bits + U32(0x1000), bits)
+    return bits & _TF32
 
 
 def pairs(words: Array, kind: str) -> Array:
@@ -113,7 +123,8 @@ def quotient(a: Array, b: Array) -> Array:
     safe = np.where(b == 0, b.dtype.type(1), b)
     if a.dtype.kind == "u":
         return np.where(b == 0, ~a.dtype.type(0), a // safe)
-    size = np.abs(a.astype(I64)) // np.abs(safe.astype(I64))
+    size = np.abs(a).view(f"u{a.itemsize}") // np.abs(safe).view(f"u{a.itemsize}")  # the least number has no opposite
+    size = size.view(a.dtype)
     return np.where(b == 0, -1, np.where((a < 0) != (b < 0), -size, size)).astype(a.dtype)
 
 

@@ -100,8 +100,8 @@ def parse(ptx: str) -> Program:
     if not reader.ended or not program.threads:
         raise ValueError("ptx: got text without a whole kernel, allowed is PTX with one kernel and its .reqntid")
     targets = {one.operands[-1] for one in program.instructions if one.head == "bra"}
-    if missing := sorted(targets - set(program.labels)):
-        raise ValueError(f"ptx: got a branch to {missing[0]}, allowed are labels of the kernel")
+    if missing := [one for one in program.instructions if one.head == "bra" and one.operands[-1] not in program.labels]:
+        raise ValueError(f"PTX line {missing[0].line}: got {missing[0].text!r}, allowed are labels of the kernel")
     program.labels = {name: place for name, place in program.labels.items() if name in targets}
     return program
 
@@ -112,11 +112,13 @@ class _Reader:
     def __init__(self) -> None:
         self.program, self.source = Program(), ""
         self.body = self.ended = False
+        self._number = 0
         self._scopes: list[dict[str, str]] = []
         self._renamed = 0
         self._pending = ""
 
     def read(self, number: int, line: str) -> None:
+        self._number = number
         if not self.body:
             self._read_head(line)
             self.body = line == "{" and not self.ended
@@ -133,11 +135,15 @@ class _Reader:
         if found := re.match(r"\.target\s+(\w+)", line):
             program.target = found[1]
         elif found := re.match(r"(?:\.visible\s+)?\.entry\s+([\w$]+)", line):
+            if program.name:
+                raise ValueError(f"PTX line {self._number}: got {line!r}, allowed is PTX with one kernel")
             program.name = found[1]
         elif found := re.match(r"\.param\s+\.(\w+).*?([\w$]+),?$", line):
             program.parameters.append((found[2], found[1]))
         elif found := re.match(r"\.reqntid\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", line):
-            program.threads = int(found[1]) * int(found[2] or 1) * int(found[3] or 1)
+            if int(found[2] or 1) * int(found[3] or 1) != 1:
+                raise ValueError(f"PTX line {self._number}: got {line!r}, allowed are threads of one axis")
+            program.threads = int(found[1])
         elif found := re.match(r"\.extern\s+\.shared\s+.*?([\w$]+)\[\];", line):
             program.shared.append(found[1])
 
@@ -148,6 +154,8 @@ class _Reader:
                 self._scopes.append({})
                 text = text[1:]
             elif text[0] == "}":
+                if not self._scopes:
+                    raise ValueError(f"PTX line {self._number}: got {text!r}, allowed is a brace that closes a scope")
                 self._scopes.pop()
                 text = text[1:]
             elif found := _LABEL.match(text):
@@ -166,6 +174,11 @@ class _Reader:
         self._scopes[-1][name] = f"{name}@{self._renamed}"
         return self._scopes[-1][name]
 
+    def _is_known(self, label: str) -> bool:
+        """Whether it is one of the innermost scope, or has been seen in one around it."""
+        labels = self.program.labels
+        return label in labels or label in self._scopes[-1] or any(one.get(label) in labels for one in self._scopes)
+
     def _label(self, name: str) -> None:
         if self._scopes:  # a branch may have named it before
             name = self._scopes[-1].get(name) or self._rename(name)
@@ -174,10 +187,9 @@ class _Reader:
     def _declare(self, kind: str, names: str) -> None:
         kind = ("b" if kind[0] in "usf" else kind[0]) + kind[1:]
         for name in split_operands(names):
-            if many := re.match(r"(%?\w+)<(\d+)>", name):
-                self.program.registers.update({f"{many[1]}{index}": kind for index in range(int(many[2]))})
-            else:
-                self.program.registers[self._rename(name) if self._scopes else name] = kind
+            many = re.match(r"(%?\w+)<(\d+)>", name)
+            for one in [f"{many[1]}{index}" for index in range(int(many[2]))] if many else [name]:
+                self.program.registers[self._rename(one) if self._scopes else one] = kind
 
     def _add(self, number: int, statement: str) -> None:
         if found := re.match(r"\.reg\s+\.(\w+)\s+(.*)", statement, re.S):
@@ -186,7 +198,7 @@ class _Reader:
         if not found:
             raise ValueError(f"PTX line {number}: got {statement!r}, allowed is a statement of PTX")
         inverted, predicate, name, operands = found.groups()
-        if name.startswith("bra") and self._scopes and operands[0] != "$" and operands not in self._scopes[-1]:
+        if name.startswith("bra") and self._scopes and operands[0] != "$" and not self._is_known(operands):
             self._rename(operands)  # a label further down in this scope
         names = {old: new for scope in self._scopes for old, new in scope.items()}
         if names:

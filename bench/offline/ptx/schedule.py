@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import networkx  # which torch needs
 import numpy as np
 
-from .machine import POISON, Block, Machine
+from .machine import POISON, Block, Machine, merged
 from .numbers import Array
 from .program import Instruction
 from .registry import UnknownInstructionError
@@ -33,7 +33,7 @@ def block_order(machine: Machine) -> list[int]:
     for place, block in enumerate(machine.blocks):
         graph.add_edges_from((place, target) for target in _successors(machine, block, place) if target < end)
         graph.add_node(place)
-    return list(_ordered(graph, 0))
+    return list(_ordered(graph, graph, 0))
 
 
 def _successors(machine: Machine, block: Block, place: int) -> list[int]:
@@ -46,14 +46,15 @@ def _successors(machine: Machine, block: Block, place: int) -> list[int]:
     return [] if one.predicate is None else [place + 1]
 
 
-def _ordered(graph: networkx.DiGraph[int], entry: int) -> Iterator[int]:
+def _ordered(graph: networkx.DiGraph[int], whole: networkx.DiGraph[int], entry: int) -> Iterator[int]:
+    """The blocks of a part of the `whole` graph."""
     loops = networkx.condensation(graph)
     for number in networkx.lexicographical_topological_sort(loops, key=lambda one: min(loops.nodes[one]["members"])):
         members = loops.nodes[number]["members"]
-        first = next((one for one in sorted(members) if one == entry or _entered(graph, one, members)), min(members))
+        first = next((one for one in sorted(members) if one == entry or _entered(whole, one, members)), min(members))
         yield first
         if len(members) > 1:
-            yield from _ordered(graph.subgraph(members - {first}), -1)
+            yield from _ordered(graph.subgraph(members - {first}), whole, -1)
 
 
 def _entered(graph: networkx.DiGraph[int], block: int, loop: set[int]) -> bool:
@@ -78,6 +79,7 @@ class _Run:
         self.block = np.zeros(machine.lanes, np.int32)  # where each lane goes on
         self.rank = np.argsort([*machine.order, self.end])
         self.waiting = np.zeros(machine.lanes, bool)  # at a barrier
+        self.blocks = 0
         self.last = machine.program.instructions[-1]  # barrier that someone waits at
 
     def run(self) -> None:
@@ -97,6 +99,9 @@ class _Run:
             while place < self.end:
                 block = machine.blocks[place]
                 _carry_out(machine, block)
+                self.blocks += 1
+                if self.blocks > machine.options.patience:
+                    raise TimeoutError(f"{machine.program.name} does not end: {self.blocks} blocks of instructions ran")
                 follows = self._follow(block, place, active, everyone)
                 if follows is None:
                     break
@@ -119,6 +124,8 @@ class _Run:
             target = machine.block_of[machine.program.labels[one.operands[-1]]]
         if one.predicate is None:
             return target
+        if machine.registers[machine.source(one.predicate[0], "pred")] is None:
+            _poison(machine, one)
         taken = machine.predicate(one) & active
         if not taken.any():
             return place + 1
@@ -130,7 +137,7 @@ class _Run:
 
     def _barrier(self, one: Instruction, following: int, active: Array, everyone: bool) -> int | None:
         machine = self.machine
-        if one.operands[:1] not in ([], ["0"]) or len(one.operands) > 1:
+        if one.operands[:1] not in ([], ["0"]) or len(one.operands) > 1 or one.predicate:
             raise UnknownInstructionError(one, "only barrier 0 of all threads is known")
         machine.check_whole(one)
         if everyone:
@@ -164,8 +171,8 @@ def _carry_out(machine: Machine, block: Block) -> None:
                 while place < count:
                     _masked(machine, steps[place], block.targets[place])
                     place += 1
-        except AttributeError:  # None is no array: a register that nothing has written
-            if not _poison(machine, block.instructions[place]):
+        except (AttributeError, TypeError):  # None is no array: a register that nothing has written
+            if not _poison(machine, block.instructions[place], block.targets[place]):
                 raise
 
 
@@ -174,18 +181,22 @@ def _masked(machine: Machine, step: object, targets: list[int]) -> None:
     before = [registers[target] for target in targets]
     step()  # type: ignore[operator]
     for target, old in zip(targets, before, strict=True):
-        if old is not None and registers[target] is not None:  # None: asynchronous work will deliver it
-            registers[target] = np.where(machine.mask, registers[target], old)
+        if registers[target] is not None:  # None: asynchronous work will deliver it
+            registers[target] = merged(machine.mask, registers[target], old)
 
 
-def _poison(machine: Machine, one: Instruction) -> bool:
+def _unwritten(machine: Machine, names: set[str]) -> list[str]:
+    return [name for name in sorted(names) if name in machine.index and machine.registers[machine.index[name]] is None]
+
+
+def _poison(machine: Machine, one: Instruction, targets: Sequence[int] = ()) -> bool:
     """Give the unwritten registers that an instruction reads a value, as a fault; whether there were any."""
-    names = set(_NAME.findall(" ".join(one.operands)))
+    written, *others = one.operands or [""]
+    first, names = set(_NAME.findall(written)), set(_NAME.findall(" ".join(others)))
     if one.predicate:
         names.add(one.predicate[0])
-    missing = [
-        name for name in sorted(names) if name in machine.index and machine.registers[machine.index[name]] is None
-    ]
+    names |= {name for name in first if machine.index.get(name) not in targets}
+    missing = _unwritten(machine, names) or _unwritten(machine, first)  # some add to what they write
     for name in missing:
         kind = machine.storage(name)
         value = POISON & (1 << 8 * np.dtype(kind).itemsize) - 1

@@ -44,10 +44,13 @@ class SharedMemory:
         self.write_time = np.zeros(places, I64)
         self.read = np.full(places, -1, I32)  # epoch of the last read
         self.reader = np.full(places, -1, I32)  # its warp
+        self.read_lane = np.full(places, -1, I32)
+        self.read_time = np.zeros(places, I64)
         self.arriving = np.zeros(places, np.int16)  # asynchronous copies under way to it
         self.multiplied = np.zeros(places, np.int16)  # products under way that read it
         self.warp_sync = np.zeros(m.warps, I64)
         self.fenced = np.zeros(m.warps, I64)  # when each warp last had fence.proxy.async
+        self.fence_epoch = np.zeros(m.warps, I32)
 
     # --- time ---
 
@@ -68,7 +71,8 @@ class SharedMemory:
         self.warp_sync[self.m.on_warps()] = self.tick()
 
     def fence_async_proxy(self) -> None:
-        self.fenced[self.m.on_warps()] = self.tick()
+        on = self.m.on_warps()
+        self.fenced[on], self.fence_epoch[on] = self.tick(), self.epoch[::32][on]
 
     # --- access ---
 
@@ -139,18 +143,25 @@ class SharedMemory:
             if close.any():
                 add("shared race: read of what another thread of the warp wrote, no bar.warp.sync between", i, "",
                     int(close.sum()))  # fmt: skip
-        self.note_read(places, epoch, warp)
+        self.note_read(places, epoch, lanes)
 
-    def note_read(self, places: Array, epoch: Array, warp: Array | None) -> None:
-        """Remember who read: a warp, or several (None)."""
-        if warp is None:
+    def note_read(self, places: Array, epoch: Array, lanes: Array | None) -> None:
+        """Remember who read: lanes, or several warps (None)."""
+        if lanes is None:
             self.read[places], self.reader[places] = epoch, _SEVERAL
             return
-        others = (self.read[places] == epoch) & (self.reader[places] != warp)
-        self.read[places], self.reader[places] = epoch, warp
+        warp, lane = self.m.warp_of[lanes][:, None], lanes[:, None]
+        now = self.read[places] == epoch
+        others = now & (self.reader[places] != warp)
+        close = now & (self.read_lane[places] != lane) & (self.read_time[places] > self.warp_sync[warp])
+        self.read[places], self.reader[places], self.read_lane[places] = epoch, warp, lane
+        self.read_time[places] = self.tick()
         others |= self.reader[places] != warp
+        close |= self.read_lane[places] != lane
         if others.any():
             self.reader[places[others]] = _SEVERAL
+        if close.any():
+            self.read_lane[places[close]] = _SEVERAL
 
     def mark_write(self, i: Instruction, lanes: Array, at: Array, size: int, *, arriving: bool = False) -> bool:
         """Watch a write; whether two threads write to one place. `arriving`: it takes effect later."""
@@ -158,12 +169,17 @@ class SharedMemory:
             return False
         add, places = self.m.faults.add, self.shadow(at, size)
         epoch, warp = self.epoch[lanes][:, None], self.m.warp_of[lanes][:, None]
-        race = (self.read[places] == epoch) & (self.reader[places] != warp)
-        if race.any():
-            add("shared race: write of what another warp read, no barrier between", i, "", int(race.sum()))
-        race = (self.written[places] == epoch) & (self.writer[places] // 32 != warp)
-        if race.any():
-            add("shared race: write of what another warp wrote, no barrier between", i, "", int(race.sum()))
+        for done, other, lane, time, what in (
+            (self.read, self.reader, self.read_lane, self.read_time, "read"),
+            (self.written, self.writer // 32, self.writer, self.write_time, "wrote"),
+        ):
+            fresh, far = done[places] == epoch, other[places] != warp
+            if (race := int((fresh & far).sum())) > 0:
+                add(f"shared race: write of what another warp {what}, no barrier between", i, "", race)
+            close = fresh & ~far & (lane[places] != lanes[:, None]) & (time[places] > self.warp_sync[warp])
+            if close.any():
+                add(f"shared race: write of what another thread of the warp {what}, no bar.warp.sync between", i, "",
+                    int(close.sum()))  # fmt: skip
         if self.arriving[places].any():
             add("shared write to the target of cp.async before its wait", i)
         if self.multiplied[places].any():
@@ -192,7 +208,8 @@ class SharedMemory:
         if (race := int((written == epoch).sum())) > 0:
             add("shared race: a product reads what was written, no barrier between", i, "", race)
         # A fence by the writer before the barrier, or by the reader behind it.
-        unfenced = (time > self.fenced[np.maximum(self.writer[places], 0) // 32]) & (time > self.fenced[warps].min(0))
+        unfenced = time > self.fenced[np.maximum(self.writer[places], 0) // 32]
+        unfenced &= written >= self.fence_epoch[warps].min(0)
         if unfenced.any():
             add("a product reads what was written without fence.proxy.async", i, "", int(unfenced.sum()))
         np.add.at(self.multiplied, places, 1)

@@ -231,7 +231,7 @@ def load(m: Machine, i: Instruction, shape: str, count: str) -> Step:
         lanes, where = _places(m, i, address(), shape, number, split)
         if tensor.busy[where].any():
             m.faults.add("tensor memory: read while a product runs on it", i)
-        if (missing := int((tensor.written[where] < 0).sum())) > 0:
+        if m.options.watch and (missing := int((tensor.written[where] < 0).sum())) > 0:
             m.faults.add("tensor memory: read of what was never written", i, "", missing)
         if tensor.moving[where].any():
             m.faults.add("tensor memory: read of what was stored without tcgen05.wait::st", i)

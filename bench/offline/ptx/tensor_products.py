@@ -38,6 +38,7 @@ class _Product:
     shape: tuple[int, int, int]
     kind: str
     accumulate: bool
+    lane: int
 
 
 @dataclass(eq=False)
@@ -66,7 +67,9 @@ class Queue:
         """Whether committed work will arrive at a barrier."""
         return any(isinstance(one, _Arrival) and one.barrier == barrier for one in self._work[program])
 
-    def commit(self, i: Instruction, program: int, barrier: int) -> None:
+    def commit(self, i: Instruction, program: int, lane: int, barrier: int) -> None:
+        if any(isinstance(one, _Product) and one.lane != lane for one in self._work[program]):
+            self.m.faults.add("tcgen05.commit by another thread than its product", i)
         if (program, barrier) not in self.m.tensor.barriers.known:
             self.m.faults.add("tcgen05.commit to an mbarrier that was not initialised", i)
             return
@@ -165,7 +168,7 @@ def commit(m: Machine, i: Instruction) -> Step:
     def run() -> None:
         where = address()
         for program, lane in m.tensor.queue.one_lane(i):
-            m.tensor.queue.commit(i, program, int(where[lane]))
+            m.tensor.queue.commit(i, program, lane, int(where[lane]))
 
     return run, []
 
@@ -188,29 +191,28 @@ def multiply(m: Machine, i: Instruction, kind: str) -> Step:
             # float32 sums, both operands of one type, nothing negated, no sparsity
             if name is None or form >> 4 & 3 != 1 or form >> 10 & 7 != form >> 7 & 7 or form >> 13 & 3 or form & 15:
                 raise UnknownInstructionError(i, f"instruction descriptor {form:#x}")
-            if rows not in (64, 128):
-                raise UnknownInstructionError(i, f"{rows} rows")
+            if rows not in (64, 128) or columns not in range(rows // 8, 257, rows // 8):
+                raise UnknownInstructionError(i, f"{rows} rows, {columns} columns")
             depth = 32 // BYTES[name]
 
             def shared(register: int, count: int, along_rows: int, lane: int = lane, program: int = program,
                        name: str = name, depth: int = depth) -> _Operand:  # fmt: skip
                 word = registers[register][lane : lane + 1]
                 swizzle = int(word[0]) >> 61
-                if swizzle not in _SPANS:
-                    raise UnknownInstructionError(i, f"swizzle {swizzle}")
+                if swizzle not in _SPANS or int(word[0]) >> 46 & 7 != 1:
+                    raise UnknownInstructionError(i, f"matrix descriptor {int(word[0]):#x}")
                 chunks = operand_chunks(m, i, word, _SPANS[swizzle], np.array([program]), count, depth, name,
                                         depth_first=not along_rows)  # fmt: skip
                 return _Operand(chunks, not along_rows)
 
             where = int(result()[lane])
             place = _place(program, where, rows, columns)
-            inside = m.tensor.within(program, where & 0xFFFF, columns) and where >> 16 in (
-                (0,) if rows == 128 else (0, 16)
-            )
+            first_rows = (0,) if rows == 128 else (0, 16)
+            inside = m.tensor.within(program, where & 0xFFFF, columns) and where >> 16 in first_rows
             if a_place is not None:
                 of = int(a_place()[lane])
                 a = _Operand(place=_place(program, of, rows, 8))
-                inside &= m.tensor.within(program, of & 0xFFFF, 8)
+                inside &= m.tensor.within(program, of & 0xFFFF, 8) and of >> 16 in first_rows
             else:
                 assert a_word is not None
                 a = shared(a_word, rows, form >> 15 & 1)
@@ -218,7 +220,7 @@ def multiply(m: Machine, i: Instruction, kind: str) -> Step:
                 m.faults.add("tensor memory: a product out of bounds", i, f"row {where >> 16}, column {where & 0xFFFF}")
                 continue
             b, added = shared(b_word, columns, form >> 16 & 1), bool(registers[keep][lane])
-            product = _Product(i, a, b, place, (rows, columns, depth), name, added)
+            product = _Product(i, a, b, place, (rows, columns, depth), name, added, lane)
             m.tensor.queue.begin(program, lane, product)
 
     return run, []

@@ -54,9 +54,7 @@ def elements_read(program: Program, launch: Launch, memory: GlobalMemory, progra
     return found
 
 
-def programs_writing(
-    program: Program, launch: Launch, memory: GlobalMemory, wanted: dict[int, Array]
-) -> list[int]:
+def programs_writing(program: Program, launch: Launch, memory: GlobalMemory, wanted: dict[int, Array]) -> list[int]:
     """The programs of a launch that write any of the units (as `elements_read` gives them).
 
     Raises:
