@@ -17,6 +17,7 @@ import pytest
 from effformer.bench.offline import audit
 from effformer.bench.offline import compile as offline
 from effformer.bench.offline.compile import Compiled
+from effformer.bench.offline.workers import compilers
 from effformer.kernels.tiling.device import HOPPER
 
 COMPILED = Compiled(
@@ -152,7 +153,7 @@ def test_spills_in_any_loop_count() -> None:
 def test_processes_that_compile_do_not_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     before = set(active_children())
-    with audit.compilers(2):
+    with compilers(2):
         started = set(active_children()) - before
         assert os.environ["TRITON_INTERPRET"] == "1"
         assert len(started) == 2

@@ -12,12 +12,9 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from multiprocessing import active_children, get_context
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from ...kernels.tiling.table import DTYPES, Entry, Table, read_table
 from ...testing import float32_as_such, with_tf32
 from .compile import TENSOR_CORES, Compiled, Source, compile_source, source_of
 from .launches import network_launches, unusual_launches
+from .workers import compilers, cores
 
 SIZES = ((224, 224), (512, 640))
 BATCHES = (256, 64, 8, 2, 1)
@@ -205,31 +203,6 @@ def _faults(job: Job, compiled: Compiled, limit: int, core: str) -> Iterator[str
     yield from compiled.hazards
     if compiled.serialised:
         yield f"serialised products: {compiled.waits} waits for {compiled.products} in the loop"
-
-
-def cores() -> int:
-    """Processor cores that this process may use, 16 at most, since each compiler takes a gigabyte."""
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-@contextlib.contextmanager
-def compilers(workers: int) -> Iterator[Executor]:
-    """Processes that do not interpret, even where this one does. Unfinished work is dropped at the end."""
-    pool, others = ProcessPoolExecutor(workers, mp_context=get_context("spawn")), set(active_children())
-    interpret = os.environ.pop("TRITON_INTERPRET", None)
-    try:
-        # A task starts a process unless one is idle; processes inherit the environment.
-        wait([pool.submit(os.getpid) for _ in range(workers)])
-    finally:
-        if interpret is not None:
-            os.environ["TRITON_INTERPRET"] = interpret
-    started = set(active_children()) - others
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in started:
-            process.terminate()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

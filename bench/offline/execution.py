@@ -32,6 +32,7 @@ from .ptx.machine import Options
 from .ptx.numbers import Array, width
 from .ptx.program import Program, parse
 
+Units = Array | slice  # of a region
 Choice = Callable[[Launch], Sequence[int] | None]  # the programs of a launch to run; None for all
 
 
@@ -186,7 +187,7 @@ class _Runner:
         )
         self.execution.executed.append(Executed(launch, text, program, geometry, outcome, read, written))
 
-    def _map(self, launch: Launch) -> list[tuple[str, Region, Array]]:
+    def _map(self, launch: Launch) -> list[tuple[str, Region, Units]]:
         """Map the tensors of a launch; returns the outputs with the units that belong to them."""
         memory, outputs = self.execution.memory, []
         for region in memory.regions:
@@ -196,27 +197,45 @@ class _Runner:
                 continue
             region, inside = self.map_tensor(name, tensor)
             if name in OUTPUTS:
+                known = region.output
                 region.become_output()
                 region.writable = True
-                region.writes[inside] = 1 if launch.constants.get("ATOMIC") else 0
+                if known or launch.constants.get("ATOMIC"):
+                    region.writes[inside] = 1 if launch.constants.get("ATOMIC") else 0
             if name == OUTPUTS[0]:
                 outputs.append((name, region, inside))
         return outputs
 
-    def map_tensor(self, name: str, tensor: Tensor) -> tuple[Region, Array]:
+    def map_tensor(self, name: str, tensor: Tensor) -> tuple[Region, Units]:
         """The region of a tensor's storage, and its units that belong to the tensor."""
         start, bytes = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
         region = self._regions.get(start)
         if region is None:
             data = np.ctypeslib.as_array((ctypes.c_uint8 * bytes).from_address(start))
             region = Region(name, start, data, min(tensor.element_size(), 2))
-            region.outside = np.ones(region.units, bool)
             self._regions[start] = self.execution.memory.add(region)
+            if not _fills(tensor):
+                region.outside = np.ones(region.units, bool)
+        if _fills(tensor):  # without an array of its size: memory that nothing touches costs nothing
+            region.outside = None
+            return region, slice(None)
         inside = _units(tensor, region)
         if region.outside is not None:
             region.outside[inside] = False
             region.outside = region.outside if region.outside.any() else None
         return region, inside
+
+
+def _fills(tensor: Tensor) -> bool:
+    """Whether the tensor's elements are all of its storage."""
+    if tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
+        return False
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _units(tensor: Tensor, region: Region) -> Array:
@@ -228,7 +247,7 @@ def _units(tensor: Tensor, region: Region) -> Array:
     return np.pad(found.repeat(each) if each > 1 else found, (0, region.units - len(found) * each))
 
 
-def _wrong_writes(name: str, region: Region, inside: Array) -> Fault:
+def _wrong_writes(name: str, region: Region, inside: Units) -> Fault:
     writes = region.writes[inside]
     missing, several = int((writes == 0).sum()), int((writes > 1).sum())
     detail = f"{missing} never, {several} several times, in units of {region.unit} bytes"

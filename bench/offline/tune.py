@@ -32,8 +32,9 @@ from ...kernels.tiling.table import DIMENSIONS, DTYPES, Config, Entry, read_conf
 from ...testing import float32_as_such, unwritten_is_nan
 from ..measure.resume import DeviceLostError as DeviceLostError
 from ..measure.timing import kernel_time
-from .audit import Job, audit, compilers
+from .audit import Job, audit
 from .candidates import candidates
+from .workers import compilers
 
 REPEATS = 10
 FINALISTS, ROUNDS = 4, 5

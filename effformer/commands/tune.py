@@ -51,8 +51,8 @@ def main(arguments: argparse.Namespace) -> int:
     reason = why_not_verified(device) if device.type == "cuda" else "it is no GPU"
     if reason:
         raise ValueError(f"--device: got {device}, allowed is a GPU that the kernels run on ({reason})")
-    from ..bench.offline.audit import cores
     from ..bench.offline.tune import DeviceLostError, State, merged, tune
+    from ..bench.offline.workers import cores
 
     card, target = device_of(device), user_file()
     if arguments.in_place is not None:

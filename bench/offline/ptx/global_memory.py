@@ -77,10 +77,10 @@ class Region:
         self.write_sectors = np.zeros(len(self.data) // SECTOR + 1, bool)
 
     def become_output(self) -> None:
-        """Watch it as an output; what it holds counts as written."""
+        """Watch it as an output, of which nothing counts as written."""
         if not self.output:
             self.output = True
-            self.writes = np.ones(self.units, U8)
+            self.writes = np.zeros(self.units, U8)
 
     def view(self, size: int) -> Array:
         """The data as unsigned integers of `size` bytes; less than one at the end is left out."""

@@ -1,0 +1,259 @@
+"""Checks of the compiled kernels at the work of networks: what to execute, and what it gave, as records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...accuracy import Accuracy, accuracy
+from ...apps.verify import checks, draw
+from ...apps.verify_compiled import DEFAULT
+from ...apps.verify_report import NETWORK, Check, describe_dtype
+from ...kernels.tiling.choose import KERNELS, digest_of
+from ...kernels.tiling.device import TARGETS
+from ...testing import Case, float32_as_such
+from ...workload import OPERATIONS
+from .execution import Execution, executing
+from .sampling import in_turn, sample
+
+KINDS = ("network", "odd", "unaligned", "large")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A check on a target.
+
+    Attributes:
+        check: an operation at a shape and dtype, or a network.
+        capability: 90 for sm_90.
+        kind: "network" for the work of a published network as it is; "odd" for shapes that no tile divides;
+            "unaligned" for tensors at an odd address; "large" for more than 2^31 elements.
+    """
+
+    check: Check
+    capability: int
+    kind: str = "network"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for records of the same task."""
+        check = self.check
+        options = tuple(sorted((name, str(value)) for name, value in check.options.items()))
+        return check.operation, check.shape, describe_dtype(check.dtype), options, f"sm_{self.capability}", self.kind
+
+
+@dataclass(frozen=True)
+class Record:
+    """The outcome of a task; a line of `executed.jsonl`.
+
+    Attributes:
+        operation, shape, dtype, options, where, target, kind: the task.
+        kernels: of each launch its name, configuration, grid, programs that ran, and faults.
+        elements: of the output, that were compared with float64.
+        max_error, mean_error, eager_max_error, eager_mean_error, ulp: as `Accuracy` has them.
+        ratio: of the largest errors; None where eager has none.
+        passes: whether the accuracy rule holds and no fault was found.
+        error: that ended the task.
+        seconds: it took, compiling included.
+        triton, source: versions of Triton and, as a digest, of the kernels.
+    """
+
+    operation: str
+    shape: tuple[int, ...]
+    dtype: str
+    options: dict[str, Any]
+    where: list[str]
+    target: str
+    kind: str
+    kernels: list[dict[str, Any]]
+    elements: int
+    max_error: float | None
+    mean_error: float | None
+    eager_max_error: float | None
+    eager_mean_error: float | None
+    ulp: float | None
+    ratio: float | None
+    passes: bool
+    error: str | None
+    seconds: float
+    triton: str
+    source: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        options = tuple(sorted((name, str(value)) for name, value in self.options.items()))
+        return self.operation, tuple(self.shape), self.dtype, options, self.target, self.kind
+
+    @property
+    def faults(self) -> list[str]:
+        return [fault for kernel in self.kernels for fault in kernel["faults"]]
+
+
+def source() -> str:
+    """A digest of the kernels and their configurations."""
+    return digest_of(KERNELS, "*.py", "*.json")
+
+
+# --- what there is to do ----------------------------------------------------------------------------------------------
+
+
+def tasks(
+    models: Sequence[str],
+    batches: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    capabilities: Sequence[int],
+    operations: Iterable[str] = OPERATIONS,
+) -> Iterator[Task]:
+    """All tasks, each once: dtype by dtype, in each the networks in order, then odd, unaligned and large tensors."""
+    seen = set()
+    for dtype in dtypes:
+        for model in models:
+            for batch in batches:
+                for check in checks([model], operations, [dtype], batch_size=batch):
+                    for capability in capabilities:
+                        task = Task(check, capability)
+                        if task.key not in seen:
+                            seen.add(task.key)
+                            yield task
+        for kind, shapes in (("odd", _ODD), ("unaligned", _UNALIGNED), ("large", _LARGE)):
+            for operation, shape, options in shapes:
+                if operation in operations:
+                    check = Check(operation, shape, dtype, options, (kind,))
+                    yield from (Task(check, capability, kind) for capability in capabilities)
+
+
+_HEADS = {"num_heads": 3, "key_dim": 16, "value_dim": 48}
+_ODD: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
+    ("pool_mixer", (3, 20, 5, 7), {}),
+    ("conv_mlp", (3, 20, 5, 7), {"hidden": 56}),
+    ("meta4d", (3, 20, 1, 9), {"hidden": 56}),
+    ("meta4d", (5, 300, 3, 3), {"hidden": 900}),
+    ("conv_norm", (2, 5, 9, 11), {"outputs": 13, "activation": "relu"}),
+    ("conv_norm", (1, 72, 7, 5), {"outputs": 100, "activation": None}),
+    ("bias_attention", (2, 23, 3 * (2 * 16 + 48)), _HEADS),
+    ("attention_mixer", (2, 23, 72), _HEADS),
+    ("linear_mlp", (3, 23, 72), {"hidden": 200}),
+    ("head", (3, 23, 72), {"classes": 11}),
+]
+_MLP = {"hidden": 192}
+_ATTENTION = {"num_heads": 8, "key_dim": 32, "value_dim": 128}
+_UNALIGNED: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
+    ("pool_mixer", (2, 48, 14, 14), {}),
+    ("conv_mlp", (2, 48, 14, 14), _MLP),
+    ("meta4d", (2, 48, 14, 14), _MLP),
+    ("conv_norm", (2, 48, 14, 14), {"outputs": 96, "activation": None}),
+    ("bias_attention", (2, 49, 1536), _ATTENTION),
+    ("attention_mixer", (2, 49, 448), _ATTENTION),
+    ("linear_mlp", (2, 49, 448), {"hidden": 1792}),
+    ("head", (2, 49, 448), {"classes": 1000}),
+]
+# More than 2^31 elements, of which what a few programs touch is ever in memory.
+_LARGE: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
+    ("pool_mixer", (14_270, 48, 56, 56), {}),
+    ("meta4d", (14_270, 48, 56, 56), _MLP),
+    ("conv_norm", (7_140, 24, 112, 112), {"outputs": 48, "activation": "relu"}),
+]
+
+
+# --- doing it ---------------------------------------------------------------------------------------------------------
+
+
+def run(task: Task) -> Record:
+    """Execute one task. An error that it raises becomes the record's."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    check, execution = task.check, Execution()
+    found = dict.fromkeys(("max_error", "mean_error", "eager_max_error", "eager_mean_error", "ulp", "ratio"))
+    passes, elements, failure = False, 0, None
+    try:
+        with float32_as_such():
+            subject, reached = _draw(task)
+            device = TARGETS[task.capability]
+            choice = None
+            if check.operation != NETWORK and check.shape[0] > 1 and task.kind in ("network", "large"):
+                choice = in_turn(sample(lambda: subject.run("triton"), device))
+                if task.kind == "large":
+                    _fill(subject)
+            with executing(device, reached=reached, options=DEFAULT, choose=choice) as execution:
+                result = subject.run("triton")
+            errors, elements = _errors(subject, result, execution, whole=choice is None)
+        found |= {name: getattr(errors, name) for name in found if name != "ratio"}
+        found["ratio"] = errors.max_error / errors.eager_max_error if errors.eager_max_error else None
+        passes = errors.passes() and elements > 0 and not execution.faults
+    except Exception as error:  # of any kind: it is this task's outcome
+        failure = f"{type(error).__name__}: {error}"
+    kernels = [
+        {
+            "kernel": one.launch.kernel.__name__,
+            "configuration": one.launch.configuration,
+            "grid": one.launch.grid,
+            "programs": one.outcome.programs,
+            "faults": [str(fault) for fault in one.outcome.faults],
+        }
+        for one in execution.executed
+    ]
+    return Record(
+        operation=check.operation,
+        shape=check.shape,
+        dtype=describe_dtype(check.dtype),
+        options=check.options,
+        where=list(check.where),
+        target=f"sm_{task.capability}",
+        kind=task.kind,
+        kernels=kernels,
+        elements=elements,
+        **found,  # type: ignore[arg-type]
+        passes=passes,
+        error=failure,
+        seconds=round(time.perf_counter() - start, 2),
+        triton=triton.__version__,
+        source=source(),
+    )
+
+
+def _draw(task: Task) -> tuple[Any, list[Tensor]]:
+    """What to run, and the tensors that kernels reach by addresses alone."""
+    check = task.check
+    if task.kind == "large":
+        small = draw(replace(check, shape=(1, *check.shape[1:])), torch.device("cpu"))
+        assert isinstance(small, Case)
+        batch, channels, height, width = check.shape
+        x = torch.empty(batch, height, width, channels, dtype=check.dtype).permute(0, 3, 1, 2)
+        return replace(small, arguments=(x, *small.arguments[1:])), []
+    subject = draw(check, torch.device("cpu"))
+    if not isinstance(subject, Case):
+        return subject, subject.tensors
+    if task.kind == "unaligned":
+        subject = replace(subject, arguments=tuple(map(_moved, subject.arguments)))
+    return subject, []
+
+
+def _moved(tensor: Tensor) -> Tensor:
+    """The same values one element further into a storage."""
+    other = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    return other.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+
+def _fill(case: Case) -> None:
+    """Draw images at the beginning, in the middle and at the end."""
+    x, generator = case.arguments[0], torch.Generator().manual_seed(0)
+    batch = len(x)
+    for image in {0, 1, batch // 2 - 1, batch // 2, batch // 2 + 1, batch - 2, batch - 1}:
+        x[image] = torch.randn(x.shape[1:], generator=generator)
+
+
+def _errors(subject: Any, result: Tensor, execution: Execution, *, whole: bool) -> tuple[Accuracy, int]:
+    """Errors, and the number of elements that were compared: all, or those that the programs wrote."""
+    if whole:
+        return accuracy(result, subject.exact(), subject.run("eager")), result.numel()
+    written = execution.written(result)
+    images = written.any(dim=tuple(range(1, written.ndim))).nonzero()[:, 0]
+    part = replace(subject, arguments=(subject.arguments[0][images], *subject.arguments[1:]))
+    mask = written[images]
+    return accuracy(result[images][mask], part.exact()[mask], part.run("eager")[mask]), int(mask.sum())

@@ -1,0 +1,128 @@
+"""Execute every operation as compiled for every GPU type, on the CPU, and compare it with float64 (`make prove`).
+
+Each check is a line of the records as soon as it is done; the same command goes on where it stopped, and begins anew
+where kernels or Triton changed. Of large grids the first, middle and last programs run, and those that compute what
+these read. It needs no GPU. The exit status is 0 when all passed, 75 when the time was over first, 1 after a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict
+from pathlib import Path
+
+import triton
+
+from ...commands.common import minutes
+from ...config import PRESETS
+from ...kernels.tiling.choose import write_whole
+from ...kernels.tiling.device import TARGETS
+from ...kernels.tiling.table import DTYPES
+from ...workload import OPERATIONS
+from .proof import KINDS, Record, Task, run, source, tasks
+from .workers import compilers, cores
+
+ORDER = (90, 100, 80, 120, 86, 89)  # of the targets: the newest kinds of matrix units first
+MODELS = sorted(PRESETS, key=lambda name: int(name.rpartition("l")[2]))
+
+
+def read_records(path: Path) -> dict[tuple[object, ...], Record]:
+    """The records of these kernels and this Triton, by `Record.key`; the last of each."""
+    if not path.exists():
+        return {}
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    records = [Record(**{**line, "shape": tuple(line["shape"])}) for line in lines]
+    return {one.key: one for one in records if (one.triton, one.source) == (triton.__version__, source())}
+
+
+def prove(todo: Iterable[Task], workers: int, deadline: float) -> Iterator[Record]:
+    """Run tasks side by side, none after the deadline (of `time.monotonic`); yield records as they come."""
+    left = iter(todo)
+    with compilers(workers) as pool:
+        running: set[Future[Record]] = set()
+        while True:
+            while len(running) < workers and time.monotonic() < deadline and (task := next(left, None)) is not None:
+                running.add(pool.submit(run, task))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not recorded yet, print a table, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--models", nargs="+", default=MODELS, choices=MODELS, metavar="MODEL")
+    option("--operations", nargs="+", default=[*OPERATIONS], choices=OPERATIONS, metavar="NAME")
+    option("--targets", nargs="+", type=int, default=list(ORDER), choices=TARGETS, metavar="SM")
+    option("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"], choices=DTYPES, metavar="DTYPE")
+    option("--batches", nargs="*", type=int, default=[256, 64, 8, 1], metavar="N")
+    option("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
+    option("--minutes", type=minutes, default=float("inf"), help="start nothing new after these")
+    option("--output", type=Path, default=Path("bench/results/executed.jsonl"), metavar="FILE")
+    option("--workers", type=int, default=cores(), metavar="N", help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+
+    deadline = time.monotonic() + 60 * arguments.minutes
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the workers: tensors stay on the CPU
+    dtypes = [DTYPES[name] for name in arguments.dtypes]
+    wanted = tasks(arguments.models, arguments.batches, dtypes, arguments.targets, arguments.operations)
+    todo = [task for task in wanted if task.kind in arguments.kinds]
+    records = read_records(arguments.output)
+    new = [task for task in todo if task.key not in records]
+    print(f"triton {triton.__version__}, {len(todo)} checks, {len(todo) - len(new)} of them recorded", flush=True)
+    for record in prove(new, arguments.workers, deadline):
+        records[record.key] = record
+        text = "".join(json.dumps(asdict(one)) + "\n" for one in records.values())
+        write_whole(arguments.output, text)
+        print(describe(record), flush=True)
+    found = [records[task.key] for task in todo if task.key in records]
+    print("\n" + "\n".join(table(found)))
+    failed = [record for record in found if not record.passes]
+    print(f"\n{len(found)} of {len(todo)} checks done, {len(failed)} failed")
+    for record in failed:
+        error = [record.error] if record.error else []
+        print("\n    ".join([f"FAIL {describe(record)}", *error, *record.faults[:8]]))
+    return 1 if failed else os.EX_TEMPFAIL if len(found) < len(todo) else 0
+
+
+def describe(record: Record) -> str:
+    """One line."""
+    shape = "x".join(map(str, record.shape))
+    ratio = "-" if record.ratio is None else f"{record.ratio:.2f}"
+    ran = ", ".join(
+        f"{one['programs']} of {one['grid']} {one['kernel'].removesuffix('_kernel')}" for one in record.kernels
+    )
+    verdict = "pass" if record.passes else "FAIL"
+    return (
+        f"{record.target:<6} {record.dtype:<8} {record.operation:<15} {shape:<18} {record.kind:<9} {verdict} "
+        f"ratio {ratio}, {len(record.faults)} faults, {record.seconds:.1f} s: {ran}"
+    )
+
+
+def table(records: Sequence[Record]) -> Iterator[str]:
+    """By target and dtype: numbers of checks, failures, faults and seconds, and of each operation the worst ratio."""
+    head = f"{'target':<7}{'dtype':<10}{'checks':>7}{'failed':>7}{'faults':>7}{'seconds':>9}"
+    yield f"{head}  worst error, as a multiple of eager's"
+    groups = dict.fromkeys((record.target, record.dtype) for record in records)
+    for target, dtype in groups:
+        mine = [record for record in records if (record.target, record.dtype) == (target, dtype)]
+        failed, faults = sum(not one.passes for one in mine), sum(len(one.faults) for one in mine)
+        worst = {}
+        for one in mine:
+            worst[one.operation] = max(worst.get(one.operation, 0.0), one.ratio or 0.0)
+        ratios = ", ".join(f"{name} {worst[name]:.2f}" for name in OPERATIONS if name in worst)
+        seconds = sum(one.seconds for one in mine)
+        yield f"{target:<7}{dtype:<10}{len(mine):>7}{failed:>7}{faults:>7}{seconds:>9.0f}  {ratios}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
