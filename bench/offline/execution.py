@@ -32,6 +32,7 @@ from .ptx.machine import Options
 from .ptx.numbers import Array, width
 from .ptx.program import Program, parse
 
+Edit = Callable[[str, str], str]  # from the name of a kernel and its PTX to other PTX
 Units = Array | slice  # of a region
 Choice = Callable[[Launch], Sequence[int] | None]  # the programs of a launch to run; None for all
 
@@ -84,7 +85,12 @@ class Execution:
 
 @contextlib.contextmanager
 def executing(
-    device: Device, *, reached: Iterable[Tensor] = (), options: Options | None = None, choose: Choice | None = None
+    device: Device,
+    *,
+    reached: Iterable[Tensor] = (),
+    options: Options | None = None,
+    choose: Choice | None = None,
+    edit: Edit | None = None,
 ) -> Iterator[Execution]:
     """Within it, launches on CPU tensors are compiled for `device` and carried out here.
 
@@ -93,12 +99,13 @@ def executing(
         reached: tensors that kernels reach through tables of addresses, and not by arguments.
         options: of the machine.
         choose: the programs of each launch to run; by default all.
+        edit: changes PTX before it is executed, to plant a fault.
 
     Raises:
         RuntimeError: on a machine with a GPU, in a process that interprets, or without a C compiler; at the end, the
             first error of a launch.
     """
-    runner = _Runner(options or Options(), choose or (lambda launch: None))
+    runner = _Runner(options or Options(), choose or (lambda launch: None), edit)
     for tensor in reached:
         runner.map_tensor("a tensor of the network", tensor)
     with contextlib.ExitStack() as stack:
@@ -152,8 +159,8 @@ def _code(function: int) -> tuple[str, Program]:
 class _Runner:
     """Carries out launches as they reach the driver."""
 
-    def __init__(self, options: Options, choose: Choice) -> None:
-        self.options, self.choose = options, choose
+    def __init__(self, options: Options, choose: Choice, edit: Edit | None) -> None:
+        self.options, self.choose, self.edit = options, choose, edit
         self.execution = Execution(memory=GlobalMemory(watch=options.watch))
         self.launches: list[Launch] = []
         self._regions: dict[int, Region] = {}  # by the address of the storage
@@ -168,6 +175,8 @@ class _Runner:
 
     def _execute(self, call: LaunchCall, launch: Launch) -> None:
         text, program = _code(call.function)
+        if self.edit is not None and (edited := self.edit(program.name, text)) != text:
+            text, program = edited, parse(edited)
         if call.threads != program.threads or call.grid != (launch.grid, 1, 1):
             raise RuntimeError(f"{program.name} was launched with {call.threads} threads over {call.grid}, and is "
                                f"compiled for {program.threads}, described over {launch.grid}")  # fmt: skip
