@@ -107,7 +107,8 @@ def mlp_kernel(
         mask = channel_mask(c, C, WIDTHS, i)
         p_out = out_ptr + o_out[:, None] + c[None, :]
         if POOL and RELOAD:
-            residual = tl.load(p_out, mask=mask, other=0.0)
+            # Rows beyond the end stand on the last one, which other threads may have overwritten by now.
+            residual = tl.load(p_out, mask=inside[:, None] & mask, other=0.0)
         elif RELOAD:
             residual = tl.load(x_ptr + o_x[:, None] + c[None, :], mask=mask, other=0.0)
         else:

@@ -50,11 +50,11 @@ def class_of(instruction: Instruction) -> str:
 class Traffic:
     """What one memory instruction moved: `units` are sectors of 32 bytes, or wavefronts of shared memory.
 
-    `ideal` is the least for the bytes of distinct places.
+    `ideal` is the least that could hold the distinct bytes of each warp.
     """
 
     units: int = 0
-    ideal: float = 0.0
+    ideal: int = 0
 
 
 class Counts:
@@ -76,18 +76,24 @@ class Counts:
         self._of_block[id(block)] = block
 
     def global_access(self, i: Instruction, address: Array, lanes: Array, size: int, m: Machine) -> None:
-        """Sectors that each warp touches, and the least for its distinct bytes."""
+        """Sectors that each warp touches, and the fewest that could hold its distinct bytes.
+
+        Accesses are aligned to their size, which is 32 bytes or less: each lane's is within one sector.
+        """
         if not len(lanes):
             return
         warps = m.warp_of[lanes]
         traffic = self._global[i]
-        sectors = np.unique(warps << 44 | address[lanes] >> 5 & (1 << 44) - 1)
         places = np.unique(warps << 48 | address[lanes] & (1 << 48) - 1)
-        traffic.units += len(sectors) * max(1, size // 32)
-        traffic.ideal += len(places) * size / 32
+        traffic.units += len(np.unique(places >> 5))
+        traffic.ideal += int((-(-np.bincount(places >> 48) * size // 32)).sum())
 
     def shared_access(self, i: Instruction, address: Array, lanes: Array, size: int, m: Machine) -> None:
-        """Passes that the banks need for each group of lanes that is served at once, and the least."""
+        """Passes that the 32 banks need for each group of lanes that is served at once, and the least.
+
+        A pass serves 32 lanes of up to 4 bytes, 16 of 8 or 8 of 16. The least is that of the warp's distinct words: a
+        warp whose lanes all read the same 16 bytes counts as 4 passes where 1 would do.
+        """
         if not len(lanes):
             return
         step = max(size // 4, 1)
@@ -99,10 +105,15 @@ class Counts:
         traffic = self._shared[i]
         traffic.units += int(np.maximum.reduceat(number, starts).sum())
         of_warps = np.unique((lanes // 32)[:, None] << 32 | words) >> 32
-        traffic.ideal += float(np.ceil(np.unique(of_warps, return_counts=True)[1] / 32).sum())
+        traffic.ideal += int((-(-np.unique(of_warps, return_counts=True)[1] // 32)).sum())
 
     def totals(self) -> dict[str, float]:
-        """By name: warp instructions of each class, sectors and wavefronts with their ideals, FLOP, operand bytes."""
+        """By name: warp instructions of each class, sectors and wavefronts with their ideals, FLOP, operand bytes.
+
+        Instructions are those of the PTX, also where a predicate is off in all lanes of the warp. Atomic additions count
+        as written. Wavefronts are those of loads, stores, matrices of 8x8 and `cp.async`; what matrix units read
+        themselves is in the operand bytes.
+        """
         found: Counter[str] = Counter(dict.fromkeys(CLASSES, 0))
         for key, times in self._blocks.items():
             block = self._of_block[key]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MASKED = 64  # bytes that lanes which are off read
 SECTOR = 32  # bytes
+_SEVERAL = 0xFF  # in place of the number of a warp
 Touch = Callable[[bool, Array, Array, int], None]  # whether written, numbers of programs, addresses, bytes
 
 
@@ -50,7 +51,7 @@ class Region:
     read_sectors: Array = field(init=False)
     write_sectors: Array = field(init=False)
     writer: Array = field(init=False)  # in this launch: program + 1, warp, epoch
-    reader: Array = field(init=False)  # program + 1
+    reader: Array = field(init=False)  # the same; _SEVERAL in place of the warp of several
 
     def __post_init__(self) -> None:
         if self.start % 16 or self.data.dtype != U8:
@@ -72,7 +73,7 @@ class Region:
     def begin_launch(self) -> None:
         """Forget who read and wrote; what was written stays written."""
         units = self.units if self.output else 0
-        self.writer, self.reader = np.zeros(units, I64), np.zeros(units, np.int32)
+        self.writer, self.reader = np.zeros(units, I64), np.zeros(units, I64)
         self.read_sectors = np.zeros(len(self.data) // SECTOR + 1, bool)
         self.write_sectors = np.zeros(len(self.data) // SECTOR + 1, bool)
 
@@ -94,8 +95,7 @@ class GlobalMemory:
         touch: is told of accesses while a kernel is traced; see `trace`.
     """
 
-    def __init__(self, *, watch: bool = True) -> None:
-        self.watch = watch
+    def __init__(self) -> None:
         self.touch: Touch | None = None
         self.regions: list[Region] = []
         self._starts = np.zeros(0, I64)
@@ -156,8 +156,14 @@ class GlobalMemory:
         for region, lanes, at in self._parts(m, i, address, active, size * len(values), write=True, atomic=True):
             view, first = self._view(region, size).view(kind), at // size
             for place, value in enumerate(values):
-                before[place][lanes] = view[first + place]
-                np.add.at(view, first + place, value[lanes])
+                where = first + place
+                if len(np.unique(where)) < len(where):
+                    for lane, element in zip(lanes, where, strict=True):
+                        before[place][lane] = view[element]
+                        view[element] += value[lane]
+                else:
+                    before[place][lanes] = view[where]
+                    view[where] += value[lanes]
         return before
 
     def copy(self, m: Machine, i: Instruction, address: Array, active: Array | None, size: int) -> Array:
@@ -240,7 +246,7 @@ class GlobalMemory:
                 if write:
                     good = ~beyond.any(1)
                     lanes, at, places = lanes[good], at[good], places[good]
-        if region.output and self.watch:
+        if region.output and m.options.watch:
             if not write or atomic:
                 missing = region.writes[places] == 0
                 if missing.any():
@@ -273,13 +279,20 @@ class GlobalMemory:
             self._fault(
                 m, i, f"global race: {what} of what another warp wrote, no barrier between", lanes, near, region.name
             )
-        if not write:
-            region.reader[places] = program
-            return
         seen = region.reader[places]
-        if ((seen != 0) & (seen != program)).any():
-            bad = (seen != 0) & (seen != program)
+        if not write:
+            others = (seen >> 32 == program) & (seen & 0xFFFFFF == epoch) & (seen != mine)
+            region.reader[places] = mine
+            others |= region.reader[places] != mine
+            region.reader[places] = np.where(others, mine | _SEVERAL << 24, mine)
+            return
+        bad = (seen != 0) & (seen >> 32 != program)
+        if bad.any():
             self._fault(m, i, "global race: write of what another program read", lanes, bad, region.name)
+        near = (seen >> 32 == program) & (seen & 0xFFFFFF == epoch) & (seen != mine)
+        if near.any():
+            what = "global race: write of what another warp read, no barrier between"
+            self._fault(m, i, what, lanes, near, region.name)
         region.writer[places] = mine | (lanes[:, None] % 32 + 1) << 56  # the lane, to see two in one instruction
         twice = region.writer[places] >> 56 != lanes[:, None] % 32 + 1
         twice |= region.writer[places] & (1 << 56) - 1 != mine

@@ -163,17 +163,26 @@ class Machine:
                 run, targets = prepare(self, one, **groups)
             except (KeyError, ValueError) as error:  # an operand that is none
                 raise ValueError(f"PTX line {one.line}: {one.text}: {error}") from error
-        if one.predicate and targets and not getattr(run, "predicated", False):
+        if one.predicate and not getattr(run, "predicated", False):
             run = self._switched(one, run, targets)
         return self._guarded(one, run, targets), targets
 
     def _switched(self, one: Instruction, run: Callable[[], None], targets: list[int]) -> Callable[[], None]:
-        """Keep the old values where the predicate is off."""
+        """Carry it out where the predicate is on, and keep the old values elsewhere."""
         registers = self.registers
 
         def switched() -> None:
-            on, before = self.predicate(one), [registers[target] for target in targets]
-            run()
+            on, before = self.active(one), [registers[target] for target in targets]
+            assert on is not None
+            if not (on.any() or targets):
+                return
+            mask = self.mask
+            if on.any() and not on.all():
+                self.mask = on
+            try:
+                run()
+            finally:
+                self.mask = mask
             for target, old in zip(targets, before, strict=True):
                 registers[target] = merged(on, registers[target], old)
 
