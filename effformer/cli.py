@@ -7,7 +7,19 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import bench, bench_kernels, bench_report, convert, evaluate, export, info, run, tune, verify
+from .commands import (
+    bench,
+    bench_counts,
+    bench_kernels,
+    bench_report,
+    convert,
+    evaluate,
+    export,
+    info,
+    run,
+    tune,
+    verify,
+)
 from .version import __version__
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell has it
@@ -74,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         help="measure speed, and search for the fastest tiles",
         description="Measure on this machine. `effformer bench [options]` means `effformer bench run [options]`.",
     ).add_subparsers(required=True, metavar="COMMAND")
-    for command in (bench, bench_kernels, bench_report, tune):
+    for command in (bench, bench_kernels, bench_report, bench_counts, tune):
         command.add(measuring)
     for command in (info, convert, export):
         command.add(commands)

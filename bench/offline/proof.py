@@ -128,6 +128,22 @@ def tasks(
                     yield from (Task(check, capability, kind) for capability in capabilities)
 
 
+def part(capabilities: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> list[Task]:
+    """A few checks that launch every kernel: L1 of fewer blocks and small images, and operations that it lacks."""
+    network = {"name": "efficientformer_l1", "depths": (1, 1, 1, 2)}
+    found = [(NETWORK, (1, 3, 64, 64), network), *_PART]
+    return [
+        Task(Check(operation, shape, dtype, options, ("part",)), capability)
+        for capability in capabilities
+        for operation, shape, options in found
+    ]
+
+
+_PART: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
+    ("pool_mixer", (1, 48, 14, 14), {}),
+    ("head", (1, 49, 448), {"classes": 1000}),
+    ("head", (256, 49, 448), {"classes": 1000}),  # in two kernels
+]
 _HEADS = {"num_heads": 3, "key_dim": 16, "value_dim": 48}
 _ODD: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     ("pool_mixer", (3, 20, 5, 7), {}),

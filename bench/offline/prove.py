@@ -25,7 +25,7 @@ from ...kernels.tiling.choose import write_whole
 from ...kernels.tiling.device import TARGETS
 from ...kernels.tiling.table import DTYPES
 from ...workload import OPERATIONS
-from .proof import KINDS, Record, Task, run, source, tasks
+from .proof import KINDS, Record, Task, part, run, source, tasks
 from .workers import compilers, cores
 
 ORDER = (90, 100, 80, 120, 86, 89)  # of the targets: the newest kinds of matrix units first
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     option("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"], choices=DTYPES, metavar="DTYPE")
     option("--batches", nargs="*", type=int, default=[256, 64, 8, 1], metavar="N")
     option("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
+    option("--part", action="store_true", help="a few checks that launch every kernel, in bfloat16")
     option("--minutes", type=minutes, default=float("inf"), help="start nothing new after these")
     option("--output", type=Path, default=Path("bench/results/executed.jsonl"), metavar="FILE")
     option("--workers", type=int, default=cores(), metavar="N", help="default: %(default)s")
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # of the workers: tensors stay on the CPU
     dtypes = [DTYPES[name] for name in arguments.dtypes]
     wanted = tasks(arguments.models, arguments.batches, dtypes, arguments.targets, arguments.operations)
-    todo = [task for task in wanted if task.kind in arguments.kinds]
+    todo = part(arguments.targets) if arguments.part else [task for task in wanted if task.kind in arguments.kinds]
     records = read_records(arguments.output)
     new = [task for task in todo if task.key not in records]
     print(f"triton {triton.__version__}, {len(todo)} checks, {len(todo) - len(new)} of them recorded", flush=True)

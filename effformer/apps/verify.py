@@ -132,7 +132,7 @@ def draw(check: Check, device: torch.device, seed: int = 0) -> Case | _Network:
         torch.default_generator.manual_seed(seed)
         if check.operation != NETWORK:
             return draw_case(check.operation, check.shape, check.dtype, **check.options).to(device)
-        network = create_model(check.options["name"], num_classes=0)
+        network = create_model(**check.options, num_classes=0)
         randomise(network, seed).eval().to(device, check.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return _Network(network, draw_map(check.shape, check.dtype).to(device))
 

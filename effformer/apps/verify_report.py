@@ -23,7 +23,7 @@ class Check:
         operation: a function of `effformer.ops`, or "network".
         shape: of its input: maps [B, C, H, W], tokens [B, N, channels], images [B, 3, H, W].
         dtype: of input and weights.
-        options: as in `effformer.workload.Work`; of a network its "name".
+        options: as in `effformer.workload.Work`; of a network arguments of `create_model`, its "name".
         where: the parts of networks that have this operation at this shape.
     """
 

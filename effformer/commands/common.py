@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -204,6 +205,19 @@ def torch_device(name: str) -> torch.device:
         reason = "" if "cuda:0" in known else f" ({why_no_gpu()})"
         raise ValueError(f"--device: got {name!r}, allowed are auto, {', '.join(known)}{reason}")
     return torch.device(chosen)
+
+
+def execute_on_cpu() -> None:
+    """Prepare a process for kernels that are compiled for the GPU of --target and executed on the CPU.
+
+    Tensors stay on the CPU: it must be called before torch looks for GPUs.
+
+    Raises:
+        ValueError: in a process that interprets.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("TRITON_INTERPRET: got 1 with --target, allowed is a process that compiles")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def load_network(

@@ -57,7 +57,7 @@ def add(commands: common.Commands) -> None:
 def main(arguments: argparse.Namespace) -> int:
     if arguments.target:
         _check_target(arguments)
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for GPUs: tensors stay on the CPU
+        common.execute_on_cpu()
     device = common.torch_device("cpu" if arguments.target else arguments.device)
     if device.type == "cpu" and not arguments.target and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
@@ -120,13 +120,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _check_target(arguments: argparse.Namespace) -> None:
-    """Refuse options that have no meaning beside --target, and processes that interpret."""
+    """Refuse options that have no meaning beside --target."""
     if arguments.device not in ("auto", "cpu"):
         raise ValueError(f"--device: got {arguments.device!r} with --target, allowed is cpu")
     if arguments.repeats:
         raise ValueError(f"--repeats: got {arguments.repeats} with --target, allowed is 0: a machine repeats itself")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise ValueError("TRITON_INTERPRET: got 1 with --target, allowed is a process that compiles")
 
 
 def _chosen(named: list[str], allowed: Iterable[str]) -> list[str]:
