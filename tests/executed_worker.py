@@ -1,7 +1,8 @@
 """A process without Triton's interpreter: carries launches out as compiled for a GPU, and saves their results.
 
-The kernels are compiled without fusing products with sums, as the interpreter computes them. Its arguments are a file
-with the launches (`torch.save` of a list of `Call`) and one for the results.
+The kernels are compiled as the interpreter computes them: without fusing products with sums, and without splitting
+float32 into TF32. Its arguments are a file with the launches (`torch.save` of a list of `Call`) and one for the
+results.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class Call:
         """The result of the compiled kernel, and its faults."""
         out = torch.empty_strided(self.result.shape, self.result.stride(), dtype=self.result.dtype)
         kernel = getattr(importlib.import_module(self.module), self.kernel)
-        launch = Launch(kernel, self.grid, {**self.arguments, OUTPUTS[0]: out}, self.constants, None, self.num_warps,
-                        self.num_stages)  # fmt: skip
+        exact = {"PRECISION": "ieee"} if "PRECISION" in self.constants else {}
+        launch = Launch(kernel, self.grid, {**self.arguments, OUTPUTS[0]: out}, self.constants | exact, None,
+                        self.num_warps, self.num_stages)  # fmt: skip
         with executing(TARGETS[self.capability], options=Options()) as execution:
             launch.run()
         return out, [str(fault) for _, fault in execution.faults]
