@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ def test_agreement_with_the_interpreter(tmp_path: Path) -> None:
         for operation, (shape, options) in OPERATIONS.items():
             for capability in (80, 90, 100):
                 case = draw_case(operation, shape, dtype, **options)
+                if operation == "attention_mixer":  # exponentials amplify the errors of large scores
+                    x, *others = case.arguments
+                    case = replace(
+                        case,
+                        arguments=(x, *(one / 4 if one.dtype != dtype or one.ndim != 2 else one for one in others)),
+                    )
                 with float32_as_such(), stand_in(TARGETS[capability]), recorded() as launches:
                     case.run("triton")
                 calls += [Call.of(launch, capability) for launch in launches]
