@@ -61,7 +61,8 @@ def main(arguments: argparse.Namespace) -> int:
         other = "--recorded" if arguments.recorded else "--op"
         raise ValueError(f"--update: got {other} as well, allowed is only without: it writes the records of whole "
                          "networks")  # fmt: skip
-    common.execute_on_cpu()
+    if not arguments.recorded:
+        common.execute_on_cpu()
     from ..bench.offline.bounds import GPUS, bounds, gpus_of
     from ..bench.offline.counted import write_records
 

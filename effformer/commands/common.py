@@ -102,6 +102,13 @@ def one_of(module: str, names: str, *others: str) -> Type:
     return choice
 
 
+def target(text: str) -> str:
+    """An argparse type: a GPU that kernels are compiled for, as "sm_90"."""
+    from ..kernels.tiling.device import TARGETS
+
+    return _meant(text, {f"sm_{capability}": f"sm_{capability}" for capability in TARGETS})
+
+
 def or_all(kind: Type) -> Type:
     """An argparse type: what `kind` takes, or "all"."""
     return lambda text: text if text == "all" else kind(text)

@@ -44,8 +44,8 @@ def add(commands: common.Commands) -> None:
     common.add_size(parser)
     option("--batch-size", type=common.positive, metavar="N", help="default: 8 on a GPU, 2 on a CPU, 1 with --target")
     common.add_device(parser)
-    option("--target", metavar="SM", help="sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120: execute the kernels as "
-           "compiled for such a GPU, on the CPU")  # fmt: skip
+    option("--target", type=common.target, metavar="SM", help="sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120: execute "
+           "the kernels as compiled for such a GPU, on the CPU")  # fmt: skip
     option("--truncate", action="store_true", help="with --target: cut the sums of matrix products off as measured on "
            "GPUs; takes several times as long")  # fmt: skip
     option("--seed", type=common.count, default=0, metavar="N", help="of weights and inputs; default: 0")
@@ -55,6 +55,8 @@ def add(commands: common.Commands) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    if arguments.truncate and not arguments.target:
+        raise ValueError("--truncate: got it without --target, allowed is both together")
     if arguments.target:
         _check_target(arguments)
         common.execute_on_cpu()
