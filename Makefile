@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .NOTPARALLEL:
-.PHONY: demo test test-part gpu bench host first-call mutants audit audit-part triton lint format types clean help
+.PHONY: demo test test-part gpu bench host first-call mutants audit prove planted audit-part triton lint format types clean help
 
 help:
 	@echo "make demo    features of a photograph, in an environment made for it"
@@ -16,6 +16,8 @@ help:
 	@echo "make first-call   seconds of a network's first forwards, which compile its kernels, without a GPU (two minutes)"
 	@echo "make mutants planted faults in the kernels, each of which the tests must catch (hours)"
 	@echo "make audit   every kernel compiled for every GPU it is for, and held to rules (three quarters of an hour, then from a cache)"
+	@echo "make prove   every operation as compiled for every GPU, executed on the CPU (many hours, goes on where it stopped)"
+	@echo "make planted faults planted in compiled kernels, each of which must be seen (ten minutes)"
 	@echo "make audit-part TRITON=3.9.0   a part of the audit with another Triton (20 minutes)"
 	@echo "make test-part TRITON=3.9.0    the kernels' tests with another Triton (three to seven minutes)"
 	@echo "make lint    ruff: style and format"
@@ -73,6 +75,13 @@ mutants: $(VENV)/dev.stamp
 
 audit: $(VENV)/dev.stamp
 	$(BIN)/python -m effformer.bench.offline.audit --output bench/results/audit.jsonl $(AUDIT)
+
+# PROVE holds further arguments: --models, --targets, --dtypes, --batches, --kinds, --minutes. Each worker has a core.
+prove: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m effformer.bench.offline.prove $(PROVE)
+
+planted: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m effformer.bench.offline.planted
 
 # The next targets use the Triton that TRITON names, not that of constraints.txt. torch stays that of .venv. The
 # interpreter of Triton 3.6 fails with NumPy 2.4.
