@@ -224,7 +224,7 @@ def run(task: Task) -> Record:
         kind=task.kind,
         kernels=kernels,
         elements=elements,
-        **found,  # type: ignore[arg-type]
+        **found,
         passes=passes,
         error=failure,
         seconds=round(time.perf_counter() - start, 2),

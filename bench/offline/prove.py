@@ -117,7 +117,7 @@ def table(records: Sequence[Record]) -> Iterator[str]:
     for target, dtype in groups:
         mine = [record for record in records if (record.target, record.dtype) == (target, dtype)]
         failed, faults = sum(not one.passes for one in mine), sum(len(one.faults) for one in mine)
-        worst = {}
+        worst: dict[str, float] = {}
         for one in mine:
             worst[one.operation] = max(worst.get(one.operation, 0.0), one.ratio or 0.0)
         ratios = ", ".join(f"{name} {worst[name]:.2f}" for name in OPERATIONS if name in worst)

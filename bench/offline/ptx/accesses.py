@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .machine import merged
 from .numbers import F32, TYPES, U16, U32, U64, UNSIGNED, Array, width
 from .registry import Step, UnknownInstructionError, instruction
 
@@ -41,9 +42,7 @@ def load(m: Machine, i: Instruction, space: str, count: str | None, kind: str) -
             values = m.shared.load(i, address(), active, size, len(names))
         for target, value, storage in zip(targets, values, storages, strict=True):
             found = value if value.dtype == storage else _extended(value, kind, storage)
-            if i.predicate and registers[target] is not None:
-                found = np.where(active, found, registers[target])
-            registers[target] = found
+            registers[target] = merged(active, found, registers[target]) if i.predicate else found
 
     return _keeping(run), targets
 
@@ -104,9 +103,8 @@ def add_atomically(m: Machine, i: Instruction, head: str, count: str | None) -> 
         values = [registers[source].view(F32) for source in sources]
         before = m.memory.add_to(m, i, address(), active, F32, values)
         for target, value in zip(targets, before, strict=False):
-            old = registers[target]
             found = value.view(U32)
-            registers[target] = np.where(active, found, old) if i.predicate and old is not None else found
+            registers[target] = merged(active, found, registers[target]) if i.predicate else found
 
     return _keeping(run), targets
 

@@ -121,7 +121,11 @@ def count_leading_zeros(m: Machine, i: Instruction, kind: str) -> Step:
 @instruction(r"selp\.(?P<kind>[subf](?:16|32|64))")
 def select(m: Machine, i: Instruction, kind: str) -> Step:
     bits = f"b{kind[1:]}"
-    return m.lanewise(i, [bits, bits, "pred"], lambda a, b, p: np.where(p, a, b))
+
+    def function(a: Array, b: Array, on: Array) -> Array:
+        return np.where(on, a, b)
+
+    return m.lanewise(i, [bits, bits, "pred"], function)
 
 
 @instruction(r"copysign\.f32")

@@ -82,11 +82,12 @@ class Counts:
         """
         if not len(lanes):
             return
-        warps = m.warp_of[lanes]
+        places, distinct = _distinct(_of_warps(address[:, None], lanes, m))
+        sectors, fresh = places >> 5, distinct.copy()
+        fresh[:, 1:] &= sectors[:, 1:] != sectors[:, :-1]
         traffic = self._global[i]
-        places = np.unique(warps << 48 | address[lanes] & (1 << 48) - 1)
-        traffic.units += len(np.unique(places >> 5))
-        traffic.ideal += int((-(-np.bincount(places >> 48) * size // 32)).sum())
+        traffic.units += int(fresh.sum())
+        traffic.ideal += int((-(-distinct.sum(1) * size // 32)).sum())
 
     def shared_access(self, i: Instruction, address: Array, lanes: Array, size: int, m: Machine) -> None:
         """Passes that the 32 banks need for each group of lanes that is served at once, and the least.
@@ -96,22 +97,21 @@ class Counts:
         """
         if not len(lanes):
             return
-        step = max(size // 4, 1)
-        group = lanes // {1: 32, 2: 32, 4: 32, 8: 16, 16: 8}[size]
-        words = (address[lanes] >> 2)[:, None] + np.arange(step)
-        distinct = np.unique(group[:, None] << 32 | words)
-        banks, number = np.unique(distinct >> 32 << 5 | distinct & 31, return_counts=True)
-        starts = np.flatnonzero(np.diff(banks >> 5, prepend=-1))
+        words = (address >> 2).astype(np.int32)[:, None] + np.arange(max(size // 4, 1), dtype=np.int32)
+        of_warps = _of_warps(words, lanes, m)
+        found, distinct = _distinct(of_warps.reshape(-1, 32))  # 32 words of each group
+        groups, columns = np.nonzero(distinct)
+        banks = np.bincount(groups * 32 + found[groups, columns] % 32, minlength=len(found) * 32)
         traffic = self._shared[i]
-        traffic.units += int(np.maximum.reduceat(number, starts).sum())
-        of_warps = np.unique((lanes // 32)[:, None] << 32 | words) >> 32
-        traffic.ideal += int((-(-np.unique(of_warps, return_counts=True)[1] // 32)).sum())
+        traffic.units += int(banks.reshape(-1, 32).max(1).sum())
+        number = (distinct if size <= 4 else _distinct(of_warps)[1]).sum(1)
+        traffic.ideal += int((-(-number // 32)).sum())
 
     def totals(self) -> dict[str, float]:
         """By name: warp instructions of each class, sectors and wavefronts with their ideals, FLOP, operand bytes.
 
-        Instructions are those of the PTX, also where a predicate is off in all lanes of the warp. Atomic additions count
-        as written. Wavefronts are those of loads, stores, matrices of 8x8 and `cp.async`; what matrix units read
+        Instructions are those of the PTX, also where a predicate is off in all lanes of the warp. Atomic additions
+        count as written. Wavefronts are those of loads, stores, matrices of 8x8 and `cp.async`; what matrix units read
         themselves is in the operand bytes.
         """
         found: Counter[str] = Counter(dict.fromkeys(CLASSES, 0))
@@ -130,3 +130,20 @@ class Counts:
             result["wavefronts"] += traffic.units
             result["ideal_wavefronts"] += traffic.ideal
         return result | {"flops": self.flops, "operand_bytes": self.operand_bytes}
+
+
+def _of_warps(values: Array, lanes: Array, m: Machine) -> Array:
+    """[lanes, n] as [warps, 32 * n]; -1 for the lanes that are off."""
+    if len(lanes) < m.lanes:
+        on = np.zeros(m.lanes, bool)
+        on[lanes] = True
+        values = np.where(on[:, None], values, values.dtype.type(-1))
+    return values.reshape(m.warps, -1)
+
+
+def _distinct(values: Array) -> tuple[Array, Array]:
+    """The rows sorted, and where each value of 0 or more stands first."""
+    found = np.sort(values, axis=1)
+    first = found >= 0
+    first[:, 1:] &= found[:, 1:] != found[:, :-1]
+    return found, first

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -148,13 +148,14 @@ class GlobalMemory:
                 view[first + place] = value[lanes]
 
     def add_to(
-        self, m: Machine, i: Instruction, address: Array, active: Array | None, kind: type, values: list[Array]
+        self, m: Machine, i: Instruction, address: Array, active: Array | None, kind: Any, values: list[Array]
     ) -> list[Array]:
         """Add atomically, lanes in their order; returns what was there before."""
         size = np.dtype(kind).itemsize
-        before = [np.zeros(m.lanes, kind) for _ in values]
+        before: list[Array] = [np.zeros(m.lanes, kind) for _ in values]
         for region, lanes, at in self._parts(m, i, address, active, size * len(values), write=True, atomic=True):
-            view, first = self._view(region, size).view(kind), at // size
+            view: Array = self._view(region, size).view(kind)
+            first = at // size
             for place, value in enumerate(values):
                 where = first + place
                 if len(np.unique(where)) < len(where):

@@ -314,7 +314,10 @@ class Machine:
 
     def on_warps(self, lanes: int = 32) -> Array | slice:
         """The warps (or groups of `lanes`) that the mask leaves."""
-        return slice(None) if self.mask is None else self.mask.reshape(-1, lanes).any(1)
+        if self.mask is None:
+            return slice(None)
+        found: Array = self.mask.reshape(-1, lanes).any(axis=1)  # type: ignore[assignment]
+        return found
 
     def check_whole(self, one: Instruction, lanes: int = 32) -> None:
         """Look whether warps (or groups of `lanes`) take part as a whole."""

@@ -148,7 +148,7 @@ class _Run:
         self.last = one
         waiting = self.waiting.reshape(machine.programs, -1)
         left = (self.block >= self.end).reshape(machine.programs, -1)
-        free = (waiting | left).all(1) & waiting.any(1)
+        free: Array = (waiting | left).all(1) & waiting.any(1)  # type: ignore[assignment]
         if (left & free[:, None]).any():
             machine.faults.add("a barrier that not all threads of a program reach", one, "some have left")
         lanes = np.repeat(free, machine.threads)

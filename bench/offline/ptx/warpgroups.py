@@ -47,10 +47,12 @@ class WarpgroupProducts:
         self._commits = 0
         self._fenced: list[Any] | None = None  # registers at the last fence
         self._fresh = False  # whether no group was committed since
+        self._touched: set[int] = set()  # accumulators that other instructions took since
         self._delivered: dict[int, Array] = {}
 
     def fence(self) -> None:
         self._fenced, self._fresh = list(self.m.registers), True
+        self._touched.clear()
 
     def commit(self) -> None:
         for product in self._running:
@@ -67,6 +69,7 @@ class WarpgroupProducts:
         if register in self._pending:
             self.m.faults.add("an accumulator is touched while its product runs", i)
             self._end(list(self._running))
+        self._touched.add(register)
 
     def finish(self) -> None:
         for product in self._running:
@@ -77,8 +80,12 @@ class WarpgroupProducts:
         if register in self._pending:
             return self._pending[register][1]
         value: Array | None = self.m.registers[register]
-        if value is not None and self._delivered.get(register) is not value:
+        if value is None and self._fenced is None:
+            self.m.faults.add("wgmma without wgmma.fence before the first", i)
+        elif value is not None and self._delivered.get(register) is not value:
             self._check_fenced(i, register, value, "its accumulator")
+        elif value is not None and register in self._touched and not self._fresh:
+            self.m.faults.add("wgmma without wgmma.fence after its accumulator was read", i)
         return value
 
     def _check_fenced(self, i: Instruction, register: int, value: Array, what: str) -> None:
