@@ -117,7 +117,7 @@ def commands(parser: argparse.ArgumentParser | None = None, *names: str) -> Iter
 
 def test_help_and_version_need_neither_torch_nor_triton_nor_yaml() -> None:
     calls = [[*names, "--help"] for names, _ in commands()]
-    assert len(calls) == 12
+    assert len(calls) == 13
     code = (
         "import sys\nfrom effformer.cli import main\nfor call in eval(sys.argv[1]):\n"
         "    try:\n        main(call)\n    except SystemExit as error:\n        assert error.code == 0\n"
@@ -125,7 +125,7 @@ def test_help_and_version_need_neither_torch_nor_triton_nor_yaml() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, repr([*calls, ["--version"]])], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: effformer") == 12
+    assert done.stdout.count("usage: effformer") == 13
     assert re.search(r"^effformer \d+\.\d+\.\d+$", done.stdout, re.MULTILINE)
     traced = [sys.executable, "-X", "importtime", "-m", "effformer.cli", "bench", "run", "--help"]
     imports = subprocess.run(traced, capture_output=True, text=True, check=True).stderr
