@@ -10,6 +10,7 @@ import numpy as np
 from .matrix import BYTES, multiply_add, operand_chunks, operand_values
 from .numbers import F32, U32, Array, pairs
 from .registry import Step, UnknownInstructionError, instruction
+from .shared_memory import CHUNK
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -97,6 +98,8 @@ class Queue:
     def begin(self, program: int, lane: int, product: _Product) -> None:
         """Check a product and put it into the queue."""
         m, tensor, i = self.m, self.m.tensor, product.instruction
+        operands = [one.chunks for one in (product.a, product.b) if one.chunks is not None]
+        m.counts.operand_bytes += sum(CHUNK * chunks.size for chunks in operands)
         if m.options.watch:
             epoch, here = m.shared.epoch[lane], product.result
             warps = np.full((1, 1, 1), m.warp_of[lane])
@@ -161,9 +164,10 @@ def _rows(count: int, first: int) -> Array:
     return np.arange(128) if count == 128 else np.arange(64) // 16 * 32 + np.arange(64) % 16 + first
 
 
-@instruction(r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one\.shared::cluster\.b64")
-def commit(m: Machine, i: Instruction) -> Step:
-    address = m.address(i.operands[0], "b32")
+@instruction(r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(?P<space>\.shared::cluster)?\.b64")
+def commit(m: Machine, i: Instruction, space: str | None) -> Step:
+    """Without a state space the address has 64 bits: Triton 3.6 writes that of shared memory, extended by zeros."""
+    address = m.address(i.operands[0], "b32" if space else "b64")
 
     def run() -> None:
         where = address()
