@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from effformer.bench.offline.audit import jobs
 from effformer.kernels.launch import recorded
 from effformer.kernels.tiling.device import TARGETS, stand_in
@@ -101,3 +102,24 @@ def test_agreement_with_the_interpreter(tmp_path: Path) -> None:
         ulps = (result.double() - expected.double()).abs().max() / ulp
         assert ulps <= (2 if result.dtype == torch.float16 else 4), name
     assert len(kernels) == 9
+
+
+@needs_compiler
+@pytest.mark.skipif(not triton.__version__.startswith(("3.6.", "3.7.")), reason="later versions of Triton wait")
+def test_a_fault_of_triton(tmp_path: Path) -> None:
+    """On sm_100 two products in one step are read after the first (triton-lang/triton#10821); no shipped tile has two."""
+    torch.manual_seed(0)
+    case = draw_case("conv_norm", (1, 48, 9, 8), torch.float16, outputs=32)
+    with stand_in(TARGETS[100]), recorded() as launches:
+        case.run("triton")
+    (launch,) = launches
+    shipped, two = (Call.of(replace(launch, constants=launch.constants | {"DEPTHS": depths}), 100)
+                    for depths in (launch.constants["DEPTHS"], (32, 16)))  # fmt: skip
+    torch.save([shipped, two], tmp_path / "calls")
+    run(str(TESTS / "executed_worker.py"), str(tmp_path / "calls"), str(tmp_path / "results"))
+    (result, none), (wrong, faults) = torch.load(tmp_path / "results")
+    assert not none
+    assert (result - shipped.result).abs().max() < 0.01
+    assert (wrong - shipped.result).abs().max() > 0.5
+    assert any(fault.startswith("tensor memory: read while a product runs") for fault in faults)
+    assert all("conv_norm.py:" in fault for fault in faults)
