@@ -103,7 +103,7 @@ RECORD = Record(
 
 
 def test_bounds() -> None:
-    h100 = replace(GPUS["H100"], multiprocessors=100, clock=1e9)
+    h100 = replace(GPUS["H100"], multiprocessors=100, flop_a_clock=9890)  # 1 GHz
     found = bounds(RECORD, h100)
     assert found["issue"] == 400_000 / (4 * 100 * 1e9)
     assert found["tensor"] == 1e9 / h100.ceilings.flops

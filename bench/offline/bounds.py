@@ -29,23 +29,28 @@ class Gpu:
     Attributes:
         target: "sm_90", whose code it runs.
         multiprocessors: how many it has.
-        clock: Hz, a boost clock; data sheets do not state it.
+        flop_a_clock: of a multiprocessor's matrix units, in bfloat16 or float16.
         ceilings: products in bfloat16 or float16, dense, and its memory, by the data sheet.
     """
 
     target: str
     multiprocessors: int
-    clock: float
+    flop_a_clock: int
     ceilings: Ceilings
+
+    @property
+    def clock(self) -> float:
+        """Hz: that at which the matrix units reach the data sheet's peak."""
+        return self.ceilings.flops / (self.multiprocessors * self.flop_a_clock)
 
 
 # NVIDIA's data sheets: A100 80GB SXM (2022), H100 SXM (2023), H200 SXM (2024), HGX B200 (a GPU's share, 2024).
 # Where they state products with sparsity, half of it.
 GPUS = {
-    "A100": Gpu("sm_80", 108, 1.41e9, Ceilings(312e12, 2.04e12)),
-    "H100": Gpu("sm_90", 132, 1.755e9, Ceilings(989e12, 3.35e12)),
-    "H200": Gpu("sm_90", 132, 1.755e9, Ceilings(989e12, 4.8e12)),
-    "B200": Gpu("sm_100", 148, 1.85e9, Ceilings(2250e12, 8.0e12)),
+    "A100": Gpu("sm_80", 108, 2048, Ceilings(312e12, 2.04e12)),
+    "H100": Gpu("sm_90", 132, 4096, Ceilings(989e12, 3.35e12)),
+    "H200": Gpu("sm_90", 132, 4096, Ceilings(989e12, 4.8e12)),
+    "B200": Gpu("sm_100", 148, 8192, Ceilings(2250e12, 8.0e12)),
 }
 
 
