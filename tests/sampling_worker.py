@@ -27,7 +27,7 @@ def main() -> None:
             case = draw_case(operation, shape, torch.bfloat16, **options)
             device = TARGETS[capability]
             chosen = sample(lambda: case.run("triton"), device)  # noqa: B023
-            with executing(device, options=Options(), choose=in_turn(chosen)) as part:
+            with executing(device, options=Options(), choose=in_turn(chosen.programs)) as part:
                 sampled = case.run("triton")
             with executing(device, options=Options()) as whole:
                 expected = case.run("triton")
@@ -37,8 +37,9 @@ def main() -> None:
                     "name": f"{operation} sm_{capability}",
                     "grids": [one.launch.grid for one in whole.executed],
                     "programs": [one.outcome.programs for one in part.executed],
-                    "last": chosen[-1] == first_middle_last(whole.executed[-1].launch.grid),
-                    "faults": [str(fault) for execution in (part, whole) for _, fault in execution.faults],
+                    "last": chosen.programs[-1] == first_middle_last(whole.executed[-1].launch.grid),
+                    "faults": [str(fault) for execution in (part, whole) for _, fault in execution.faults]
+                    + [str(fault) for faults in chosen.faults for fault in faults],
                     "written": int(mask.sum()),
                     "elements": mask.numel(),
                     "all": bool(whole.written(expected).all()),

@@ -1,4 +1,4 @@
-/* A CUDA driver for a machine without a GPU: the calls that Triton makes to load and launch kernels. Nothing runs.
+/* A CUDA driver for a machine without a GPU: the calls that Triton makes to load and launch kernels, which do not run.
 
    It takes the place of libcuda.so.1, has every call that Triton 3.6 to 3.9 make by name, counts launches and reports
    them to a function, if one is set. A device's number is its compute capability, such as 90; number 0 is 90 as well. */

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 
 from ... import backend
 from ...kernels.register import accepting_cpu
+from ...kernels.tiling.choose import user_file
 
 SOURCE = Path(__file__).with_name("libcuda.c")
 
@@ -31,24 +32,26 @@ class Stub:
 
     Attributes:
         device: the compute capability of the device in use, such as 90.
+        folder: that the library is in.
     """
 
     def __init__(self) -> None:
         self.device = 90
-        self._temporary = tempfile.TemporaryDirectory()  # until the process ends: Triton links launchers with it
-        self._library = ctypes.CDLL(str(_build(Path(self.folder))), mode=ctypes.RTLD_GLOBAL)
+        library = _build()
+        self.folder = str(library.parent)  # stays: Triton links launchers with it later on
+        self._library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         self._library.stub_launches.restype = ctypes.c_uint64
         self._listener: Any = None
-
-    @property
-    def folder(self) -> str:
-        """Where the library is."""
-        return self._temporary.name
 
     @property
     def launches(self) -> int:
         """Launches so far."""
         return int(self._library.stub_launches())
+
+    @property
+    def listening(self) -> bool:
+        """Whether launches are reported."""
+        return bool(self._listener)
 
     def listen(self, listener: Callable[[LaunchCall], None] | None) -> None:
         """Have each launch reported; None ends it. The listener must not raise."""
@@ -115,15 +118,21 @@ def stub_driver(device: int = 90) -> Iterator[Stub]:
         stub.device = before
 
 
-def _build(folder: Path) -> Path:
-    """Compile the library; in the end processes find it by its soname, loaded already."""
+def _build() -> Path:
+    """The compiled library, in the user's cache; in the end processes find it by its soname, loaded already."""
     compiler = os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0]
-    target = folder / "libcuda.so.1"
-    command = [compiler, "-shared", "-fPIC", "-O2", "-w", "-Wl,-soname,libcuda.so.1", "-o", str(target), str(SOURCE)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise RuntimeError(f"{' '.join(command)}: {getattr(error, 'stderr', error)}") from error
+    options = ["-shared", "-fPIC", "-O2", "-w", "-Wl,-soname,libcuda.so.1"]
+    digest = hashlib.sha256(repr((compiler, options, SOURCE.read_bytes())).encode()).hexdigest()[:16]
+    target = user_file().parent / f"stub-{digest}" / "libcuda.so.1"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        command = [compiler, *options, "-o", str(partial), str(SOURCE)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RuntimeError(f"{' '.join(command)}: {getattr(error, 'stderr', error)}") from error
+        partial.replace(target)
     return target
 
 

@@ -1,6 +1,7 @@
-"""The least time of a launch by its dynamic counts, as arithmetic: at full issue, peak products, bandwidth and banks.
+"""An estimate of a launch's time by its dynamic counts: at full issue, peak products, bandwidth and banks.
 
-No launch takes less, and all take more: latencies, the last wave, caches and ptxas are not part of it.
+It is arithmetic and no measurement. Launches take longer, by latencies and the last wave. They may also take less: ptxas
+drops moves, caches keep what was read, and banks serve some wide accesses at once.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def bounds(record: Record, gpu: Gpu) -> dict[str, float]:
 
 
 def bound(record: Record, gpu: Gpu) -> tuple[str, float]:
-    """The largest of `bounds` with its name: the least time of one call, by arithmetic."""
+    """The largest of `bounds` with its name: the estimate of one call's time."""
     found = bounds(record, gpu)
     name = max(found, key=lambda each: found[each])
     return name, found[name]

@@ -25,10 +25,10 @@ from ...kernels.tiling.device import TARGETS
 from ...testing import Case, draw_case, float32_as_such
 from ...workload import Work, network_work
 from .bounds import gpus_of, programs_that_fit, waves
-from .execution import Executed, executing
+from .execution import Executed, Execution, executing
 from .ptx.counts import CLASSES
 from .ptx.execute import execute
-from .ptx.global_memory import SECTOR, GlobalMemory
+from .ptx.global_memory import SECTOR
 from .ptx.machine import Options
 from .ptx.numbers import Array
 
@@ -186,7 +186,7 @@ def count_network(
             case.run("triton")
         for number, one in enumerate(dry.executed):
             if (key := _key(one.launch)) not in known:
-                known[key] = _count(one, dry.memory, target)
+                known[key] = _count(one, dry, target)
             yield Record(
                 model=model,
                 part=work.part,
@@ -203,7 +203,7 @@ def count_network(
 
 
 def _case(work: Work, dtype: torch.dtype) -> Case:
-    """A call with an input that nothing has written; images lie as users have them, other maps channels_last."""
+    """A call with an uninitialised input; images lie as users have them, other maps channels_last."""
     small = draw_case(work.operation, (1, *work.shape[1:]), dtype, **work.options)
     if len(work.shape) == 4 and work.part != "stem, 1st":
         batch, channels, height, width = work.shape
@@ -222,12 +222,11 @@ def _key(launch: Launch) -> str:
     return repr((launch.kernel.__name__, launch.grid, arguments, launch.constants, launch.options))
 
 
-def _count(one: Executed, memory: GlobalMemory, target: str) -> dict[str, Any]:
+def _count(one: Executed, execution: Execution, target: str) -> dict[str, Any]:
     """The fields of a record that are the launch's own."""
-    launch, totals = one.launch, Counter[str]()
+    launch, memory, totals = one.launch, execution.memory, Counter[str]()
+    execution.allow(launch)
     sectors: dict[tuple[int, str], Array] = {}  # by the region's place in memory
-    for region in memory.regions:
-        region.writable = region.output
     chosen = sample(launch.grid)
     for weight, programs in chosen:
         outcome = execute(one.program, one.geometry, memory, programs=programs, options=_OPTIONS)

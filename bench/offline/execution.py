@@ -34,6 +34,7 @@ from .ptx.program import Program, parse
 
 Edit = Callable[[str, str], str]  # from the name of a kernel and its PTX to other PTX
 Units = Array | slice  # of a region
+Output = tuple[str, Region, Units]  # the name of an argument, its memory, the units that belong to it
 Choice = Callable[[Launch], Sequence[int] | None]  # the programs of a launch to run; None for all
 
 
@@ -45,7 +46,8 @@ class Executed:
         launch: as the kernels' launchers made it.
         ptx: the compiled code.
         program: the same, parsed.
-        geometry: the launch as it reached the driver.
+        geometry: the launch as it reached the driver, with addresses of the memory that it was carried out on.
+        outputs: what it has to write as a whole.
         outcome: with faults and counts.
         bytes_read, bytes_written: of distinct sectors of 32 bytes; 0 where traffic is not counted.
     """
@@ -54,6 +56,7 @@ class Executed:
     ptx: str
     program: Program
     geometry: Geometry
+    outputs: list[Output]
     outcome: Outcome
     bytes_read: int
     bytes_written: int
@@ -65,20 +68,31 @@ class Execution:
 
     Attributes:
         executed: the launches.
-        memory: a region for each storage.
+        memory: a region for each storage, far from each other.
+        regions: those of the launches' arguments, by the address of the storage.
     """
 
     executed: list[Executed] = field(default_factory=list)
     memory: GlobalMemory = field(default_factory=GlobalMemory)
+    regions: dict[int, Region] = field(default_factory=dict)
 
     @property
     def faults(self) -> list[tuple[str, Fault]]:
         """Each with the name of its kernel."""
         return [(one.launch.kernel.__name__, fault) for one in self.executed for fault in one.outcome.faults]
 
+    def allow(self, launch: Launch) -> None:
+        """Let programs reach the memory of a launch's arguments, and no other launch's."""
+        for region in self.regions.values():
+            region.writable = region.readable = False
+        for name, tensor in launch.arguments.items():
+            if isinstance(tensor, Tensor) and (region := self.regions.get(tensor.untyped_storage().data_ptr())):
+                region.readable = True
+                region.writable |= name in OUTPUTS
+
     def written(self, tensor: Tensor) -> Tensor:
         """bool like `tensor`: the elements that launches wrote."""
-        region = next(one for one in self.memory.regions if one.start == tensor.untyped_storage().data_ptr())
+        region = self.regions[tensor.untyped_storage().data_ptr()]
         writes = torch.from_numpy(region.writes[:: tensor.element_size() // region.unit] > 0)
         return writes.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
@@ -102,23 +116,29 @@ def executing(
         edit: changes PTX before it is executed, to plant a fault.
 
     Raises:
-        RuntimeError: on a machine with a GPU, in a process that interprets, or without a C compiler; at the end, the
-            first error of a launch.
+        RuntimeError: within another `executing`, on a machine with a GPU, in a process that interprets, or without a C
+            compiler; at the end, for launches that were not carried out. The first error of a launch passes through.
     """
     runner = _Runner(options or Options(), choose or (lambda launch: None), edit)
     for tensor in reached:
-        runner.map_tensor("a tensor of the network", tensor)
+        runner.reach(tensor)
     with contextlib.ExitStack() as stack:
         stub = stack.enter_context(stub_driver(device.capability))
         stack.enter_context(stand_in(device))
         stack.enter_context(without_ptxas())
         stack.enter_context(_noting_functions())
         runner.launches = stack.enter_context(recorded())
+        if stub.listening:
+            raise RuntimeError("kernels are executed within another `executing` already")
         stack.callback(stub.listen, None)
         stub.listen(runner.listen)
-        yield runner.execution
-    if runner.error is not None:
-        raise runner.error
+        try:
+            yield runner.execution
+        finally:
+            if runner.error is not None:
+                raise runner.error
+    if len(runner.execution.executed) != sum(launch.grid > 0 for launch in runner.launches):
+        raise RuntimeError("a launch did not reach the driver, and was not carried out")
 
 
 @contextlib.contextmanager
@@ -150,8 +170,10 @@ def _noting_functions() -> Iterator[None]:
         hook.remove(loaded)
 
 
-@functools.cache
+@functools.lru_cache(64)
 def _code(function: int) -> tuple[str, Program]:
+    if function not in _ptx:
+        raise RuntimeError("a kernel was loaded before, to be launched and not executed: start a process of its own")
     text = _ptx[function].read_text(encoding="utf-8")
     return text, parse(text)
 
@@ -163,14 +185,13 @@ class _Runner:
         self.options, self.choose, self.edit = options, choose, edit
         self.execution = Execution(memory=GlobalMemory())
         self.launches: list[Launch] = []
-        self._regions: dict[int, Region] = {}  # by the address of the storage
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def listen(self, call: LaunchCall) -> None:
         if self.error is None:
             try:
                 self._execute(call, self.launches[-1])
-            except Exception as error:  # it may not pass through the driver's C code
+            except BaseException as error:  # it may not pass through the driver's C code
                 self.error = error
 
     def _execute(self, call: LaunchCall, launch: Launch) -> None:
@@ -181,50 +202,53 @@ class _Runner:
             raise RuntimeError(f"{program.name} was launched with {call.threads} threads over {call.grid}, and is "
                                f"compiled for {program.threads}, described over {launch.grid}")  # fmt: skip
         sizes = [width(kind) for _, kind in program.parameters]
-        parameters = [call.parameter(place, size) for place, size in enumerate(sizes)]
         outputs = self._map(launch)
+        parameters = [self._moved(call.parameter(place, size), size) for place, size in enumerate(sizes)]
         programs = self.choose(launch)
         geometry = Geometry(call.grid, call.shared_memory, parameters)
         memory = self.execution.memory
         outcome = execute(program, geometry, memory, programs=programs, options=self.options)
-        if programs is None and not launch.constants.get("ATOMIC"):
-            # A kernel that keeps the residual in its output writes twice.
-            times = 2 if launch.constants.get("POOL") and launch.constants.get("RELOAD") else 1
-            wrong = [one for one in outputs if (one[1].writes[one[2]] != times).any()]
-            outcome.faults.extend(_wrong_writes(*one, times) for one in wrong)
+        if programs is None:
+            outcome.faults.extend(wrong_writes(launch, outputs, lambda region: region.writes))
         read, written = (
             32 * sum(int(getattr(region, name).sum()) for region in memory.regions) if self.options.count else 0
             for name in ("read_sectors", "write_sectors")
         )
-        self.execution.executed.append(Executed(launch, text, program, geometry, outcome, read, written))
+        self.execution.executed.append(Executed(launch, text, program, geometry, outputs, outcome, read, written))
 
-    def _map(self, launch: Launch) -> list[tuple[str, Region, Units]]:
-        """Map the tensors of a launch; returns the outputs with the units that belong to them."""
-        memory, outputs = self.execution.memory, []
-        for region in memory.regions:
-            region.writable = False
+    def _map(self, launch: Launch) -> list[Output]:
+        """Map the tensors of a launch and nothing else; returns the outputs."""
+        outputs, atomic = [], bool(launch.constants.get("ATOMIC"))
         for name, tensor in launch.arguments.items():
             if not isinstance(tensor, Tensor) or not tensor.untyped_storage().nbytes():
                 continue
-            region, inside = self.map_tensor(name, tensor)
+            region, inside = self._map_tensor(name, tensor)
             if name in OUTPUTS:
                 known = region.output
                 region.become_output()
-                region.writable = True
-                if known or launch.constants.get("ATOMIC"):
-                    region.writes[inside] = 1 if launch.constants.get("ATOMIC") else 0
+                region.cleared = atomic
+                if known:
+                    region.writes[inside] = 0
             if name == OUTPUTS[0]:
                 outputs.append((name, region, inside))
+        self.execution.allow(launch)
         return outputs
 
-    def map_tensor(self, name: str, tensor: Tensor) -> tuple[Region, Units]:
-        """The region of a tensor's storage, and its units that belong to the tensor."""
-        start, bytes = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        region = self._regions.get(start)
+    def reach(self, tensor: Tensor) -> None:
+        """Map a tensor at its own address, to be read alone."""
+        start = tensor.untyped_storage().data_ptr()
+        if start and all(region.start != start for region in self.execution.memory.regions):
+            data = _bytes(tensor)
+            self.execution.memory.add(Region("a tensor of the network", start, data, min(tensor.element_size(), 2)))
+
+    def _map_tensor(self, name: str, tensor: Tensor) -> tuple[Region, Units]:
+        """The region of a tensor's storage, far from others, and its units that belong to the tensor."""
+        execution, start = self.execution, tensor.untyped_storage().data_ptr()
+        region = execution.regions.get(start)
         if region is None:
-            data = np.ctypeslib.as_array((ctypes.c_uint8 * bytes).from_address(start))
-            region = Region(name, start, data, min(tensor.element_size(), 2))
-            self._regions[start] = self.execution.memory.add(region)
+            place = (len(execution.regions) + 1) * _APART
+            region = Region(name, place, _bytes(tensor), min(tensor.element_size(), 2))
+            execution.regions[start] = execution.memory.add(region)
             if not _fills(tensor):
                 region.outside = np.ones(region.units, bool)
         if _fills(tensor):  # without an array of its size: memory that nothing touches costs nothing
@@ -235,6 +259,23 @@ class _Runner:
             region.outside[inside] = False
             region.outside = region.outside if region.outside.any() else None
         return region, inside
+
+    def _moved(self, parameter: int, size: int) -> int:
+        """The address within a region for one within a storage; another parameter as it is."""
+        for start, region in self.execution.regions.items() if size == 8 else ():
+            if start <= parameter <= start + len(region.data):
+                return parameter - start + region.start
+        return parameter
+
+
+_APART = 1 << 38  # bytes between regions: an access beyond one never lands in another
+
+
+def _bytes(tensor: Tensor) -> Array:
+    """The storage of a tensor, in place."""
+    storage = tensor.untyped_storage()
+    found: Array = np.ctypeslib.as_array((ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr()))
+    return found
 
 
 def _fills(tensor: Tensor) -> bool:
@@ -258,8 +299,21 @@ def _units(tensor: Tensor, region: Region) -> Array:
     return np.pad(found.repeat(each) if each > 1 else found, (0, region.units - len(found) * each))
 
 
-def _wrong_writes(name: str, region: Region, inside: Units, times: int) -> Fault:
-    writes = region.writes[inside]
-    missing, wrong = int((writes == 0).sum()), int((writes != times).sum())
-    detail = f"{missing} never, {wrong - missing} another number of times, in units of {region.unit} bytes"
-    return Fault(f"elements of the output are not written {times} times", 0, "", name, detail, wrong)
+def wrong_writes(launch: Launch, outputs: Sequence[Output], count: Callable[[Region], Array]) -> list[Fault]:
+    """Faults where a launch does not write each unit of its outputs as often as it should, given how often it does.
+
+    That is once; twice for a kernel that keeps the residual in its output. Programs that add to it do so equally often.
+    """
+    found = []
+    for name, region, inside in outputs:
+        writes = count(region)[inside]
+        if not writes.size:
+            continue
+        times = 2 if launch.constants.get("POOL") and launch.constants.get("RELOAD") else 1
+        if launch.constants.get("ATOMIC"):
+            times = max(1, int(writes.max()))
+        missing, wrong = int((writes == 0).sum()), int((writes != times).sum())
+        if wrong:
+            detail = f"{missing} never, {wrong - missing} another number of times, in units of {region.unit} bytes"
+            found.append(Fault(f"elements of the output are not written {times} times", 0, "", name, detail, wrong))
+    return found

@@ -1,8 +1,10 @@
 """Execute every operation as compiled for every GPU type, on the CPU, and compare it with float64 (`make prove`).
 
-Each check is a line of the records as soon as it is done; the same command goes on where it stopped, and begins anew
-where kernels or Triton changed. Of large grids the first, middle and last programs run, and those that compute what
-these read. It needs no GPU. The exit status is 0 when all passed, 75 when the time was over first, 1 after a failure.
+Each check is a line of the records as soon as it is done; the same command goes on where it stopped. It does again what
+failed, and what was done with other kernels, another Triton or another machine. Of large grids the first, middle and
+last programs run, and those that compute what these read. The writes of all programs are traced: together they have to
+write the whole output. It needs no GPU. The exit status is 0 when all passed, 75 when the time was over first, 1 after
+a failure.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 
 import triton
@@ -32,13 +35,31 @@ ORDER = (90, 100, 80, 120, 86, 89)  # of the targets: the newest kinds of matrix
 MODELS = sorted(PRESETS, key=lambda name: int(name.rpartition("l")[2]))
 
 
-def read_records(path: Path) -> dict[tuple[object, ...], Record]:
-    """The records of these kernels and this Triton, by `Record.key`; the last of each."""
-    if not path.exists():
-        return {}
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    records = [Record(**{**line, "shape": tuple(line["shape"])}) for line in lines]
-    return {one.key: one for one in records if (one.triton, one.source) == (triton.__version__, source())}
+def read_records(path: Path) -> list[Record]:
+    """All records of a file; none without one.
+
+    Raises:
+        ValueError: for a line that is no record, naming it.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+        try:
+            fields = json.loads(line)
+            found.append(Record(**{**fields, "shape": tuple(fields["shape"])}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}: got {line[:60]!r}, allowed is a record ({error})") from error
+    return found
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Add records to a file, in place of those of the same tasks, Triton and source."""
+    key = attrgetter("key", "triton", "source")
+    found = {key(one): one for one in [*read_records(path), *records]}
+    current = {one.key for one in found.values() if (one.triton, one.source) == (triton.__version__, source())}
+    # Those of older kernels give way to new ones of the same task and Triton.
+    kept = [one for one in found.values() if one.triton != triton.__version__ or one.source == source()
+            or one.key not in current]  # fmt: skip
+    write_whole(path, "".join(json.dumps(asdict(one)) + "\n" for one in kept))
 
 
 def prove(todo: Iterable[Task], workers: int, deadline: float) -> Iterator[Record]:
@@ -77,13 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtypes = [DTYPES[name] for name in arguments.dtypes]
     wanted = tasks(arguments.models, arguments.batches, dtypes, arguments.targets, arguments.operations)
     todo = part(arguments.targets) if arguments.part else [task for task in wanted if task.kind in arguments.kinds]
-    records = read_records(arguments.output)
-    new = [task for task in todo if task.key not in records]
+    now = triton.__version__, source()
+    records = {one.key: one for one in read_records(arguments.output) if (one.triton, one.source) == now}
+    new = [task for task in todo if task.key not in records or not records[task.key].passes]
     print(f"triton {triton.__version__}, {len(todo)} checks, {len(todo) - len(new)} of them recorded", flush=True)
     for record in prove(new, arguments.workers, deadline):
         records[record.key] = record
-        text = "".join(json.dumps(asdict(one)) + "\n" for one in records.values())
-        write_whole(arguments.output, text)
+        write_records(arguments.output, [record])
         print(describe(record), flush=True)
     found = [records[task.key] for task in todo if task.key in records]
     print("\n" + "\n".join(table(found)))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ...kernels.launch import Launch
 from ...kernels.tiling.device import Device
-from .execution import Choice, executing
+from .execution import Choice, executing, wrong_writes
+from .ptx.faults import Fault
 from .ptx.machine import Options
-from .ptx.trace import NotTraceableError, elements_read, programs_writing
+from .ptx.trace import NotTraceableError, elements_read, programs_writing, write_counts
 
 
 def first_middle_last(grid: int) -> list[int]:
@@ -18,40 +20,61 @@ def first_middle_last(grid: int) -> list[int]:
     return sorted({0, grid // 2, grid - 1})
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The programs to run of each launch; None for all, where a kernel's addresses cannot be traced.
+
+    Attributes:
+        programs: of each launch.
+        faults: of each launch, where all of its programs together do not write the outputs as they should.
+    """
+
+    programs: list[Sequence[int] | None]
+    faults: list[list[Fault]]
+
+
 def sample(
-    run: Callable[[], object], device: Device, last: Callable[[int], Sequence[int]] = first_middle_last
-) -> list[Sequence[int] | None]:
-    """The programs to run of each launch of `run`: those of the last launch, and all that their input comes from.
+    run: Callable[[], object],
+    device: Device,
+    last: Callable[[int], Sequence[int]] = first_middle_last,
+    *,
+    whole: bool = True,
+) -> Sample:
+    """The programs of the last launch that stand for the others, and all that their input comes from.
 
     Args:
         run: launches kernels on CPU tensors, the same each time.
         device: that they are compiled for.
         last: from the grid of the last launch to its programs.
-
-    Returns:
-        for each launch its programs; None for all, where a kernel's addresses cannot be traced.
+        whole: whether to look at the writes of all programs: a minute for a million of them.
     """
     with executing(device, options=Options(watch=False), choose=lambda launch: []) as dry:
         run()
-    launches, memory = dry.executed, dry.memory
+    memory = dry.memory
     wanted = {region.start: np.zeros(region.units, bool) for region in memory.regions if region.output}
     chosen: list[Sequence[int] | None] = []
-    for place, one in reversed(list(enumerate(launches))):
+    faults: list[list[Fault]] = []
+    for place, one in reversed(list(enumerate(dry.executed))):
         programs: Sequence[int] | None
+        found: list[Fault] = []
         try:
-            if place == len(launches) - 1:
+            if place == len(dry.executed) - 1:
                 programs = last(one.launch.grid)
             else:
                 programs = programs_writing(one.program, one.geometry, memory, wanted)
             for start, units in elements_read(one.program, one.geometry, memory, programs).items():
                 if start in wanted:
                     wanted[start] |= units
+            if whole:
+                counts = write_counts(one.program, one.geometry, memory)
+                found = wrong_writes(one.launch, one.outputs, lambda region: counts[region.start])  # noqa: B023
         except NotTraceableError:
-            programs = None
+            programs = None  # all of them run, and are watched
             for start in wanted:
                 wanted[start][:] = True
         chosen.append(programs)
-    return chosen[::-1]
+        faults.append(found)
+    return Sample(chosen[::-1], faults[::-1])
 
 
 def in_turn(chosen: Sequence[Sequence[int] | None]) -> Choice:

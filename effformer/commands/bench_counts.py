@@ -3,7 +3,7 @@
 Compile the kernels of each launch for a GPU that is not here, execute a few programs on the CPU, and
 scale their counts to the grid: warp instructions by class, sectors of global memory and wavefronts of
 shared memory beside the fewest possible, matrix operations, waves of the grid. Beside them stands the
-least time that follows on the named GPU. It is arithmetic and not time: every launch takes longer.
+estimate of the time that follows on the named GPU. It is arithmetic, and no time was measured.
 
 With --recorded the committed records are printed, and nothing is executed. With --update they are
 written anew, network by network.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 GPUS = ("A100", "H100", "H200", "B200")  # as `effformer.bench.offline.bounds.GPUS`, which imports torch
-NOTE = "arithmetic, not time: the least by counts of executed PTX, where nothing was measured"
+NOTE = "arithmetic, not time: estimates by counts of executed PTX; no time was measured"
 _THIS = "commands.bench_counts"
 
 
@@ -46,7 +46,7 @@ def add(commands: common.Commands) -> None:
     option("--batch-size", nargs="+", type=common.positive, default=[256, 1], metavar="N", help="default: 256 1")
     option("--target", nargs="+", type=common.one_of(_THIS, "TARGETS"), metavar="SM", help=f"of {', '.join(TARGETS)}; "
            "default: sm_90")  # fmt: skip
-    option("--gpu", type=common.one_of(_THIS, "GPUS"), help=f"whose least time is printed, of {', '.join(GPUS)}; "
+    option("--gpu", type=common.one_of(_THIS, "GPUS"), help=f"whose estimates are printed, of {', '.join(GPUS)}; "
            "default: the first of them with the target")  # fmt: skip
     option("--dtype", type=common.dtype, default="bfloat16", help="bf16, fp16 or fp32; default: bf16")
     option("--recorded", action="store_true", help="print the records, and execute nothing")
@@ -74,7 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
     say(f"{NOTE[0].upper()}{NOTE[1:]}.")
     for model, batch, target in itertools.product(arguments.model, arguments.batch_size, targets):
         name = arguments.gpu or gpus_of(target)[0]
-        say(f"\n{model}, batch {batch}, {arguments.dtype}, {target}; least times of {name}, by arithmetic")
+        say(f"\n{model}, batch {batch}, {arguments.dtype}, {target}; estimates for {name}, by arithmetic")
         start = time.perf_counter()
         records = _records(arguments, model, batch, target)
         if not arguments.recorded:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,9 +104,12 @@ def fused_multiply_add(m: Machine, i: Instruction, ftz: str | None) -> Step:
 @instruction(r"(?P<op>add|sub|mul|fma)(?:\.rn)?\.f32x2")
 def pairs_of_floats(m: Machine, i: Instruction, op: str) -> Step:
     """Two float32 in 64 bits."""
+    return _pairs(m, i, fma if op == "fma" else _TWO[op], i.operands[1:])
+
+
+def _pairs(m: Machine, i: Instruction, function: Callable[..., Array], operands: Sequence[str]) -> Step:
     registers, target = m.registers, m.target(i.operands[0])
-    sources = [m.source(text, "b64") for text in i.operands[1:]]
-    function = fma if op == "fma" else _TWO[op]
+    sources = [m.source(text, "b64") for text in operands]
 
     def run() -> None:
         registers[target] = function(*(registers[place].view(F32) for place in sources)).view(U64)
@@ -116,6 +119,8 @@ def pairs_of_floats(m: Machine, i: Instruction, op: str) -> Step:
 
 def fused_step(m: Machine, i: Instruction, sign: int, a: str, b: str, other_sign: int, c: str) -> Step:
     """A sum whose addend is a product, as ptxas fuses the two."""
+    if i.name.endswith("x2"):
+        return _pairs(m, i, fma, [a, b, c])
     return m.lanewise(i, ["f32"] * 3, lambda x, y, z: fma(x * F32(sign), y, z * F32(other_sign)), [a, b, c])
 
 

@@ -21,6 +21,7 @@ class _Copy:
     lanes: Array
     target: Array  # offsets in shared memory
     data: Array  # [lanes, bytes]
+    reads: Array  # whether it reads anything, by lane
     group: Array  # number of the commit, by lane
 
 
@@ -36,9 +37,9 @@ class AsyncCopies:
         self._committed: list[_Copy] = []
         self._commits = np.zeros(self.m.lanes, np.int32)
 
-    def begin(self, i: Instruction, lanes: Array, target: Array, data: Array) -> None:
+    def begin(self, i: Instruction, lanes: Array, target: Array, data: Array, reads: Array) -> None:
         self.m.shared.mark_write(i, lanes, target, data.shape[1], arriving=True)
-        self._open.append(_Copy(i, lanes, target, data, np.zeros(len(lanes), np.int32)))
+        self._open.append(_Copy(i, lanes, target, data, reads, np.zeros(len(lanes), np.int32)))
 
     def commit(self) -> None:
         """The open copies of the threads that are on become a group."""
@@ -80,10 +81,10 @@ class AsyncCopies:
             shared.note_write(places, copy.lanes)
 
     def finish(self) -> None:
-        """At the end of programs: data that no one waited for."""
+        """At the end of programs: data that was not waited for."""
         for copy in [*self._open, *self._committed]:
-            if copy.data.any():  # masked copies of zeros beyond the last step of a loop are common, and harmless
-                self.m.faults.add("cp.async that nothing waits for", copy.instruction, "", len(copy.lanes))
+            if copy.reads.any():  # copies that are masked off, beyond the last step of a loop, are common and harmless
+                self.m.faults.add("cp.async without a wait", copy.instruction, "", int(copy.reads.sum()))
 
 
 def _split(copy: _Copy, mine: Array) -> list[_Copy]:
@@ -91,7 +92,8 @@ def _split(copy: _Copy, mine: Array) -> list[_Copy]:
         return [copy]
     if not mine.any():
         return []
-    return [_Copy(copy.instruction, copy.lanes[mine], copy.target[mine], copy.data[mine], copy.group[mine])]
+    parts = (part[mine] for part in (copy.lanes, copy.target, copy.data, copy.reads, copy.group))
+    return [_Copy(copy.instruction, *parts)]
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
@@ -114,7 +116,7 @@ def copy(m: Machine, i: Instruction, cache: str) -> Step:
             raise UnknownInstructionError(i, f"{count[lanes][odd][0]} bytes of {size}")
         reads = count > 0 if active is None else (count > 0) & active
         data = m.memory.copy(m, i, of(), reads, size)
-        m.copies.begin(i, lanes, target, data[lanes])
+        m.copies.begin(i, lanes, target, data[lanes], reads[lanes])
 
     return run, []
 
@@ -135,12 +137,12 @@ def wait_all(m: Machine, i: Instruction) -> Step:
     return m.copies.wait_all, []
 
 
-@instruction(r"fence\.proxy\.async(?:\.shared::cta|\.global)?")
+@instruction(r"fence\.proxy\.async(?:\.shared::cta)?")
 def fence_proxy(m: Machine, i: Instruction) -> Step:
     return m.shared.fence_async_proxy, []
 
 
-@instruction(r"(?:fence\.(?:sc|acq_rel)\.(?:cta|gpu|sys|cluster)|membar\.(?:cta|gl|sys))")
+@instruction(r"(?:fence\.proxy\.async\.global|fence\.(?:sc|acq_rel)\.(?:cta|gpu|sys|cluster)|membar\.(?:cta|gl|sys))")
 def fence(m: Machine, i: Instruction) -> Step:
     """Orders one thread's accesses; here they are in order."""
     return (lambda: None), []

@@ -4,7 +4,8 @@ Global memory: accesses out of bounds or misaligned, reads outside a tensor's el
 writes to what is no output, races between programs, and between warps of one (between barriers).
 Shared and tensor memory: accesses out of bounds or misaligned, reads of what was never written, races between warps
 (between barriers) and within a warp (between `bar.warp.sync`), operands changed while a product reads them.
-Asynchronous work: results used before the wait; missing fences; work that no one waits for.
+Asynchronous work: results used before the wait; work without a wait; missing `fence.proxy.async` and `wgmma.fence`
+(`tcgen05.fence` is not watched).
 Warp-wide instructions by a part of a warp; barriers that not all threads reach; registers read before they are written.
 """
 
@@ -38,6 +39,8 @@ class Fault:
     count: int = 1
 
     def __str__(self) -> str:
+        if not self.line:
+            return f"{self.kind} ({self.detail}): {self.text}"
         text = " ".join(self.text.split())
         text = text if len(text) <= 100 else text[:97] + "..."
         where = f"{self.source}, " if self.source else ""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _MASKED = 64  # bytes that lanes which are off read
 SECTOR = 32  # bytes
 _SEVERAL = 0xFF  # in place of the number of a warp
+_MANY = (1 << 23) - 1  # in place of the number of a program
 Touch = Callable[[bool, Array, Array, int], None]  # whether written, numbers of programs, addresses, bytes
 
 
@@ -35,6 +36,8 @@ class Region:
         unit: bytes, the unit of what is watched; a divisor of the size of every access.
         output: whether it is an output of some launch. Then reads of what was never written are watched, and races.
         writable: whether it is one of the launch at hand.
+        readable: whether the launch at hand may reach it.
+        cleared: whether what programs add to was cleared before the launch, so that it may be read unwritten.
         outside: bool [units], true for those that do not belong to the tensor; None where all do.
         writes: how often each unit was written, 255 at most.
         read_sectors, write_sectors: sectors of 32 bytes that the launch at hand touched; only where traffic is counted.
@@ -46,12 +49,14 @@ class Region:
     unit: int
     output: bool = False
     writable: bool = field(init=False)
+    readable: bool = True
+    cleared: bool = False
     outside: Array | None = None
     writes: Array = field(init=False)
     read_sectors: Array = field(init=False)
     write_sectors: Array = field(init=False)
     writer: Array = field(init=False)  # in this launch: program + 1, warp, epoch
-    reader: Array = field(init=False)  # the same; _SEVERAL in place of the warp of several
+    reader: Array = field(init=False)  # the same, with _SEVERAL for several warps and _MANY for several programs
 
     def __post_init__(self) -> None:
         if self.start % 16 or self.data.dtype != U8:
@@ -71,7 +76,7 @@ class Region:
         return self.start + len(self.data)
 
     def begin_launch(self) -> None:
-        """Forget who read and wrote; what was written stays written."""
+        """Forget reads and writes of the last launch; what was written stays written."""
         units = self.units if self.output else 0
         self.writer, self.reader = np.zeros(units, I64), np.zeros(units, I64)
         self.read_sectors = np.zeros(len(self.data) // SECTOR + 1, bool)
@@ -191,7 +196,7 @@ class GlobalMemory:
         place = np.searchsorted(self._starts, address[lanes], side="right") - 1
         parts = []
         for number in np.unique(place):
-            region = self.regions[number] if number >= 0 else None
+            region = self.regions[number] if number >= 0 and self.regions[number].readable else None
             mine = lanes[place == number]
             where = address[mine]
             at = where - (region.start if region else 0)
@@ -218,8 +223,8 @@ class GlobalMemory:
     @staticmethod
     def _fault(m: Machine, i: Instruction, kind: str, lanes: Array, where: Array, detail: str) -> None:
         lane = int(lanes[np.flatnonzero(where.reshape(len(lanes), -1).any(1))[0]])
-        who = f"thread {lane % m.threads} of program {m.ids[lane // m.threads]}"
-        m.faults.add(kind, i, f"{who}; {detail}" if detail else who, int(where.sum()))
+        thread = f"thread {lane % m.threads} of program {m.ids[lane // m.threads]}"
+        m.faults.add(kind, i, f"{thread}; {detail}" if detail else thread, int(where.sum()))
 
     def _watched(
         self,
@@ -248,14 +253,17 @@ class GlobalMemory:
                     good = ~beyond.any(1)
                     lanes, at, places = lanes[good], at[good], places[good]
         if region.output and m.options.watch:
-            if not write or atomic:
+            if (not write or atomic) and not region.cleared:
                 missing = region.writes[places] == 0
                 if missing.any():
                     self._fault(m, i, "global read of what was never written", lanes, missing, region.name)
             self._watch_races(m, i, region, lanes, places, write=write, atomic=atomic)
-        if region.output and write and not atomic:
-            counts = region.writes[places]
-            region.writes[places] = np.where(counts < 255, counts + 1, counts)
+        if region.output and write:
+            if atomic:
+                np.add.at(region.writes, places, 1)
+            else:
+                counts = region.writes[places]
+                region.writes[places] = np.where(counts < 255, counts + 1, counts)
         return lanes, at
 
     def _watch_races(
@@ -282,10 +290,7 @@ class GlobalMemory:
             )
         seen = region.reader[places]
         if not write:
-            others = (seen >> 32 == program) & (seen & 0xFFFFFF == epoch) & (seen != mine)
-            region.reader[places] = mine
-            others |= region.reader[places] != mine
-            region.reader[places] = np.where(others, mine | _SEVERAL << 24, mine)
+            self._note_reads(region, places, mine, program, epoch)
             return
         bad = (seen != 0) & (seen >> 32 != program)
         if bad.any():
@@ -303,6 +308,17 @@ class GlobalMemory:
             )
         region.writer[places] = mine
 
+    @staticmethod
+    def _note_reads(region: Region, places: Array, mine: Array, program: Array, epoch: Array) -> None:
+        seen, mine = region.reader[places], np.broadcast_to(mine, places.shape)
+        region.reader[places] = mine
+        last = region.reader[places]  # another thread of the instruction may have come last
+        warps = (seen >> 32 == program) & (seen & 0xFFFFFF == epoch) & (seen != mine)
+        warps |= (last >> 32 == program) & (last != mine)
+        region.reader[places[warps]] = mine[warps] | _SEVERAL << 24
+        programs = ((seen != 0) & (seen >> 32 != program)) | (last >> 32 != program)
+        region.reader[places[programs]] = _MANY << 32
+
 
 def _kind(write: bool) -> str:
     return "write" if write else "read"
@@ -310,5 +326,5 @@ def _kind(write: bool) -> str:
 
 def _relative(region: Region | None, address: int) -> str:
     if region is None:
-        return "below every tensor"
+        return "in no tensor of the launch"
     return f"{address - region.start} bytes into {region.name}, which has {len(region.data)}"

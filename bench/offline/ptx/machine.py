@@ -21,7 +21,7 @@ from .program import Instruction, Program, split_operands
 from .registry import Step, UnknownInstructionError, find
 from .shared_memory import SHARED_BASE, SharedMemory
 
-POISON = 0xDEADBEEF  # in registers that nothing has written
+POISON = 0xDEADBEEF  # in registers that were not written
 _REGISTERS: dict[str, Any] = {"pred": np.bool_, "b16": np.uint16, "b32": U32, "b64": U64}
 _NAME = re.compile(r"%?[\w$]+(?:@\d+)?")
 
@@ -211,7 +211,7 @@ class Machine:
         products: dict[str, tuple[str, str]] = {}
         found: dict[int, tuple[Any, ...]] = {}
         for one in body:
-            if one.name in ("add.f32", "sub.f32") and not one.predicate:
+            if one.name in ("add.f32", "sub.f32", "add.f32x2") and not one.predicate:
                 (_, a, b), minus = one.operands, one.name == "sub.f32"
                 if a in products:
                     found[id(one)] = (1, *products[a], -1 if minus else 1, b)
@@ -219,7 +219,7 @@ class Machine:
                     found[id(one)] = (-1 if minus else 1, *products[b], 1, a)
             for name in _NAME.findall(one.operands[0]) if one.operands else ():
                 products = {key: two for key, two in products.items() if key != name and name not in two}
-            if one.name == "mul.f32" and not one.predicate and one.operands[0] not in one.operands[1:]:
+            if one.name in ("mul.f32", "mul.f32x2") and not one.predicate and one.operands[0] not in one.operands[1:]:
                 products[one.operands[0]] = one.operands[1], one.operands[2]
         return found
 

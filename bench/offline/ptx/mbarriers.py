@@ -9,6 +9,7 @@ import numpy as np
 
 from .numbers import Array
 from .registry import Step, UnknownInstructionError, instruction
+from .shared_memory import SHARED_BASE
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -32,7 +33,7 @@ class Barrier:
 
 
 class Barriers:
-    """The barriers of all programs, by program and address, and those who wait."""
+    """The barriers of all programs, by program and address, and the threads that wait."""
 
     def __init__(self, m: Machine) -> None:
         self.m = m
@@ -41,8 +42,16 @@ class Barriers:
         self._yielding = np.zeros(m.lanes, bool)
         self._polls = 0
 
+    def own(self, address: Array, active: Array | None, owned: bool) -> None:
+        """Ordinary stores to the 8 bytes of a barrier are faults until it is given up."""
+        shared, lanes = self.m.shared, self.m.lane if active is None else np.flatnonzero(active)
+        at = address[lanes] - SHARED_BASE
+        good = (at >= 0) & (at + 8 <= shared.size)
+        places = at[good] + self.m.program_of[lanes[good]] * shared.size
+        shared.owned[shared.shadow(places, 8)] = owned
+
     def others_first(self, runnable: Array) -> Array:
-        """Those who poll let the others go first."""
+        """Threads that poll let the others go first."""
         if not self._yielding.any():
             return runnable
         others = runnable & ~self._yielding
@@ -92,6 +101,7 @@ def initialise(m: Machine, i: Instruction) -> Step:
     def run() -> None:
         where, active = address(), m.active(i)
         m.shared.store(i, where, active, 8, [np.zeros(m.lanes, np.uint64)])
+        m.tensor.barriers.own(where, active, True)
         for program, lane in m.tensor.queue.one_lane(i):
             m.tensor.barriers.known[program, int(where[lane])] = Barrier(0, count, count)
 
@@ -105,6 +115,7 @@ def invalidate(m: Machine, i: Instruction) -> Step:
     def run() -> None:
         where = address()
         m.shared.store(i, where, m.active(i), 8, [np.zeros(m.lanes, np.uint64)])
+        m.tensor.barriers.own(where, m.active(i), False)
         for program, lane in m.tensor.queue.one_lane(i):
             if m.tensor.barriers.known.pop((program, int(where[lane])), None) is None:
                 m.faults.add("an mbarrier is invalidated that was not initialised", i)
@@ -120,6 +131,7 @@ def arrive(m: Machine, i: Instruction) -> Step:
 
     def run() -> None:
         where, active = address(), m.active(i)
+        m.shared.load(i, where, active, 8, 1)
         for lane in m.lane if active is None else np.flatnonzero(active):
             barrier = m.tensor.barriers.known.get((int(m.program_of[lane]), int(where[lane])))
             if barrier is None:

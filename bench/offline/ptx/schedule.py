@@ -171,7 +171,7 @@ def _carry_out(machine: Machine, block: Block) -> None:
                 while place < count:
                     _masked(machine, steps[place], block.targets[place])
                     place += 1
-        except (AttributeError, TypeError):  # None is no array: a register that nothing has written
+        except (AttributeError, TypeError):  # None is no array: a register that was not written
             if not _poison(machine, block.instructions[place], block.targets[place]):
                 raise
 

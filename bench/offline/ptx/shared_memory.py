@@ -47,6 +47,7 @@ class SharedMemory:
         self.read_lane = np.full(places, -1, I32)
         self.read_time = np.zeros(places, I64)
         self.arriving = np.zeros(places, np.int16)  # asynchronous copies under way to it
+        self.owned = np.zeros(places, bool)  # by an mbarrier
         self.multiplied = np.zeros(places, np.int16)  # products under way that read it
         self.warp_sync = np.zeros(m.warps, I64)
         self.fenced = np.zeros(m.warps, I64)  # when each warp last had fence.proxy.async
@@ -146,7 +147,7 @@ class SharedMemory:
         self.note_read(places, epoch, lanes)
 
     def note_read(self, places: Array, epoch: Array, lanes: Array | None) -> None:
-        """Remember who read: lanes, or several warps (None)."""
+        """Remember the readers: lanes, or several warps (None)."""
         if lanes is None:
             self.read[places], self.reader[places] = epoch, _SEVERAL
             return
@@ -180,6 +181,8 @@ class SharedMemory:
             if close.any():
                 add(f"shared race: write of what another thread of the warp {what}, no bar.warp.sync between", i, "",
                     int(close.sum()))  # fmt: skip
+        if i.head != "mbarrier" and self.owned[places].any():
+            add("shared write to an mbarrier", i)
         if self.arriving[places].any():
             add("shared write to the target of cp.async before its wait", i)
         if self.multiplied[places].any():

@@ -93,7 +93,7 @@ class Queue:
         for work in self._work:
             for one in work:
                 if isinstance(one, _Product):
-                    self.m.faults.add("tcgen05.mma that nothing waits for", one.instruction)
+                    self.m.faults.add("tcgen05.mma without a wait", one.instruction)
 
     def begin(self, program: int, lane: int, product: _Product) -> None:
         """Check a product and put it into the queue."""
@@ -126,7 +126,7 @@ class Queue:
             add("tensor memory: a product reads what was stored without tcgen05.wait::st", i)
         if (tensor.written[place] < 0).any():
             add("tensor memory: a product reads what was never written", i)
-        if (tensor.written[place] == epoch).any() and not tensor.busy[place].any():
+        if ((tensor.written[place] == epoch) & (tensor.busy[place] == 0)).any():
             add("tensor memory: a product reads what was stored, no barrier between", i)
 
     def _multiply(self, program: int, product: _Product) -> None:

@@ -72,6 +72,23 @@ def programs_writing(program: Program, launch: Launch, memory: GlobalMemory, wan
     return [int(number) for number in np.flatnonzero(chosen)]
 
 
+def write_counts(program: Program, launch: Launch, memory: GlobalMemory) -> dict[int, Array]:
+    """How often all programs of a launch write each unit: start of a region -> uint8 [units].
+
+    Raises:
+        NotTraceableError: where addresses depend on shared memory.
+    """
+    found = {region.start: np.zeros(region.units, np.uint8) for region in memory.regions if region.output}
+
+    def touch(written: bool, ids: Array, addresses: Array, size: int) -> None:
+        for region, places, _ in _by_region(memory, addresses, size) if written else ():
+            if region.output:
+                np.add.at(found[region.start], places, 1)
+
+    _trace(program, launch, memory, range(int(np.prod(launch.grid))), touch)
+    return found
+
+
 def _by_region(memory: GlobalMemory, addresses: Array, size: int) -> Iterable[tuple[Region, Array, Array]]:
     """(region, units [n, k], which of the addresses)."""
     for region in memory.regions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +44,19 @@ class WarpgroupProducts:
 
     def reset(self) -> None:
         self._running: list[_Product] = []
-        self._pending: dict[int, tuple[_Product, Array]] = {}  # accumulator -> who computes it, its value
+        self._pending: dict[int, tuple[_Product, Array]] = {}  # accumulator -> its product, its value
         self._commits = 0
         self._fenced: list[Any] | None = None  # registers at the last fence
         self._fresh = False  # whether no group was committed since
         self._touched: set[int] = set()  # accumulators that other instructions took since
         self._delivered: dict[int, Array] = {}
+
+    def check_programs(self, i: Instruction) -> None:
+        """Refuse fences, commits and waits by some warpgroups of a program alone: groups are counted together."""
+        if self.m.mask is not None:
+            of_program = self.m.mask.reshape(self.m.programs, -1)
+            if (of_program.any(1) != of_program.all(1)).any():
+                raise UnknownInstructionError(i, "by a part of a program")
 
     def fence(self) -> None:
         self._fenced, self._fresh = list(self.m.registers), True
@@ -73,10 +81,10 @@ class WarpgroupProducts:
 
     def finish(self) -> None:
         for product in self._running:
-            self.m.faults.add("wgmma that nothing waits for", product.instruction)
+            self.m.faults.add("wgmma without a wait", product.instruction)
 
     def accumulator(self, i: Instruction, register: int) -> Array | None:
-        """What a product adds to; None for a register that nothing has written."""
+        """The value that a product adds to; None for a register that was not written yet."""
         if register in self._pending:
             return self._pending[register][1]
         value: Array | None = self.m.registers[register]
@@ -137,20 +145,28 @@ def _accumulators(program: Program) -> set[str]:
     return names
 
 
+def _whole(m: Machine, i: Instruction, run: Callable[[], None]) -> Callable[[], None]:
+    def checked() -> None:
+        m.products.check_programs(i)
+        run()
+
+    return checked
+
+
 @instruction(r"wgmma\.fence\.sync\.aligned")
 def fence(m: Machine, i: Instruction) -> Step:
-    return m.products.fence, []
+    return _whole(m, i, m.products.fence), []
 
 
 @instruction(r"wgmma\.commit_group\.sync\.aligned")
 def commit(m: Machine, i: Instruction) -> Step:
-    return m.products.commit, []
+    return _whole(m, i, m.products.commit), []
 
 
 @instruction(r"wgmma\.wait_group\.sync\.aligned")
 def wait(m: Machine, i: Instruction) -> Step:
     newest = int(i.operands[0], 0)
-    return (lambda: m.products.wait(newest)), []
+    return _whole(m, i, lambda: m.products.wait(newest)), []
 
 
 @instruction(r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k(?P<k>8|16)\.f32\.(?P<kind>bf16|f16|tf32)\.(?P=kind)")
