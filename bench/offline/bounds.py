@@ -1,7 +1,7 @@
 """An estimate of a launch's time by its dynamic counts: at full issue, peak products, bandwidth and banks.
 
-It is arithmetic and no measurement. Launches take longer, by latencies and the last wave. They may also take less: ptxas
-drops moves, caches keep what was read, and banks serve some wide accesses at once.
+It is arithmetic and no measurement. Launches take longer, by latencies and the last wave. They may also take less:
+ptxas drops moves, caches keep what was read, and banks serve some wide accesses at once.
 """
 
 from __future__ import annotations

@@ -86,9 +86,10 @@ class Execution:
         for region in self.regions.values():
             region.writable = region.readable = False
         for name, tensor in launch.arguments.items():
-            if isinstance(tensor, Tensor) and (region := self.regions.get(tensor.untyped_storage().data_ptr())):
-                region.readable = True
-                region.writable |= name in OUTPUTS
+            place = tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else None
+            if place in self.regions:
+                self.regions[place].readable = True
+                self.regions[place].writable |= name in OUTPUTS
 
     def written(self, tensor: Tensor) -> Tensor:
         """bool like `tensor`: the elements that launches wrote."""
