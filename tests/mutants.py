@@ -118,7 +118,7 @@ MUTANTS = (
     Mutant("shift2 dropped", "kernels/meta4d.py", " + load_vector(shift2_ptr, c, C, WIDTHS, i))", ")"),
     Mutant("residual skipped", "kernels/meta4d.py", "result = residual.to(tl.float32) +", "result ="),
     Mutant("second accumulator forgets", "kernels/mlp_loop.py", "tl.dot(b_act, b_w2, b_acc[i],", "tl.dot(b_act, b_w2, b_acc[i] * (i == 0),"),
-    Mutant("residual taken before pooling", "kernels/meta4d.py", "        if POOL and RELOAD:\n            residual = tl.load(p_out", "        if False:\n            residual = tl.load(p_out"),
+    Mutant("residual taken before pooling", "kernels/meta4d.py", "        if POOL and RELOAD:\n            # Rows beyond the end stand on the last one, which other threads may have overwritten by now.\n            residual = tl.load(p_out", "        if False:\n            residual = tl.load(p_out"),
     # split MLP
     Mutant("a chunk added twice", "kernels/split_mlp.py", "tl.minimum(first + CHUNK, HIDDEN)", "tl.minimum(first + CHUNK + BLOCK_H, HIDDEN)"),
     Mutant("all parts of the first chunk", "kernels/split_mlp.py", "first = i_s * CHUNK", "first = i_s * 0"),

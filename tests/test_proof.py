@@ -54,14 +54,14 @@ def recorded(task: Task, **changes: object) -> Record:
 
 
 def test_the_order_of_checks() -> None:
-    """bfloat16 before others, L1 first, large batches first; each check once; then odd, unaligned, large."""
+    """bfloat16 before others, L1 first, large batches first; each check once; then odd, unaligned, unordered, large."""
     found = list(tasks([*L1, "efficientformer_l3"], [256, 1], [torch.bfloat16, torch.float16], [90, 80]))
     assert len({task.key for task in found}) == len(found)
     dtypes = [task.check.dtype for task in found]
     assert dtypes == sorted(dtypes, key=[torch.bfloat16, torch.float16].index)
     first = [task for task in found if task.check.dtype == torch.bfloat16]
     kinds = [task.kind for task in first]
-    assert kinds == sorted(kinds, key=["network", "odd", "unaligned", "large"].index)
+    assert kinds == sorted(kinds, key=["network", "odd", "unaligned", "unordered", "large"].index)
     networks = [task for task in first if task.kind == "network"]
     batches = [task.check.shape[0] for task in networks if "efficientformer_l1" in " ".join(task.check.where)]
     assert batches == sorted(batches, reverse=True)

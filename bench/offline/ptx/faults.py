@@ -65,11 +65,3 @@ class Faults:
     def all(self) -> list[Fault]:
         """The faults in the order of their lines."""
         return sorted(self._found.values(), key=lambda fault: fault.line)
-
-    def update(self, other: Faults) -> None:
-        """Take over the faults of another run."""
-        for key, fault in other._found.items():
-            if key in self._found:
-                self._found[key].count += fault.count
-            else:
-                self._found[key] = fault

@@ -120,7 +120,7 @@ class Machine:
     def _special(self) -> dict[str, Array]:
         thread, zero = (self.lane % self.threads).astype(U32), np.zeros(self.lanes, U32)
         known = {"%tid.x": thread, "%laneid": self.in_warp.astype(U32), "%warpid": thread // U32(32)}
-        known |= {f"%{name}.{axis}": zero for name in ("tid",) for axis in "yz"}
+        known |= {"%tid.y": zero, "%tid.z": zero}
         sizes = {"ntid": (self.threads, 1, 1), "nctaid": self.launch.grid}
         for name, values in sizes.items():
             known |= {f"%{name}.{axis}": zero + U32(value) for axis, value in zip("xyz", values, strict=True)}

@@ -218,7 +218,7 @@ _MOVE = r"\.sync\.aligned\.(?P<shape>32x32b|16x32bx2)\.x(?P<count>\d+)\.b32"
 
 @instruction(rf"tcgen05\.ld{_MOVE}")
 def load(m: Machine, i: Instruction, shape: str, count: str) -> Step:
-    registers, number = m.registers, int(count)
+    number = int(count)
     targets = [m.target(name) for name in m.listed(i.operands[0])]
     address = m.address(i.operands[1], "b32")
     split = int(i.operands[2], 0) if shape == "16x32bx2" else 0
@@ -244,7 +244,6 @@ def load(m: Machine, i: Instruction, shape: str, count: str) -> Step:
             late[target] = value if active is None or old is None else np.where(active, value, old)
         tensor.begin_load(late)
 
-    assert registers is m.registers
     return run, []
 
 
