@@ -17,7 +17,7 @@ from .accesses import access_size
 from .execute import execute
 from .global_memory import GlobalMemory, Region, Touch
 from .machine import Launch, Machine
-from .numbers import Array
+from .numbers import UNSIGNED, Array
 from .program import Instruction, Program
 from .registry import Step, instruction
 
@@ -78,15 +78,17 @@ def write_counts(program: Program, launch: Launch, memory: GlobalMemory) -> dict
     Raises:
         NotTraceableError: where addresses depend on shared memory.
     """
-    found = {region.start: np.zeros(region.units, np.uint8) for region in memory.regions if region.output}
+    found = {one.start: np.zeros(-(-one.units // 8) * 8, np.uint8) for one in memory.regions if one.output}
 
     def touch(written: bool, ids: Array, addresses: Array, size: int) -> None:
         for region, places, _ in _by_region(memory, addresses, size) if written else ():
-            if region.output:
-                np.add.at(found[region.start], places, 1)
+            if region.output:  # the units of an access are aligned, and counted together
+                kind = UNSIGNED[places.shape[1]]
+                one = kind(0x0101010101010101 & (1 << 8 * places.shape[1]) - 1)
+                np.add.at(found[region.start].view(kind), places[:, 0] // places.shape[1], one)
 
     _trace(program, launch, memory, range(int(np.prod(launch.grid))), touch)
-    return found
+    return {region.start: found[region.start][: region.units] for region in memory.regions if region.output}
 
 
 def _by_region(memory: GlobalMemory, addresses: Array, size: int) -> Iterable[tuple[Region, Array, Array]]:
