@@ -57,7 +57,7 @@ def folded(build: Callable[[Parameters], list[Tensor]], tensors: list[Tensor], d
         places[id(one)] = size
         size += -(-one.numel() * one.element_size() // 256) * 256
     workspace = torch.full((size // 4,), torch.nan, device=DEVICE)
-    found = parameters.launch(places, DEVICE)
+    found = parameters.launch(places, workspace.nbytes, DEVICE)
     assert found is not None
     found.arguments.update(vectors_ptr=workspace, matrices_ptr=workspace.view(dtype))
     launch.run(found)
