@@ -176,8 +176,8 @@ class Touches:
             self.runs[-1].warp_barriers[shared.m.on_warps()] += 1
 
     def _copy(self, original: Callable[..., None], copies: AsyncCopies, i: Instruction, lanes: Array, target: Array,
-              data: Array) -> None:  # fmt: skip
-        original(copies, i, lanes, target, data)
+              data: Array, reads: Array) -> None:  # fmt: skip
+        original(copies, i, lanes, target, data, reads)
         if self.wanted(copies.m):
             self.runs[-1].add(SHARED, _units(target, data.shape[1]), lanes, True)
             self.runs[-1].begin(_keys(lanes, target), lanes)
