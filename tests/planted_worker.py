@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 
 import torch
 from effformer.bench.offline.planted import Planted, plant
-from effformer.bench.offline.plantings import changes
-from effformer.bench.offline.small_work import WORK, Place, family
+from effformer.bench.offline.ptx_changes import changes
+from effformer.bench.offline.small_calls import CALLS, CompiledCall, family
 
 # target, kernel, kind, which statement of those that have it
 FAULTS = (
@@ -30,12 +30,12 @@ FAULTS = (
 
 
 def planted() -> Iterator[Planted]:
-    places: dict[tuple[int, str], Place] = {}
+    calls: dict[tuple[int, str], CompiledCall] = {}
     for capability, name, kind, number in FAULTS:
-        work = next(work for work in WORK if name in work.kernels)
-        place = places.setdefault((capability, name), Place(work, capability, torch.bfloat16))
-        one = next(one for one in place.compiled[0] if family(one) == name)
-        yield plant(place, one, changes(one.program, one.ptx)[kind][number])
+        small = next(small for small in CALLS if name in small.kernels)
+        call = calls.setdefault((capability, name), CompiledCall(small, capability, torch.bfloat16))
+        one = next(one for one in call.compiled[0] if family(one) == name)
+        yield plant(call, one, changes(one.program, one.ptx)[kind][number])
 
 
 if __name__ == "__main__":

@@ -1,24 +1,15 @@
-"""Runs hand-written PTX on the machine, on tensors of its own."""
+"""Kernels around a few instructions, and their results and faults."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from effformer.bench.offline.ptx.execute import execute
+import ptx_runs
 from effformer.bench.offline.ptx.faults import Fault
-from effformer.bench.offline.ptx.global_memory import GlobalMemory, Region
-from effformer.bench.offline.ptx.machine import Launch, Options
-from effformer.bench.offline.ptx.program import parse
+from effformer.bench.offline.ptx.machine import Options
+from ptx_runs import Array, Output
 
-Array = npt.NDArray[Any]
-Output = tuple[tuple[int, ...], Any] | Array  # shape and type, or what it holds at first
-
-FOLDER = Path(__file__).parent / "ptx"
-FIRST, APART = 1 << 20, 1 << 20  # the address of the first tensor, and the steps to the next ones
 SHARED = 64 << 10
 REGISTERS = """\
     .reg .pred %p<16>;
@@ -65,19 +56,9 @@ def run(
     outside: Mapping[int, Array] | None = None,
 ) -> tuple[list[Array], list[Fault]]:
     """What the outputs hold afterwards, and the faults. `outside`: by tensor, the elements that do not belong to it."""
-    memory, arrays = GlobalMemory(), list(inputs)
-    arrays += [np.zeros(*one) if isinstance(one, tuple) else one.copy() for one in outputs]
-    for place, array in enumerate(arrays):
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        is_output = place >= len(inputs)
-        region = Region(f"tensor {place}", FIRST + place * APART, data, array.itemsize, is_output)
-        region.outside = outside.get(place) if outside else None
-        if is_output and not isinstance(outputs[place - len(inputs)], tuple):
-            region.writes[:] = 1
-        memory.add(region)
-    launch = Launch((programs, 1, 1), shared_memory, [FIRST + place * APART for place in range(len(arrays))])
-    outcome = execute(parse(ptx), launch, memory, options=options)
-    return arrays[len(inputs) :], outcome.faults
+    ran = ptx_runs.run(ptx, *inputs, outputs=outputs, shared_memory=shared_memory, programs=programs, options=options,
+                       outside=outside)  # fmt: skip
+    return ran.outputs, ran.faults
 
 
 def result(ptx: str, *inputs: Array, output: Output, **options: Any) -> Array:
@@ -90,8 +71,3 @@ def result(ptx: str, *inputs: Array, output: Output, **options: Any) -> Array:
 def names(prefix: str, count: int, first: int = 0) -> str:
     """ "{%r0, %r1}" """
     return "{" + ", ".join(f"%{prefix}{first + place}" for place in range(count)) + "}"
-
-
-def text(name: str) -> str:
-    """A hand-written kernel of the folder."""
-    return (FOLDER / f"{name}.ptx").read_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +19,8 @@ from effformer.bench.offline.ptx.program import parse
 
 Array = npt.NDArray[Any]
 Expected: TypeAlias = Callable[[int, int, int], int | Callable[[int], bool] | None]
+Output = tuple[Any, Any] | Array
+FIRST, APART = 1 << 20, 1 << 20  # the address of the first tensor, and the steps to the next ones
 THREADS = 512  # of the kernels whose results are rows
 FILES = Path(__file__).parent / "ptx"
 
@@ -40,33 +42,37 @@ def read(name: str) -> str:
 def run(
     ptx: str,
     *inputs: Array,
-    outputs: Sequence[tuple[Any, Any]],
+    outputs: Sequence[Output] = (),
     shared_memory: int = 0,
     programs: int = 1,
     options: Options | None = None,
     scalars: Sequence[int] = (),
+    outside: Mapping[int, Array] | None = None,
 ) -> Ran:
     """Run all programs of a kernel whose parameters are addresses of inputs, then of outputs, then integers.
 
     Args:
         ptx: text of the kernel.
         inputs: may only be read.
-        outputs: shape and dtype of each; zeros at first, which do not count as written.
+        outputs: of each its shape and dtype, for zeros that do not count as written, or its contents at first.
         shared_memory: bytes of a program.
         programs: of a grid of one axis.
         options: how to execute.
         scalars: bits of the parameters after the addresses.
+        outside: by number of a tensor, inputs first, which of its elements do not belong to it.
     """
-    memory, parameters, place = GlobalMemory(), [], 1 << 32
-    results = [np.zeros(shape, kind) for shape, kind in outputs]
+    memory, parameters = GlobalMemory(), []
+    results = [np.zeros(*one) if isinstance(one, tuple) else one.copy() for one in outputs]
     given = [np.ascontiguousarray(value).copy() for value in inputs]
     for number, value in enumerate([*given, *results]):
         is_output = number >= len(given)
         name = f"output {number - len(given)}" if is_output else f"input {number}"
-        data = value.reshape(-1).view(np.uint8)
-        memory.add(Region(name, place, data, value.itemsize, is_output))
-        parameters.append(place)
-        place += -(-(data.size + 256) // 256) * 256
+        region = Region(name, FIRST + number * APART, value.reshape(-1).view(np.uint8), value.itemsize, is_output)
+        region.outside = outside.get(number) if outside else None
+        if is_output and not isinstance(outputs[number - len(given)], tuple):
+            region.writes[:] = 1
+        memory.add(region)
+        parameters.append(region.start)
     launch = Launch((programs, 1, 1), shared_memory, [*parameters, *scalars])
     outcome = execute(parse(ptx), launch, memory, options=options)
     return Ran(results, outcome.faults, outcome.counts)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import compiling
 import numpy as np
 import pytest
 import triton
@@ -25,9 +21,8 @@ from ptx_runs import run
 from effformer.cli import main
 from effformer.commands import bench_counts
 
-TESTS = Path(__file__).parent
-RECORDS = TESTS.parent / counted.FILE
-PINNED = re.search(r"^triton==(.+)$", (TESTS.parent / "constraints.txt").read_text(), re.MULTILINE)
+RECORDS = compiling.TESTS.parent / counted.FILE
+PINNED = re.search(r"^triton==(.+)$", (compiling.TESTS.parent / "constraints.txt").read_text(), re.MULTILINE)
 
 
 def counts(body: str, threads: int = 32) -> dict[str, float]:
@@ -167,7 +162,7 @@ def test_the_command_prints_records(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert re.search(r"stem, 2nd +\| 2 +\| conv_norm +\| 528 x 4 .*\| 0.128 / 0.0960 / 0.0320 .*\| tensor", printed)
     assert main([*call, "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["launches"]
-    assert (found["gpu"], found["least_seconds"]) == ("H100", bounds(RECORD, GPUS["H100"]))
+    assert (found["gpu"], found["estimated_seconds"]) == ("H100", bounds(RECORD, GPUS["H100"]))
     for options, message in (
         (["--update"], "--update: got --recorded as well"),
         (["--gpu", "A100", "--target", "sm_90"], "--gpu: got A100, allowed with sm_90 are H100, H200"),
@@ -177,15 +172,11 @@ def test_the_command_prints_records(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="a C compiler builds the stub driver")
+@compiling.needs_compiler
 @pytest.mark.skipif(PINNED is None or triton.__version__ != PINNED[1], reason="the records are of the pinned Triton")
 def test_counts_do_not_grow() -> None:
     """A part of the records, measured anew; `effformer bench counts` measures all."""
-    environment: dict[str, Any] = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TESTS / "count_worker.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    measured = [Record(**{**line, "shape": tuple(line["shape"])}) for line in map(json.loads, done.stdout.splitlines())]
+    lines = compiling.run(str(compiling.TESTS / "count_worker.py"), OMP_NUM_THREADS="1").splitlines()
+    measured = [Record(**{**line, "shape": tuple(line["shape"])}) for line in map(json.loads, lines)]
     assert len(measured) > 15  # some launches of each target
     assert not (found := grown(read_records(RECORDS), measured)), "\n".join(["counts grew", *found])

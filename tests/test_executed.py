@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from compiling import TESTS, needs_compiler, run
 from effformer.bench.offline.audit import jobs
 from effformer.kernels.launch import recorded
 from effformer.kernels.tiling.device import TARGETS, stand_in
@@ -22,17 +19,6 @@ from executed_worker import Call
 from torch import Tensor
 
 from effformer.testing import draw_case, float32_as_such
-
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="a C compiler builds the stub driver")
-TESTS = Path(__file__).parent
-
-
-def run(*command: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return done.stdout
 
 
 @needs_compiler

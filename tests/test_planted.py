@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from effformer.bench.offline.plantings import KINDS, Change
-from effformer.bench.offline.small_work import FAMILIES
-from test_host import TESTS, needs_compiler, run
+from compiling import TESTS, needs_compiler, run
+from effformer.bench.offline.ptx_changes import KINDS, Change
+from effformer.bench.offline.small_calls import FAMILIES
 
 RECORDS = Path(__file__).parents[1] / "bench" / "results" / "planted.jsonl"
 

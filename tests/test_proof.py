@@ -4,52 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from effformer.bench.offline import prove
-from effformer.bench.offline.proof import Record, Task, source, tasks
+from compiling import TESTS, needs_compiler, run
+from effformer.bench.offline import proof, prove
+from effformer.bench.offline.proof import Record, Task, part, tasks
 from effformer.bench.offline.ptx.program import parse
 from effformer.bench.offline.ptx.trace import NotTraceableError, sliced
 from effformer.bench.offline.sampling import first_middle_last
 
-from effformer.apps.verify_report import describe_dtype
-
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="a C compiler builds the stub driver")
-TESTS = Path(__file__).parent
 L1 = ["efficientformer_l1"]
 
 
 def recorded(task: Task, **changes: object) -> Record:
-    check = task.check
-    record = Record(
-        operation=check.operation,
-        shape=check.shape,
-        dtype=describe_dtype(check.dtype),
-        options=check.options,
-        where=list(check.where),
-        target=f"sm_{task.capability}",
-        kind=task.kind,
-        kernels=[{"kernel": "a_kernel", "configuration": {}, "grid": 9, "programs": 3, "faults": []}],
-        elements=7,
-        max_error=0.5,
-        mean_error=0.1,
-        eager_max_error=0.4,
-        eager_mean_error=0.1,
-        ulp=0.1,
-        ratio=1.25,
-        passes=True,
-        error=None,
-        seconds=1.0,
-        triton=prove.triton.__version__,
-        source=source(),
-    )
+    kernels = [{"kernel": "a_kernel", "configuration": {}, "grid": 9, "programs": 3, "faults": []}]
+    errors = {"max_error": 0.5, "mean_error": 0.1, "eager_max_error": 0.4, "eager_mean_error": 0.1, "ulp": 0.1}
+    record = Record.of(task, kernels=kernels, elements=7, **errors, ratio=1.25, passes=True, error=None, seconds=1.0)
     return replace(record, **changes)  # type: ignore[arg-type]
 
 
@@ -122,18 +96,32 @@ def test_records_of_the_repository() -> None:
     assert asdict(records[0]).keys() == json.loads(lines[0]).keys()
 
 
+def test_the_digest_of_code(tmp_path: Path) -> None:
+    """Comments and docstrings may change without a new proof; a constant may not."""
+    file = tmp_path / "module.py"
+    file.write_text('"""One."""\n\ndef f(x):\n    """Two."""\n    return x + 1\n')
+    code = proof._code(file)
+    file.write_text('"""Other."""\n# why\ndef f(x):\n    """More."""\n    return x + 1\n')
+    assert proof._code(file) == code
+    file.write_text('"""Other."""\n\ndef f(x):\n    """More."""\n    return x + 2\n')
+    assert proof._code(file) != code
+
+
+def test_tasks_and_records_have_one_key(tmp_path: Path) -> None:
+    """Also once they were written, where tuples become lists."""
+    (task, *_) = part([90])
+    prove.write_records(tmp_path / "file", [recorded(task)])
+    (record,) = prove.read_records(tmp_path / "file")
+    assert record.key == task.key
+
+
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
 @needs_compiler
 def test_samples() -> None:
     """The sampled programs of operations of several kernels give the bits that whole grids give."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    done = subprocess.run([sys.executable, str(TESTS / "sampling_worker.py")], capture_output=True, text=True,
-                          env=environment, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    for found in json.loads(done.stdout):
+    for found in json.loads(run(str(TESTS / "sampling_worker.py"))):
         assert not found["faults"], found
         assert found["same"], found
         assert found["last"], found

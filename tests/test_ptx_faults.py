@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from effformer.bench.offline.ptx.faults import Fault
 from effformer.bench.offline.ptx.machine import Options
-from ptx_memory_runs import Array, Output, run, text
+from ptx_memory_runs import run
+from ptx_runs import Array, Output, read
 
 WORDS = np.arange(1, 65, dtype=np.uint32)
 CALLS: dict[str, tuple[list[Array], list[Output], int, int]] = {  # inputs, outputs, shared memory, programs
@@ -40,7 +41,7 @@ def faults_of(name: str, ptx: str, options: Options | None = None) -> list[Fault
 @pytest.mark.parametrize("name", CALLS)
 def test_the_kernels_have_no_fault(name: str) -> None:
     inputs, outputs, shared_memory, programs = CALLS[name]
-    found, faults = run(text(name), *inputs, outputs=outputs, shared_memory=shared_memory, programs=programs)
+    found, faults = run(read(name), *inputs, outputs=outputs, shared_memory=shared_memory, programs=programs)
     assert [str(fault) for fault in faults] == []
     if name in EXPECTED:
         assert (found[0] == EXPECTED[name]).all()
@@ -50,7 +51,7 @@ def test_the_kernels_have_no_fault(name: str) -> None:
 def test_several_programs_have_no_fault(name: str) -> None:
     """Without what they write: it would go to one place."""
     inputs, outputs, shared_memory, _ = CALLS[name]
-    ptx = re.sub(r"\bst\.global.*", "", text(name))
+    ptx = re.sub(r"\bst\.global.*", "", read(name))
     _, faults = run(ptx, *inputs, outputs=[WORDS.repeat(2)] if outputs else [], shared_memory=shared_memory, programs=3)
     assert [str(fault) for fault in faults] == []
 
@@ -214,7 +215,7 @@ PLANTS = [
 
 
 def planted(plant: Plant) -> str:
-    original = text(plant.kernel)
+    original = read(plant.kernel)
     assert original.count(plant.old) == 1, plant.old
     return original.replace(plant.old, plant.new)
 
@@ -252,8 +253,8 @@ def test_races_are_not_watched_without_the_option(plant: Plant) -> None:
 def test_elements_that_do_not_belong_to_a_tensor(tensor: int, kind: str, line: str) -> None:
     inputs, outputs, _, programs = CALLS[G]
     outside = np.arange(128 if tensor else 64) == 40
-    lines = text(G).splitlines()
-    found, faults = run(text(G), *inputs, outputs=outputs, programs=programs, outside={tensor: outside})
+    lines = read(G).splitlines()
+    found, faults = run(read(G), *inputs, outputs=outputs, programs=programs, outside={tensor: outside})
     first = next(fault for fault in faults if fault.kind == kind)
     assert lines[first.line - 1].endswith(line)
     assert first.count == (1 if tensor else programs)
@@ -279,5 +280,5 @@ def test_the_reader_may_fence_behind_the_barrier() -> None:
         "fence.proxy.async.shared::cta;",
         "bar.sync 0;                                                     // for the product",
     )
-    ptx = text(T).replace(fence, "").replace(barrier, f"bar.sync 0;\n    @!%p1 bra $L_on;\n    {fence}\n$L_on:")
+    ptx = read(T).replace(fence, "").replace(barrier, f"bar.sync 0;\n    @!%p1 bra $L_on;\n    {fence}\n$L_on:")
     assert not faults_of(T, ptx)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from effformer.bench.offline.ptx.machine import Options
 from effformer.bench.offline.ptx.registry import UnknownInstructionError
-from ptx_memory_runs import Array, kernel, names, result, run
+from ptx_memory_runs import kernel, names, result, run
 from ptx_operands import SIZE, a_places, b_places, c_places, descriptor, encoded, fill, tile, whole
+from ptx_runs import Array
 
 SHAPES = [("bf16", 16), ("f16", 16), ("bf16", 8), ("f16", 8), ("tf32", 8), ("tf32", 4)]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from effformer.bench.offline.ptx.registry import UnknownInstructionError
-from ptx_memory_runs import Array, kernel, names, result, run
+from ptx_memory_runs import kernel, names, result, run
+from ptx_runs import Array
 
 GLOBAL = [(kind, count) for kind in ("b8", "b16", "b32", "b64") for count in (1, 2, 4)]
 GLOBAL = [*GLOBAL, ("f32", 4), ("f64", 2), ("u16", 2), ("b32", 8)]

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import compiling
 import numpy as np
 import pytest
 from effformer.bench.offline.ptx.registry import UnknownInstructionError
 from ptx_memory_runs import kernel, run
 
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="a C compiler builds the stub driver")
 VALUES = np.zeros(64, np.int32)
 
 
@@ -141,15 +136,10 @@ print(json.dumps(found))
 """
 
 
-@needs_compiler
+@compiling.needs_compiler
 def test_over_the_driver() -> None:
     """A sampled proof misses no store; tensors lie apart; `executing` within another, Ctrl-C, and a run after them."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", OVER_THE_DRIVER], capture_output=True, text=True, env=environment,
-                          check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = json.loads(compiling.run("-c", OVER_THE_DRIVER))
     assert found["right"] == []
     assert found["sampled"][0] is False
     assert "elements of the output are not written 1 times" in found["sampled"][1]

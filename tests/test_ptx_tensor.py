@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from effformer.bench.offline.ptx.registry import UnknownInstructionError
-from ptx_memory_runs import Array, kernel, names, result, run
+from ptx_memory_runs import kernel, names, result, run
 from ptx_operands import SIZE, descriptor, encoded, fill, tile, whole
+from ptx_runs import Array
 
 MODES = {16: 0, 128: 2, 64: 4, 32: 6}  # bits 61 to 63 of a descriptor, by bytes of a swizzled row
 TYPES = {"f16": 0, "bf16": 1, "tf32": 2}  # bits 7 to 9, and 10 to 12, of an instruction descriptor

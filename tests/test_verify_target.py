@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 
 import pytest
+from compiling import needs_compiler, start
 
 from effformer.cli import main
 
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="a C compiler builds the stub driver")
 SMALL = ["--size", "32x64", "--batch-size", "2", "--op", "pool_mixer", "conv_norm", "--dtype", "bf16"]
 
 # A kernel whose first load is a mebibyte too far.
@@ -34,15 +30,10 @@ with mock.patch.object(execution, "_code", planted):
 """
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
-
-
 @needs_compiler
 def test_the_command() -> None:
     """bfloat16, which the interpreter does not have; every check names its kernels."""
-    done = run("-m", "effformer.cli", "verify", "--target", "sm_90", "--json", *SMALL)
+    done = start("-m", "effformer.cli", "verify", "--target", "sm_90", "--json", *SMALL)
     assert done.returncode == 0, done.stderr
     assert "compiled for sm_90 and executed here" in done.stderr
     found = json.loads(done.stdout)
@@ -57,7 +48,7 @@ def test_the_command() -> None:
 @needs_compiler
 def test_a_fault() -> None:
     """It names the kernel, the address, the source line, and the line of the PTX."""
-    done = run("-c", PLANTED, *SMALL[:4], "--op", "pool_mixer", "--dtype", "fp16")
+    done = start("-c", PLANTED, *SMALL[:4], "--op", "pool_mixer", "--dtype", "fp16")
     assert done.returncode == 1
     lines = [line for line in done.stdout.splitlines() if "global read out of bounds" in line]
     assert lines

@@ -1,7 +1,7 @@
 /* A CUDA driver for a machine without a GPU: the calls that Triton makes to load and launch kernels, which do not run.
 
    It takes the place of libcuda.so.1, has every call that Triton 3.6 to 3.9 make by name, counts launches and reports
-   them to a function, if one is set. A device's number is its compute capability, such as 90; number 0 is 90 as well. */
+   them to a function, if one is set. `stub_device` sets the properties of the device, whatever its number. */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -13,9 +13,11 @@ typedef void (*listener)(uint64_t function, unsigned x, unsigned y, unsigned z, 
                          unsigned shared_memory, void **parameters);
 
 static uint64_t launches, modules;
+static int capability, shared_memory;
 static listener told;
 
 uint64_t stub_launches(void) { return launches; }
+void stub_device(int new_capability, int bytes) { capability = new_capability; shared_memory = bytes; }
 void stub_listen(listener function) { told = function; }
 
 int cuInit(unsigned flags) { return 0; }
@@ -23,16 +25,13 @@ int cuDriverGetVersion(int *version) { *version = 12080; return 0; }
 int cuGetErrorString(int error, const char **text) { *text = "an error of the stub driver"; return 0; }
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-  int capability = device ? device : 90;
   switch (attribute) {
   case 10: *value = 32; break;                 /* warp size */
   case 12: *value = 65536; break;              /* registers of a block */
   case 16: *value = 132; break;                /* multiprocessors */
   case 75: *value = capability / 10; break;    /* compute capability, major */
   case 76: *value = capability % 10; break;    /* minor */
-  case 97:                                     /* shared memory of a block, opted in */
-    *value = capability == 80 ? 166912 : capability == 90 || capability == 100 ? 232448 : 101376;
-    break;
+  case 97: *value = shared_memory; break;      /* of a block, opted in */
   default: *value = 0;
   }
   return 0;

@@ -1,7 +1,7 @@
 """Triton's launch path without a GPU: its driver for CUDA over a library that runs nothing (libcuda.c).
 
 Kernels are compiled for the GPU that is asked for, an H100 by default, and launched with tensors in the CPU's memory.
-What the host does is as on a GPU, but for the driver's own work and for PyTorch's allocator, which is the CPU's.
+The host does the same as on a GPU, but for the driver's own work and for PyTorch's allocator, which is the CPU's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from ... import backend
 from ...kernels.register import accepting_cpu
 from ...kernels.tiling.choose import user_file
+from ...kernels.tiling.device import HOPPER, TARGETS
 
 SOURCE = Path(__file__).with_name("libcuda.c")
 
@@ -36,12 +37,17 @@ class Stub:
     """
 
     def __init__(self) -> None:
-        self.device = 90
         library = _build()
         self.folder = str(library.parent)  # stays: Triton links launchers with it later on
         self._library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         self._library.stub_launches.restype = ctypes.c_uint64
         self._listener: Any = None
+        self.use(HOPPER.capability)
+
+    def use(self, capability: int) -> None:
+        """Stand for a GPU of this compute capability, one of `TARGETS`."""
+        self.device = capability
+        self._library.stub_device(capability, TARGETS[capability].shared_memory)
 
     @property
     def launches(self) -> int:
@@ -94,7 +100,7 @@ _stub: Stub | None = None
 
 
 @contextlib.contextmanager
-def stub_driver(device: int = 90) -> Iterator[Stub]:
+def stub_driver(device: int = HOPPER.capability) -> Iterator[Stub]:
     """Within it Triton launches over the stub, for a GPU of this compute capability, and kernels accept CPU tensors.
 
     Triton keeps the library for as long as the process lives; there may be no other driver in it.
@@ -106,7 +112,8 @@ def stub_driver(device: int = 90) -> Iterator[Stub]:
     if torch.cuda.is_available():
         raise RuntimeError("the stub driver is for machines without a GPU: hide it (CUDA_VISIBLE_DEVICES=)")
     stub = _stub or Stub()
-    before, stub.device = stub.device, device
+    before = stub.device
+    stub.use(device)
     try:
         with mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=stub.folder):
             if _stub is None:
@@ -115,7 +122,7 @@ def stub_driver(device: int = 90) -> Iterator[Stub]:
             with mock.patch.object(backend, "_why_not_device", return_value=None), accepting_cpu():
                 yield stub
     finally:
-        stub.device = before
+        stub.use(before)
 
 
 def _build() -> Path:

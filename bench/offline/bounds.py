@@ -25,7 +25,7 @@ _PROGRAMS, _THREADS = 32, 2048  # of a multiprocessor of sm_80, sm_90 and sm_100
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a GPU does at most.
+    """Peak figures of a GPU.
 
     Attributes:
         target: "sm_90", whose code it runs.
@@ -98,8 +98,8 @@ def bound(record: Record, gpu: Gpu) -> tuple[str, float]:
     return name, found[name]
 
 
-def least_time(records: Iterable[Record], gpu: Gpu) -> float:
-    """Seconds of a network's launches one after another, each at its bound."""
+def estimate(records: Iterable[Record], gpu: Gpu) -> float:
+    """Seconds of a network's launches one after another, each at its largest bound."""
     return sum(record.count * bound(record, gpu)[1] for record in records)
 
 

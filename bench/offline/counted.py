@@ -68,8 +68,7 @@ class Record:
         sampled_read, sampled_written: bytes of the distinct sectors of the programs that ran, not scaled.
         wavefronts: passes of the banks of shared memory for warps.
         ideal_wavefronts: the fewest for the distinct words of each instruction.
-        operand_bytes: that products of warpgroups (sm_90) read from shared memory themselves; those of sm_100 do as
-            well, and are not counted.
+        operand_bytes: that products of warpgroups and in tensor memory read from shared memory themselves.
         flops: of the matrix units, two a multiplication, those with padding of tiles included.
         shared_memory: bytes of a program.
         fitting: programs that a multiprocessor holds by shared memory and threads alone; registers may allow fewer.
@@ -306,7 +305,7 @@ COMPARED = ("instructions", "sectors_read", "sectors_written", "wavefronts", "fl
 
 
 def grown(recorded: Iterable[Record], measured: Iterable[Record]) -> list[str]:
-    """What grew by more than 3 % over the records, a line each, and launches without a record."""
+    """Lines for figures that grew by more than 3 % over the records, and for launches without a record."""
     known, found = {record.key: record for record in recorded}, []
     for record in measured:
         name = f"{record.kernel} of {record.operation} {list(record.shape)} ({record.part}, {record.target})"

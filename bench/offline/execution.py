@@ -47,9 +47,8 @@ class Executed:
         ptx: the compiled code.
         program: the same, parsed.
         geometry: the launch as it reached the driver, with addresses of the memory that it was carried out on.
-        outputs: what it has to write as a whole.
+        outputs: tensors that it has to write as a whole.
         outcome: with faults and counts.
-        bytes_read, bytes_written: of distinct sectors of 32 bytes; 0 where traffic is not counted.
     """
 
     launch: Launch
@@ -58,8 +57,6 @@ class Executed:
     geometry: Geometry
     outputs: list[Output]
     outcome: Outcome
-    bytes_read: int
-    bytes_written: int
 
 
 @dataclass
@@ -144,7 +141,7 @@ def executing(
 
 @contextlib.contextmanager
 def without_ptxas() -> Iterator[None]:
-    """Let Triton compile to PTX alone, with a cache of its own: what it holds is not for a GPU."""
+    """Let Triton compile to PTX alone, with a cache of its own, whose files no GPU can load."""
     from triton.backends.nvidia import compiler
 
     folder = str(user_file().parent / "ptx")
@@ -207,15 +204,10 @@ class _Runner:
         parameters = [self._moved(call.parameter(place, size), size) for place, size in enumerate(sizes)]
         programs = self.choose(launch)
         geometry = Geometry(call.grid, call.shared_memory, parameters)
-        memory = self.execution.memory
-        outcome = execute(program, geometry, memory, programs=programs, options=self.options)
+        outcome = execute(program, geometry, self.execution.memory, programs=programs, options=self.options)
         if programs is None:
             outcome.faults.extend(wrong_writes(launch, outputs, lambda region: region.writes))
-        read, written = (
-            32 * sum(int(getattr(region, name).sum()) for region in memory.regions) if self.options.count else 0
-            for name in ("read_sectors", "write_sectors")
-        )
-        self.execution.executed.append(Executed(launch, text, program, geometry, outputs, outcome, read, written))
+        self.execution.executed.append(Executed(launch, text, program, geometry, outputs, outcome))
 
     def _map(self, launch: Launch) -> list[Output]:
         """Map the tensors of a launch and nothing else; returns the outputs."""
@@ -252,7 +244,7 @@ class _Runner:
             execution.regions[start] = execution.memory.add(region)
             if not _fills(tensor):
                 region.outside = np.ones(region.units, bool)
-        if _fills(tensor):  # without an array of its size: memory that nothing touches costs nothing
+        if _fills(tensor):  # without an array of its size: untouched memory is free
             region.outside = None
             return region, slice(None)
         inside = _units(tensor, region)

@@ -25,7 +25,7 @@ class Run:
         flights: units of copies and products: space, place, begin, end, whether written, and the time since which the
             accesses of other warps have to be ordered as well.
         issuers: warps that issue products in tensor memory.
-        begun: what is under way.
+        begun: copies and products under way.
         time: accesses so far.
     """
 
@@ -45,7 +45,7 @@ class Run:
         self.rows.append(_columns(space, places, *columns, write, self.time))
 
     def begin(self, keys: list[Any], lanes: Array) -> None:
-        """Something asynchronous begins for each lane, known by its key."""
+        """A copy or product begins for each lane, known by its key."""
         times = zip([self.time] * len(keys), self.barriers[lanes].tolist(), self.since[lanes].tolist(), strict=True)
         for key, one in zip(keys, times, strict=True):
             self.begun.setdefault(key, []).append(one)

@@ -1,18 +1,18 @@
-"""Plant faults in the compiled kernels, one statement each, and see what finds them (`make planted`).
+"""Plant faults in the compiled kernels, one statement each, and see whether they are found (`make planted`).
 
 Each fault is one statement of PTX removed or changed, in a kernel at a small shape; the whole grid is executed, as
-`make prove` does. What finds it:
+`make prove` does. A fault is seen by one of these:
 
 - faults: the machine reports some that it does not report for the code as compiled;
-- error: the code does not end, or is none;
+- error: the code does not end, or is no PTX;
 - inaccurate: the result breaks the accuracy rule;
-- imprecise: it breaks the rule with `TIGHT` ulp in place of 2, to which operations with sums over a whole row are held:
-  a wrong shuffle in a norm's mean may stay within 2 ulp. The code as compiled keeps it, or nothing is planted.
+- imprecise: it breaks the rule with `TIGHT` ulp in place of 2, which `make prove` applies to operations with sums over
+  a whole row: a wrong shuffle in a norm's mean may stay within 2 ulp. The code as compiled keeps the tight rule.
 
-What nothing finds has to be redundant, which `touches` tells apart from the machine. For barriers, waits, commits: no
+Other faults have to be redundant, which `access_log` tells apart from the machine. For barriers, waits, commits: no
 place of memory is touched by two threads, one of them writing, in an order that the barriers and waits left do not set,
-and the bits of the result are those of the code as compiled. For other changes, at two draws of the arguments: what
-each store leaves in memory is the same to the bit, and so is the result. A fault that is neither is a failure.
+and the bits of the result are those of the code as compiled. For other changes, at two draws of the arguments: each
+store leaves the same bits in memory, and the result has the same bits. A fault that is neither is a failure.
 
 Statements that no lane carries out at a kernel's shape are not chosen, nor masks that are on in all lanes. It needs no
 GPU. The exit status is 0 when all faults are seen or redundant, else 1.
@@ -41,12 +41,12 @@ from ...apps.verify_report import describe_dtype
 from ...kernels import meta4d
 from ...kernels.tiling.choose import write_whole
 from ...kernels.tiling.table import DTYPES
+from .access_log import AccessLog, form
 from .execution import Executed
-from .plantings import KINDS, Change, changes
 from .proof import SUMS, TIGHT, source
 from .ptx.machine import Options
-from .small_work import WORK, Place, Work, family, known_faults
-from .touches import Touches, form
+from .ptx_changes import KINDS, Change, changes
+from .small_calls import CALLS, CompiledCall, SmallCall, family, known_faults
 
 ORDERED = ("barrier removed", "warp barrier removed", "wait removed", "wait weakened", "commit removed")
 
@@ -56,7 +56,7 @@ PLAN = {(capability, "bfloat16"): 3 for capability in (80, 90, 100)}
 PLAN |= {(capability, "bfloat16"): 1 for capability in (86, 89, 120)}
 PLAN |= {(90, "float32"): 1, (100, "float16"): 1}
 _BRIEF = ("pool_mixer", "conv_norm", "head")  # operations of the plans with one fault of a kernel
-_BLOCK = Work("meta4d", (11, 224, 14, 14), {"hidden": 128}, ("mlp",), programs=2)
+_BLOCK = SmallCall("meta4d", (11, 224, 14, 14), {"hidden": 128}, ("mlp",), programs=2)
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class Planted:
 
     Attributes:
         target, dtype, operation, shape, options, kernel: where.
-        kind: of `plantings.KINDS`.
-        line, source, statement, change: PTX line, line of the kernel, the statement, and what became of it.
-        seen: "faults", "error", "inaccurate" or "imprecise"; None where nothing found it.
+        kind: of `ptx_changes.KINDS`.
+        line, source, statement, change: PTX line, line of the kernel, the statement, and its replacement.
+        seen: "faults", "error", "inaccurate" or "imprecise"; None where it was not seen.
         found: the first of the faults, the error, or the accuracy.
         ratio: of the largest error to eager's.
-        redundant: why it changes nothing.
-        note: what else there is to say.
-        triton, sources: versions of Triton and, as a digest, of the kernels.
+        redundant: the argument that it changes no result.
+        note: a remark.
+        triton, sources: versions of Triton and, as a digest (`proof.source`), of the kernels and their checks.
     """
 
     target: str
@@ -107,35 +107,35 @@ class Planted:
 # --- one fault --------------------------------------------------------------------------------------------------------
 
 
-def plant(place: Place, one: Executed, change: Change, base: str = "", note: str = "") -> Planted:
+def plant(call: CompiledCall, one: Executed, change: Change, base: str = "", note: str = "") -> Planted:
     """Execute a kernel with a change; `base` is its code where that is not as compiled."""
-    known = place.compiled[1]
+    known = call.compiled[1]
     base = base or one.ptx
     if base != one.ptx:
-        known = known_faults(place.run(one.ptx, base)[0])
+        known = known_faults(call.run(one.ptx, base)[0])
     seen, found, errors, redundant = None, list[str](), None, None
     try:
-        execution, result, subject = place.run(one.ptx, change.apply(base))
+        execution, result, subject = call.run(one.ptx, change.apply(base))
         new = [fault for kernel, fault in execution.faults if (kernel, fault.kind, fault.line) not in known]
-        errors = place.accuracy(execution, result, subject)
+        errors = call.accuracy(execution, result, subject)
         if new:
             new.sort(key=lambda fault: not fault.kind.startswith("global race"))  # rarer, and worse
             seen, found = "faults", [str(fault) for fault in new[:3]]
         elif not errors.passes():
             seen, found = "inaccurate", [str(errors)]
-        elif place.work.operation in SUMS and not errors.passes(TIGHT):
+        elif call.small.operation in SUMS and not errors.passes(TIGHT):
             seen, found = "imprecise", [str(errors)]
     except Exception as error:  # of any kind: it is this fault's outcome
         seen, found = "error", [f"{type(error).__name__}: {error}"]
     if seen is None:
-        redundant, why = argue(place, one, change)
+        redundant, why = argue(call, one, change)
         found = [] if redundant else [f"{errors}; {why}"]
     return Planted(
-        target=f"sm_{place.capability}",
-        dtype=describe_dtype(place.dtype),
-        operation=place.work.operation,
-        shape=place.work.shape,
-        options=place.work.options,
+        target=f"sm_{call.capability}",
+        dtype=describe_dtype(call.dtype),
+        operation=call.small.operation,
+        shape=call.small.shape,
+        options=call.small.options,
         kernel=one.launch.kernel.__name__,
         kind=change.kind,
         line=change.line,
@@ -152,7 +152,7 @@ def plant(place: Place, one: Executed, change: Change, base: str = "", note: str
     )
 
 
-def argue(place: Place, one: Executed, change: Change) -> tuple[str | None, str]:
+def argue(call: CompiledCall, one: Executed, change: Change) -> tuple[str | None, str]:
     """Why a change is redundant, or None and why it is not."""
     exact, edited, mine = Options(), change.apply(one.ptx), form(one.program)
     ordered, fence = change.kind in ORDERED, change.old.startswith("wgmma.fence")
@@ -161,10 +161,10 @@ def argue(place: Place, one: Executed, change: Change) -> tuple[str | None, str]
     loads = "loads take the same places"
     for seed in (0, 1):
         before, after = (
-            Touches(lambda m: form(m.program) == mine, digests=not ordered, accesses=ordered) for _ in "ab"
+            AccessLog(lambda m: form(m.program) == mine, digests=not ordered, accesses=ordered) for _ in "ab"
         )
-        _, expected, _ = place.run(options=exact, touches=None if ordered else before, seed=seed)
-        _, result, _ = place.run(one.ptx, edited, exact, after, seed)
+        _, expected, _ = call.run(options=exact, log=None if ordered else before, seed=seed)
+        _, result, _ = call.run(one.ptx, edited, exact, after, seed)
         if not _same_bits(expected, result):
             return None, f"{int((expected != result).sum())} of {result.numel()} results differ"
         if ordered and (conflicts := after.conflicts()):
@@ -193,23 +193,21 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 # --- which faults -----------------------------------------------------------------------------------------------------
 
 
-def plan(seed: int = 0) -> Iterator[tuple[Place, Executed, Change]]:
+def plan(seed: int = 0) -> Iterator[tuple[CompiledCall, Executed, Change]]:
     """Faults to plant: of each kernel those kinds that are rarest so far, at statements drawn by chance."""
     chance, used = random.Random(seed), Counter[str]()
     for (capability, dtype), count in PLAN.items():
-        for work in WORK:
-            if count == 1 and work.operation not in _BRIEF:
+        for small in CALLS:
+            if count == 1 and small.operation not in _BRIEF:
                 continue
-            place = Place(work, capability, DTYPES[dtype])
-            executed, _, touches = place.compiled
-            if work.operation in SUMS and not (errors := place.accuracy(*place.run())).passes(TIGHT):
-                raise RuntimeError(f"{work.operation} on sm_{capability}: got {errors}, allowed are {TIGHT} ulp")
-            for name in work.kernels:
+            call = CompiledCall(small, capability, DTYPES[dtype])
+            executed, _, log = call.compiled
+            if small.operation in SUMS and not (errors := call.accuracy(*call.run())).passes(TIGHT):
+                raise RuntimeError(f"{small.operation} on sm_{capability}: got {errors}, allowed are {TIGHT} ulp")
+            for name in small.kernels:
                 one = next(one for one in executed if family(one) == name)
                 found = {
-                    kind: [
-                        change for change in listed if _alive(change, touches.ran.get((form(one.program), change.line)))
-                    ]
+                    kind: [change for change in listed if _alive(change, log.ran.get((form(one.program), change.line)))]
                     for kind, listed in changes(one.program, one.ptx).items()
                 }
                 kinds = [kind for kind in KINDS if found[kind]]
@@ -221,7 +219,7 @@ def plan(seed: int = 0) -> Iterator[tuple[Place, Executed, Change]]:
                         change = chance.choice(listed)
                         taken.add(change.line)
                         used[kind] += 1
-                        yield place, one, change
+                        yield call, one, change
 
 
 def _alive(change: Change, ran: tuple[bool, bool] | None) -> bool:
@@ -242,8 +240,8 @@ def debug_barriers() -> Iterator[Planted]:
     barrier, load = (1 + next(number for number, line in enumerate(lines) if text in line)
                      for text in ("tl.debug_barrier()", "residual = tl.load(p_out"))  # fmt: skip
     for capability in (80, 90, 100):
-        place = Place(_BLOCK, capability, torch.bfloat16)
-        one = place.compiled[0][0]
+        call = CompiledCall(_BLOCK, capability, torch.bfloat16)
+        one = call.compiled[0][0]
         found = changes(one.program, one.ptx)
         at_barrier = [change for change in found["barrier removed"] if change.source == f"meta4d.py:{barrier}"]
         mine = max(at_barrier, key=lambda change: change.line)
@@ -253,8 +251,8 @@ def debug_barriers() -> Iterator[Planted]:
         for change in found["index changed"]:
             if change.source == f"meta4d.py:{load}":
                 base = replace(change, new=re.sub(r"\+ 16\]", f"+ {rows}]", change.new)).apply(base)
-        record = plant(place, one, mine, note="tl.debug_barrier of the 224-channel block")
-        apart = plant(place, one, mine, base)
+        record = plant(call, one, mine, note="tl.debug_barrier of the 224-channel block")
+        apart = plant(call, one, mine, base)
         races = [text for text in apart.found if text.startswith("global race: read of what another warp wrote")]
         apart_note = (
             f"{record.note}; with loads of another warp's rows, and earlier barriers out: {' '.join(races[:1])}"
@@ -286,8 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _all(seed: int) -> Iterator[Planted]:
     yield from debug_barriers()
-    for place, one, change in plan(seed):
-        yield plant(place, one, change)
+    for call, one, change in plan(seed):
+        yield plant(call, one, change)
 
 
 def table(records: Sequence[Planted]) -> Iterator[str]:

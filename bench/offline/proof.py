@@ -1,10 +1,12 @@
-"""Checks of the compiled kernels at the work of networks: what to execute, and what it gave, as records."""
+"""Checks of the compiled kernels at the work of networks: tasks, and their records."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import hashlib
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +22,7 @@ from ...accuracy import Accuracy, accuracy
 from ...apps.verify import checks, draw
 from ...apps.verify_compiled import DEFAULT
 from ...apps.verify_report import NETWORK, Check, describe_dtype
-from ...kernels.tiling.choose import KERNELS, digest_of
+from ...kernels.tiling.choose import KERNELS
 from ...kernels.tiling.device import TARGETS
 from ...testing import Case, float32_as_such, unwritten_is_nan
 from ...workload import OPERATIONS
@@ -53,9 +55,12 @@ class Task:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for records of the same task."""
-        check = self.check
-        options = tuple(sorted((name, str(value)) for name, value in check.options.items()))
-        return check.operation, check.shape, describe_dtype(check.dtype), options, f"sm_{self.capability}", self.kind
+        check, target = self.check, f"sm_{self.capability}"
+        return _key(check.operation, check.shape, describe_dtype(check.dtype), check.options, target, self.kind)
+
+
+def _key(operation: str, shape: Sequence[int], dtype: str, options: dict[str, Any], *rest: str) -> tuple[Any, ...]:
+    return operation, tuple(shape), dtype, json.dumps(options, sort_keys=True), *rest
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Record:
         passes: whether the accuracy rule holds and no fault was found.
         error: that ended the task.
         seconds: it took, compiling included.
-        triton, source: versions of Triton and, as a digest (`source`), of the kernels and what checks them.
+        triton, source: versions of Triton and, as a digest (`source`), of the kernels and their checks.
     """
 
     operation: str
@@ -96,33 +101,71 @@ class Record:
     triton: str
     source: str
 
+    @classmethod
+    def of(cls, task: Task, **outcome: Any) -> Record:
+        """The record of a task by the present kernels and Triton; `outcome` holds the other attributes."""
+        check = task.check
+        return cls(
+            operation=check.operation,
+            shape=check.shape,
+            dtype=describe_dtype(check.dtype),
+            options=check.options,
+            where=list(check.where),
+            target=f"sm_{task.capability}",
+            kind=task.kind,
+            triton=triton.__version__,
+            source=source(),
+            **outcome,
+        )
+
     @property
     def key(self) -> tuple[Any, ...]:
-        options = tuple(sorted((name, str(value)) for name, value in self.options.items()))
-        return self.operation, tuple(self.shape), self.dtype, options, self.target, self.kind
+        """Equal to that of its task."""
+        return _key(self.operation, self.shape, self.dtype, self.options, self.target, self.kind)
 
     @property
     def faults(self) -> list[str]:
         return [fault for kernel in self.kernels for fault in kernel["faults"]]
 
 
-_HOST = Path(stub.__file__).parent
-# Beside the kernels: what executes them, and what they are compared with.
-_CHECKERS = ("accuracy.py", "attention_bias.py", "backend.py", "ops.py", "reference.py", "testing.py", "workload.py")
+_OFFLINE, _HOST, _PACKAGE = Path(__file__).parent, Path(stub.__file__).parent, Path(reference.__file__).parent
+_CHECKERS = [
+    *(_OFFLINE / f"{name}.py" for name in ("execution", "sampling", "proof")),
+    *(_PACKAGE / f"{name}.py" for name in ("accuracy", "attention_bias", "backend", "ops", "reference", "testing")),
+    _PACKAGE / "workload.py",
+]
 
 
 @functools.cache
 def source() -> str:
-    """A digest of the kernels with their configurations, of the machine, and of what results are compared with."""
-    folders = [(KERNELS, ("*.py", "*.json")), (Path(__file__).parent / "ptx", ("*.py",)), (_HOST, ("*.py", "*.c"))]
-    parts = [digest_of(folder, *patterns) for folder, patterns in folders]
-    files = [Path(__file__).with_name(f"{name}.py") for name in ("execution", "sampling", "proof")]
-    files += [Path(reference.__file__).with_name(name) for name in _CHECKERS]
-    parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    """A digest of the kernels with their configurations, of the machine, and of the code that results are compared by.
+
+    Comments and docstrings do not count.
+    """
+    folders = KERNELS, _OFFLINE / "ptx", _HOST
+    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix in (".py", ".json", ".c")]
+    digest = hashlib.sha256()
+    for file in [*files, *_CHECKERS]:
+        digest.update(file.name.encode() + (_code(file) if file.suffix == ".py" else file.read_bytes()))
+    return digest.hexdigest()[:16]
 
 
-# --- what there is to do ----------------------------------------------------------------------------------------------
+def _code(file: Path) -> bytes:
+    """The syntax of a Python file, without its docstrings."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body[0] = ast.Pass()
+    return ast.dump(tree).encode()
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
 
 
 def tasks(
@@ -196,7 +239,7 @@ _UNORDERED: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     ("meta4d", (1, 448, 7, 7), {"hidden": 1792}),
     ("meta4d", (2, 96, 9, 7), {"hidden": 384}),
 ]
-# More than 2^31 elements, of which what a few programs touch is ever in memory.
+# More than 2^31 elements; only those that a few programs touch are ever in memory.
 _LARGE: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     ("pool_mixer", (14_270, 48, 56, 56), {}),
     ("meta4d", (14_270, 48, 56, 56), _MLP),
@@ -254,27 +297,12 @@ def run(task: Task) -> Record:
         for one, faults in zip(execution.executed, wrong_writes, strict=False)
     ]
     passes = passes and not any(kernel["faults"] for kernel in kernels)
-    return Record(
-        operation=check.operation,
-        shape=check.shape,
-        dtype=describe_dtype(check.dtype),
-        options=check.options,
-        where=list(check.where),
-        target=f"sm_{task.capability}",
-        kind=task.kind,
-        kernels=kernels,
-        elements=elements,
-        **found,
-        passes=passes,
-        error=failure,
-        seconds=round(time.perf_counter() - start, 2),
-        triton=triton.__version__,
-        source=source(),
-    )
+    seconds = round(time.perf_counter() - start, 2)
+    return Record.of(task, kernels=kernels, elements=elements, **found, passes=passes, error=failure, seconds=seconds)
 
 
 def _draw(task: Task) -> tuple[Any, list[Tensor]]:
-    """What to run, and the tensors that kernels reach by addresses alone."""
+    """The call to run, and the tensors that kernels reach by addresses alone."""
     check = task.check
     if task.kind == "large":
         small = draw(replace(check, shape=(1, *check.shape[1:])), torch.device("cpu"))

@@ -1,10 +1,10 @@
 """Execute every operation as compiled for every GPU type, on the CPU, and compare it with float64 (`make prove`).
 
-Each check is a line of the records as soon as it is done; the same command goes on where it stopped. It does again what
-failed, and what was done with other kernels, another Triton or another machine. Of large grids the first, middle and
-last programs run, and those that compute what these read. The writes of all programs are traced: together they have to
-write the whole output. It needs no GPU. The exit status is 0 when all passed, 75 when the time was over first, 1 after
-a failure.
+Each check is a line of the records as soon as it is done; the same command goes on where it stopped. It does again the
+checks that failed, and those of other kernels, of another Triton or of another version of the machine. Of large grids
+the first, middle and last programs run, and those that compute what these read. The writes of all programs are traced:
+together they have to write the whole output. It needs no GPU. The exit status is 0 when all passed, 75 when the time
+was over first, 1 after a failure.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def prove(todo: Iterable[Task], workers: int, deadline: float) -> Iterator[Recor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is not recorded yet, print a table, and return the exit status."""
+    """Run the checks that are not recorded yet, print a table, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--models", nargs="+", default=MODELS, choices=MODELS, metavar="MODEL")

@@ -103,7 +103,7 @@ def why_not_verified(device: torch.device, dtype: torch.dtype | None = None) -> 
 
 
 @dataclass(frozen=True)
-class _Network:
+class NetworkCase:
     """A network with random weights in dtype T, and images; the result is that of the final norm, [B, N, C]."""
 
     network: EfficientFormer
@@ -126,7 +126,7 @@ class _Network:
         return exact.forward_features(self.images.double())
 
 
-def draw(check: Check, device: torch.device, seed: int = 0) -> Case | _Network:
+def draw(check: Check, device: torch.device, seed: int = 0) -> Case | NetworkCase:
     """The operation or network of `check` with random arguments: it runs on any backend, and in float64."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
@@ -134,7 +134,7 @@ def draw(check: Check, device: torch.device, seed: int = 0) -> Case | _Network:
             return draw_case(check.operation, check.shape, check.dtype, **check.options).to(device)
         network = create_model(**check.options, num_classes=0)
         randomise(network, seed).eval().to(device, check.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return _Network(network, draw_map(check.shape, check.dtype).to(device))
+        return NetworkCase(network, draw_map(check.shape, check.dtype).to(device))
 
 
 def _outcome(check: Check, device: torch.device, seed: int, repeats: int) -> Outcome:

@@ -1,12 +1,12 @@
-"""Count what the kernels of a network do, without a GPU.
+"""Count the work of a network's kernels, without a GPU.
 
 Compile the kernels of each launch for a GPU that is not here, execute a few programs on the CPU, and
 scale their counts to the grid: warp instructions by class, sectors of global memory and wavefronts of
 shared memory beside the fewest possible, matrix operations, waves of the grid. Beside them stands the
 estimate of the time that follows on the named GPU. It is arithmetic, and no time was measured.
 
-With --recorded the committed records are printed, and nothing is executed. With --update they are
-written anew, network by network.
+With --recorded the committed records are printed instead. With --update they are written anew,
+network by network.
 
 For example:
   effformer bench counts --model l1 --batch-size 256 --target sm_90 --gpu H200
@@ -49,8 +49,8 @@ def add(commands: common.Commands) -> None:
     option("--gpu", type=common.one_of(_THIS, "GPUS"), help=f"whose estimates are printed, of {', '.join(GPUS)}; "
            "default: the first of them with the target")  # fmt: skip
     option("--dtype", type=common.dtype, default="bfloat16", help="bf16, fp16 or fp32; default: bf16")
-    option("--recorded", action="store_true", help="print the records, and execute nothing")
-    option("--update", action="store_true", help="write the records of what was executed")
+    option("--recorded", action="store_true", help="print the records instead of executing")
+    option("--update", action="store_true", help="write the new records")
     option("--results", type=Path, default=Path("bench/results/counts.jsonl"), metavar="FILE", help="the records; "
            "default: %(default)s")  # fmt: skip
     common.add_json(parser)
@@ -83,7 +83,7 @@ def main(arguments: argparse.Namespace) -> int:
             write_records(records, arguments.results)
         if not arguments.json:
             print("\n".join(_lines(records, GPUS[name], name)), flush=True)
-        facts += [asdict(one) | {"gpu": name, "least_seconds": bounds(one, GPUS[name])} for one in records]
+        facts += [asdict(one) | {"gpu": name, "estimated_seconds": bounds(one, GPUS[name])} for one in records]
     if arguments.update:
         say(f"written: {arguments.results}")
     if arguments.json:
@@ -156,8 +156,8 @@ def _lines(records: Sequence[Record], gpu: Gpu, name: str) -> Iterator[str]:
     sums = {"part": "a forward"} | whole | figures(total)
     rows = [row(one) for one in records]
     yield table([*rows, {column: sums[column] for column in rows[0]}])
-    least = total(lambda one: bound(one, gpu)[1])
-    yield f"sum of the launches' bounds: {number(1e6 * least)} us on {name}, by arithmetic"
+    seconds = total(lambda one: bound(one, gpu)[1])
+    yield f"sum of the launches' bounds: {number(1e6 * seconds)} us on {name}, by arithmetic"
     yield "\nM warp instructions by class"
     classes = list(dict.fromkeys(key for one in records for key in one.by_class))
     yield table([_by_class(one, classes, number) for one in records])

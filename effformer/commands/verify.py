@@ -6,8 +6,8 @@ of eager PyTorch in the same dtype (its mean 1.5 times) plus 2 ulp of the output
 infinities must stand where float64 has them. Repeated runs must give the same bits. On a CPU the
 kernels run in Triton's interpreter, which takes minutes and has no bfloat16.
 
-With --target they are compiled for a GPU that is not here, and what Triton compiled (PTX) is executed
-on the CPU. Memory, races, fences and waits are watched; each fault names the line of the kernel.
+With --target they are compiled for a GPU that is not here, and the compiled code (PTX) is executed on
+the CPU. Memory, races, fences and waits are watched; each fault names the line of the kernel.
 
 Exit status: 0 if kernels ran and all passed; 1 if one failed, or none can run here.
 

@@ -112,18 +112,29 @@ def add_atomically(m: Machine, i: Instruction, head: str, count: str | None) -> 
 # --- matrices ---------------------------------------------------------------------------------------------------------
 
 
+def _matrix_rows(
+    m: Machine, i: Instruction, operand: str, registers: int, count: int
+) -> Callable[[], tuple[Array, Array]]:
+    """The lanes that give addresses of rows of 16 bytes, the first 8 * count of a warp, and the rows' offsets."""
+    address, supplies = m.address(operand, "b32"), m.in_warp < 8 * count
+    if registers != count:
+        raise UnknownInstructionError(i, f"{registers} registers")
+
+    def rows() -> tuple[Array, Array]:
+        m.check_whole(i)
+        on = m.active(i)
+        return m.shared.places(i, address(), supplies if on is None else supplies & on, 16)
+
+    return rows
+
+
 @instruction(r"ldmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<trans>\.trans)?\.shared(?:::cta)?\.b16")
 def load_matrices(m: Machine, i: Instruction, count: str, trans: str | None) -> Step:
-    """The first 8 * count lanes of a warp give the addresses of rows of 16 bytes."""
     registers, targets = m.registers, [m.target(name) for name in m.listed(i.operands[0])]
-    number, address = len(targets), m.address(i.operands[1], "b32")
-    supplies = m.in_warp < 8 * number
-    if number != int(count):
-        raise UnknownInstructionError(i, f"{number} registers")
+    number, rows = len(targets), _matrix_rows(m, i, i.operands[1], len(targets), int(count))
 
     def run() -> None:
-        m.check_whole(i)
-        lanes, at = m.shared.places(i, address(), supplies if (on := m.active(i)) is None else supplies & on, 16)
+        lanes, at = rows()
         m.shared.mark_read(i, lanes, at, 16)
         tiles = np.zeros((m.lanes, 8), U16)
         tiles[lanes] = m.shared.chunks[at // 16]
@@ -139,16 +150,11 @@ def load_matrices(m: Machine, i: Instruction, count: str, trans: str | None) -> 
 
 @instruction(r"stmatrix\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<trans>\.trans)?\.shared(?:::cta)?\.b16")
 def store_matrices(m: Machine, i: Instruction, count: str, trans: str | None) -> Step:
-    registers, address = m.registers, m.address(i.operands[0], "b32")
-    sources = [m.source(name, "b32") for name in m.listed(i.operands[1])]
-    number = len(sources)
-    supplies = m.in_warp < 8 * number
-    if number != int(count):
-        raise UnknownInstructionError(i, f"{number} registers")
+    registers, sources = m.registers, [m.source(name, "b32") for name in m.listed(i.operands[1])]
+    number, places = len(sources), _matrix_rows(m, i, i.operands[0], len(sources), int(count))
 
     def run() -> None:
-        m.check_whole(i)
-        lanes, at = m.shared.places(i, address(), supplies if (on := m.active(i)) is None else supplies & on, 16)
+        lanes, at = places()
         m.shared.mark_write(i, lanes, at, 16)
         values = np.stack([registers[source].reshape(m.warps, 8, 4) for source in sources], 1)
         tiles = np.ascontiguousarray(values).view(U16).reshape(m.warps, number, 8, 8)

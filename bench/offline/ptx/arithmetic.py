@@ -185,7 +185,7 @@ def functions(m: Machine, i: Instruction, name: str, ftz: str | None) -> Step:
 
 
 def _beside_rounding(ulps: float) -> float:
-    """The rounding takes half a unit of what an approximation may be off by."""
+    """The rounding takes half a unit of an approximation's error."""
     return max(ulps - 0.5, 0.0)
 
 

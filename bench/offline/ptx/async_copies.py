@@ -1,4 +1,4 @@
-"""Asynchronous copies (`cp.async`): what they bring arrives at the wait and not before. Fences."""
+"""Asynchronous copies (`cp.async`), whose data arrives at the wait and not before. Fences."""
 
 from __future__ import annotations
 

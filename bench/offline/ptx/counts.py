@@ -48,7 +48,7 @@ def class_of(instruction: Instruction) -> str:
 
 @dataclass
 class Traffic:
-    """What one memory instruction moved: `units` are sectors of 32 bytes, or wavefronts of shared memory.
+    """Traffic of one memory instruction: `units` are sectors of 32 bytes, or wavefronts of shared memory.
 
     `ideal` is the least that could hold the distinct bytes of each warp.
     """
@@ -111,8 +111,8 @@ class Counts:
         """By name: warp instructions of each class, sectors and wavefronts with their ideals, FLOP, operand bytes.
 
         Instructions are those of the PTX, also where a predicate is off in all lanes of the warp. Atomic additions
-        count as written. Wavefronts are those of loads, stores, matrices of 8x8 and `cp.async`; what matrix units read
-        themselves is in the operand bytes.
+        count as written. Wavefronts are those of loads, stores, matrices of 8x8 and `cp.async`; reads of matrix units
+        are in the operand bytes.
         """
         found: Counter[str] = Counter(dict.fromkeys(CLASSES, 0))
         for key, times in self._blocks.items():

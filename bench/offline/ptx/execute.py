@@ -18,7 +18,7 @@ SHARED = 4 << 20  # bytes of shared memory at a time; the shadow takes several t
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a launch, or a part of it, did.
+    """Result of executing a launch, or a part of it.
 
     Attributes:
         programs: how many ran.

@@ -1,4 +1,4 @@
-"""What the machine finds wrong. Each fault names the line of the PTX and that of the kernel's source.
+"""Faults that the machine finds. Each names the line of the PTX and that of the kernel's source.
 
 Global memory: accesses out of bounds or misaligned, reads outside a tensor's elements, reads of what was never written,
 writes to what is no output, races between programs, and between warps of one (between barriers).
@@ -23,7 +23,7 @@ class Fault:
     """Equal faults of one instruction.
 
     Attributes:
-        kind: what is wrong.
+        kind: a description, equal for equal faults.
         line: of the PTX, from 1.
         source: "file:line" of the kernel; empty where the compiler says none.
         text: the instruction.

@@ -1,7 +1,7 @@
 """Global memory: tensors at their addresses, checked and watched.
 
-Nothing outside the tensors that were added exists. Arrays of the size of a tensor are allocated untouched, so that
-memory of a tensor larger than the machine costs what is touched of it.
+Only the tensors that were added exist. Arrays of the size of a tensor are allocated untouched: a tensor larger than the
+machine's memory costs only its part that programs touch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .machine import Machine
     from .program import Instruction
 
-_MASKED = 64  # bytes that lanes which are off read
 SECTOR = 32  # bytes
 _SEVERAL = 0xFF  # in place of the number of a warp
 _MANY = (1 << 23) - 1  # in place of the number of a program
@@ -33,11 +32,11 @@ class Region:
         name: for messages.
         start: address, a multiple of 16.
         data: uint8 [bytes], read and written in place.
-        unit: bytes, the unit of what is watched; a divisor of the size of every access.
+        unit: bytes that are watched together; a divisor of the size of every access.
         output: whether it is an output of some launch. Then reads of what was never written are watched, and races.
         writable: whether it is one of the launch at hand.
         readable: whether the launch at hand may reach it.
-        cleared: whether what programs add to was cleared before the launch, so that it may be read unwritten.
+        cleared: whether it was cleared before the launch, so that programs may add to it unwritten.
         outside: bool [units], true for those that do not belong to the tensor; None where all do.
         writes: how often each unit was written, 255 at most.
         read_sectors, write_sectors: sectors of 32 bytes that the launch at hand touched; only where traffic is counted.

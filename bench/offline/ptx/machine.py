@@ -1,4 +1,4 @@
-"""The state of a machine, and what the functions that prepare instructions share.
+"""The state of a machine, and tools of the functions that prepare instructions.
 
 Registers are arrays over lanes: programs x threads. A mask says which lanes take part where they have parted; None
 stands for all. Each instruction is prepared once, as a function without arguments, and carried out by `schedule.run`.
@@ -61,7 +61,7 @@ class Launch:
 
 @dataclass
 class Block:
-    """Instructions that are carried out one after the other, and what follows them."""
+    """Instructions that are carried out one after the other, and the branch, exit or barrier behind them."""
 
     steps: list[Callable[[], None]] = field(default_factory=list)
     targets: list[list[int]] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Block:
 
 
 def merged(on: Array | None, new: Array, old: Array | None) -> Array:
-    """`new` where `on`, elsewhere what was there; poison, if that is nothing."""
+    """`new` where `on`, elsewhere `old`; poison where there is none."""
     if on is None:
         return new
     if old is None:

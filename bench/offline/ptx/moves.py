@@ -50,7 +50,7 @@ def _pack(m: Machine, target: str, source: str, kind: str) -> Step:
     registers, to, names = m.registers, m.target(target), m.listed(source)
     size = width(kind) // len(names)
     sources = [m.source(name, f"b{8 * size}") for name in names]
-    # Compilers leave halves undefined that nothing uses.
+    # Compilers leave unused halves undefined.
     undefined = np.full(m.lanes, 0xDEADBEEF & (1 << 8 * size) - 1, UNSIGNED[size])
 
     def run() -> None:

@@ -107,7 +107,7 @@ def parse(ptx: str) -> Program:
 
 
 class _Reader:
-    """Reads line by line; a scope in braces renames what is declared in it."""
+    """Reads line by line; a scope in braces renames its own registers and labels."""
 
     def __init__(self) -> None:
         self.program, self.source = Program(), ""

@@ -2,7 +2,7 @@
 
 Lanes run in lockstep. Where they part, those at the first block go first under a mask, in an order in which all of a
 loop comes before what follows it: they meet again where a GPU's compiler lets them meet. The order between barriers
-does not matter to what is found: races are told by the accesses between two barriers.
+does not matter to the faults: races are told by the accesses between two barriers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _entered(graph: networkx.DiGraph[int], block: int, loop: set[int]) -> bool:
 
 
 def run(machine: Machine, programs: Sequence[int]) -> None:
-    """Run these programs (linear numbers) to their end; what is found goes to the machine's faults and counts."""
+    """Run these programs (linear numbers) to their end; faults and counts go to the machine's."""
     with np.errstate(all="ignore"):
         machine.reset(programs)
         _Run(machine).run()
@@ -80,7 +80,7 @@ class _Run:
         self.rank = np.argsort([*machine.order, self.end])
         self.waiting = np.zeros(machine.lanes, bool)  # at a barrier
         self.blocks = 0
-        self.last = machine.program.instructions[-1]  # barrier that someone waits at
+        self.last = machine.program.instructions[-1]  # barrier that threads wait at
 
     def run(self) -> None:
         machine = self.machine
@@ -201,6 +201,6 @@ def _poison(machine: Machine, one: Instruction, targets: Sequence[int] = ()) -> 
         kind = machine.storage(name)
         value = POISON & (1 << 8 * np.dtype(kind).itemsize) - 1
         machine.registers[machine.index[name]] = np.full(machine.lanes, value).astype(kind)
-    if missing and one.head != "prmt":  # of bytes that compilers leave undefined, where nothing uses them
+    if missing and one.head != "prmt":  # of unused bytes, which compilers leave undefined
         machine.faults.add("a register is read before it is written", one, ", ".join(missing))
     return bool(missing)

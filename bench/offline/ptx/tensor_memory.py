@@ -1,4 +1,4 @@
-"""Tensor memory of sm_100 (`tcgen05`): its columns, and what moves between it and registers.
+"""Tensor memory of sm_100 (`tcgen05`): its columns, and moves between it and registers.
 
 Loads are delivered at `tcgen05.wait::ld`, stores count as moving until `tcgen05.wait::st`. Products and the barriers
 that they arrive at are in `tensor_products` and `mbarriers`.
@@ -51,7 +51,7 @@ class TensorMemory:
         self.allocated: list[tuple[int, int] | None] = [None] * m.programs  # first column, columns
         self.barriers = Barriers(m)
         self.queue: Queue = Queue(m)
-        self._loads: dict[int, Array] = {}  # register -> what a load will deliver
+        self._loads: dict[int, Array] = {}  # register -> the value that a load will deliver
         self._stores: list[tuple[Array, Place]] = []
 
     # --- time ---
@@ -69,7 +69,7 @@ class TensorMemory:
             self.deliver()
 
     def move_late(self, i: Instruction, run: Any, targets: list[int]) -> bool:
-        """Carry out a move of what a load will deliver; its result is delivered with it. False for another move."""
+        """Carry out a move of a register that a load will deliver, to be delivered with it. False for another move."""
         m, registers = self.m, self.m.registers
         names = [name for text in i.operands[1:] for name in m.listed(text)]
         sources = [m.index[name] for name in names if name in m.index and m.index[name] in self._loads]
@@ -113,7 +113,7 @@ class TensorMemory:
         self._stores = left
 
     def held(self, of: int) -> Array | None:
-        """What a register has, or will have."""
+        """The value of a register, delivered or not."""
         return self._loads.get(of, self.m.registers[of])
 
     def finish(self) -> None:

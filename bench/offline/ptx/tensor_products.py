@@ -56,7 +56,7 @@ class Queue:
         self._work: list[list[_Product | _Arrival]] = [[] for _ in range(m.programs)]
 
     def one_lane(self, i: Instruction) -> list[tuple[int, int]]:
-        """(program, lane) that carries out what one thread of a program should."""
+        """(program, lane) that carries out an instruction for one thread of a program."""
         m, active = self.m, self.m.active(i)
         lanes = m.lane if active is None else np.flatnonzero(active)
         programs = m.program_of[lanes]

@@ -1,7 +1,7 @@
 """Which global memory programs touch, without their arithmetic.
 
-Of a kernel only what addresses and control flow depend on is carried out. It is cheap enough for whole grids, and tells
-which programs another one takes its input from.
+Only the instructions of a kernel that addresses and control flow depend on are carried out. This is cheap enough for
+whole grids, and tells which programs another one takes its input from.
 """
 
 from __future__ import annotations

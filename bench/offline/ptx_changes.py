@@ -1,4 +1,4 @@
-"""Faults to plant in compiled code: for each kind the statements that have it, and what becomes of them."""
+"""Faults to plant in compiled code: for each kind its statements and their replacements."""
 
 from __future__ import annotations
 

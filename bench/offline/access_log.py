@@ -1,7 +1,7 @@
-"""Records what a kernel touches and when, beside the machine and apart from what it watches.
+"""A log of the accesses of kernels, kept beside the machine and apart from its shadows.
 
-`Touches` tells what a planted fault changes: which statements run, what each one reads and leaves in memory, and which
-accesses no barrier or wait orders. It goes by whole lists of accesses, and not by the machine's shadows.
+`AccessLog` shows the effect of a planted fault: which statements run, the places that each reads, the bits that each
+leaves in memory, and accesses that no barrier or wait orders. It goes by whole lists of accesses.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .ptx.tensor_products import Queue
 from .ptx.warpgroups import WarpgroupProducts
 
 _REGISTER = re.compile(r"%?[\w$]+")
-UNIT = 2  # bytes: what is told apart
+UNIT = 2  # bytes, of a place
 
 
 @dataclass
-class Touches:
-    """What kernels carry out and touch.
+class AccessLog:
+    """The statements that kernels carry out, and their accesses.
 
     Attributes:
         wanted: the machines to look at.
-        digests: whether to tell what was read and written.
+        digests: whether to keep `reads` and `writes`.
         accesses: whether to keep all accesses, for `conflicts`.
         ran: (`form` of a kernel, line) -> whether a lane carried it out, whether one left it out.
         reads, writes: for each line a digest of all places that it read, or of those that it wrote with their values.
@@ -56,7 +56,7 @@ class Touches:
     _taken: set[str] | None = None  # registers since the last wgmma.fence; None before the first
 
     def left(self) -> dict[int, str]:
-        """For each line a digest of what it wrote where."""
+        """For each line a digest of the places and values that it wrote."""
         return {line: digest.hexdigest() for line, digest in self.writes.items()}
 
     def taken(self) -> dict[int, str]:
@@ -191,7 +191,7 @@ class Touches:
 
     def _unfinished(self, original: Callable[..., None], copies: AsyncCopies) -> None:
         for copy in [*copies._open, *copies._committed]:
-            self._arrived(lambda *_: None, copies, copy)  # nothing waits for it: it is under way to the end
+            self._arrived(lambda *_: None, copies, copy)  # without a wait it is under way to the end
         original(copies)
 
     def _multiplies(self, original: Callable[..., None], products: WarpgroupProducts, *rest: Any) -> None:
@@ -240,7 +240,7 @@ def _hooked(hook: Callable[..., Any], original: Callable[..., Any]) -> Callable[
 
 
 def _operand(one: Instruction) -> tuple[int, str]:
-    """The space and address of a statement's access; no address for none. Of a copy it is what it reads."""
+    """The space and address of a statement's access; no address for none. Of a copy it is the source."""
     if one.name.startswith(("cp.async.ca.", "cp.async.cg.")):
         return GLOBAL, one.operands[1]
     if one.head == "mbarrier" or one.name.startswith("tcgen05.alloc"):
@@ -276,7 +276,7 @@ def _keys(lanes: Array, target: Array) -> list[int]:
 
 
 def _units(at: Array, size: int) -> Array:
-    """Numbers [n, units] of what accesses of `size` bytes at [n] touch."""
+    """Numbers [n, units] of the units of accesses of `size` bytes at [n]."""
     found: Array = at[:, None] // UNIT + np.arange(-(-size // UNIT))
     return found
 
