@@ -271,8 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     start, records = time.monotonic(), list[Planted]()
     for record in _all(arguments.seed):
         records.append(record)
-        write_whole(arguments.output, "".join(json.dumps(asdict(one)) + "\n" for one in records))
         print(record, flush=True)
+    write_whole(arguments.output, "".join(json.dumps(asdict(one)) + "\n" for one in records))
     print("\n" + "\n".join(table(records)))
     missed = [record for record in records if not record.fine]
     print(f"\n{len(records)} faults planted, {sum(one.seen is not None for one in records)} seen, "
