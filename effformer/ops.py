@@ -69,13 +69,11 @@ def pool_mixer(x: Tensor, layer_scale: Tensor, *, backend: str = "auto") -> Tens
     """
     check_map(x)
     check_vectors(x, x.shape[1], layer_scale=layer_scale)
-    match select_backend(backend, x, layer_scale, products=False):
-        case "eager":
-            return reference.pool_mixer(x, layer_scale)
-        case "triton":
-            from .kernels.pool_mixer import pool_mixer as kernel
+    if select_backend(backend, x, layer_scale, products=False) == "eager":
+        return reference.pool_mixer(x, layer_scale)
+    from .kernels.pool_mixer import pool_mixer as kernel
 
-            return kernel(x, layer_scale)
+    return kernel(x, layer_scale)
 
 
 @torch.fx.wrap
@@ -117,13 +115,11 @@ def conv_mlp(
     check_choice("activation", activation, ACTIVATIONS)
     check_mlp(x, x.shape[1], weight1, weight2, scale1=scale1, shift1=shift1, scale2=scale2, shift2=shift2)
     arguments = (weight1, scale1, shift1, weight2, scale2, shift2)
-    match select_backend(backend, x, *arguments, activation=activation):
-        case "eager":
-            return reference.conv_mlp(x, *arguments, activation=activation)
-        case "triton":
-            from .kernels.conv_mlp import conv_mlp as kernel
+    if select_backend(backend, x, *arguments, activation=activation) == "eager":
+        return reference.conv_mlp(x, *arguments, activation=activation)
+    from .kernels.conv_mlp import conv_mlp as kernel
 
-            return kernel(x, *_in_products_dtype(x, *arguments), activation, deterministic)
+    return kernel(x, *_in_products_dtype(x, *arguments), activation, deterministic)
 
 
 @torch.fx.wrap
@@ -150,13 +146,11 @@ def meta4d(
     check_choice("activation", activation, ACTIVATIONS)
     check_mlp(x, x.shape[1], weight1, weight2, scale1=scale1, shift1=shift1, scale2=scale2, shift2=shift2)
     arguments = (layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2)
-    match select_backend(backend, x, *arguments, activation=activation):
-        case "eager":
-            return reference.meta4d(x, *arguments, activation=activation)
-        case "triton":
-            from .kernels.meta4d import meta4d as kernel
+    if select_backend(backend, x, *arguments, activation=activation) == "eager":
+        return reference.meta4d(x, *arguments, activation=activation)
+    from .kernels.meta4d import meta4d as kernel
 
-            return kernel(x, *_in_products_dtype(x, *arguments), activation, deterministic)
+    return kernel(x, *_in_products_dtype(x, *arguments), activation, deterministic)
 
 
 @torch.fx.wrap
@@ -196,15 +190,13 @@ def conv_norm(
         check_choice("activation", activation, ACTIVATIONS)
     like = check_conv_norm(x, weight, scale, shift, border)
     borders = () if border is None else (border,)
-    match select_backend(backend, like, x, weight, scale, shift, *borders, activation=activation or "relu"):
-        case "eager":
-            return reference.conv_norm(x, weight, scale, shift, activation=activation, border=border)
-        case "triton":
-            from .kernels.conv_norm import conv_norm as kernel
+    if select_backend(backend, like, x, weight, scale, shift, *borders, activation=activation or "relu") == "eager":
+        return reference.conv_norm(x, weight, scale, shift, activation=activation, border=border)
+    from .kernels.conv_norm import conv_norm as kernel
 
-            dtype = products_dtype(like)
-            x = x if border is not None else x.to(dtype)
-            return kernel(x, weight.to(dtype), scale, shift, activation, border).to(like.dtype)
+    dtype = products_dtype(like)
+    x = x if border is not None else x.to(dtype)
+    return kernel(x, weight.to(dtype), scale, shift, activation, border).to(like.dtype)
 
 
 @torch.fx.wrap
@@ -228,13 +220,11 @@ def bias_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, key_dim: int, b
     check_tokens("qkv", qkv)
     check_heads(qkv.shape[2], num_heads, key_dim)
     check_bias(bias, qkv, num_heads)
-    match select_backend(backend, qkv, bias, key_dim=key_dim):
-        case "eager":
-            return reference.bias_attention(qkv, bias, num_heads=num_heads, key_dim=key_dim)
-        case "triton":
-            from .kernels.bias_attention import bias_attention as kernel
+    if select_backend(backend, qkv, bias, key_dim=key_dim) == "eager":
+        return reference.bias_attention(qkv, bias, num_heads=num_heads, key_dim=key_dim)
+    from .kernels.bias_attention import bias_attention as kernel
 
-            return kernel(qkv.to(products_dtype(qkv)), bias, num_heads, key_dim).to(qkv.dtype)
+    return kernel(qkv.to(products_dtype(qkv)), bias, num_heads, key_dim).to(qkv.dtype)
 
 
 @torch.fx.wrap
@@ -288,15 +278,13 @@ def attention_mixer(
     else:
         check_bias(bias, x, num_heads)
     arguments = (norm_weight, norm_bias, qkv_weight, qkv_bias, bias, proj_weight, scale, shift)
-    match select_backend(backend, x, *arguments, norm=True, key_dim=key_dim):
-        case "eager":
-            if prepared:
-                raise ValueError("prepared: got True, allowed is False where eager PyTorch computes")
-            return reference.attention_mixer(x, *arguments, num_heads=num_heads, key_dim=key_dim, eps=eps)
-        case "triton":
-            from .kernels.attention_mixer import attention_mixer as kernel
+    if select_backend(backend, x, *arguments, norm=True, key_dim=key_dim) == "eager":
+        if prepared:
+            raise ValueError("prepared: got True, allowed is False where eager PyTorch computes")
+        return reference.attention_mixer(x, *arguments, num_heads=num_heads, key_dim=key_dim, eps=eps)
+    from .kernels.attention_mixer import attention_mixer as kernel
 
-            return kernel(x, *_in_products_dtype(x, *arguments), num_heads, key_dim, eps, prepared)
+    return kernel(x, *_in_products_dtype(x, *arguments), num_heads, key_dim, eps, prepared)
 
 
 @torch.fx.wrap
@@ -339,13 +327,11 @@ def linear_mlp(
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     check_mlp(x, x.shape[2], weight1, weight2, **norm, shift1=shift1, scale2=scale2, shift2=shift2)
     arguments = (norm_weight, norm_bias, weight1, shift1, weight2, scale2, shift2)
-    match select_backend(backend, x, *arguments, activation=activation, norm=True):
-        case "eager":
-            return reference.linear_mlp(x, *arguments, activation=activation, eps=eps)
-        case "triton":
-            from .kernels.linear_mlp import linear_mlp as kernel
+    if select_backend(backend, x, *arguments, activation=activation, norm=True) == "eager":
+        return reference.linear_mlp(x, *arguments, activation=activation, eps=eps)
+    from .kernels.linear_mlp import linear_mlp as kernel
 
-            return kernel(x, *_in_products_dtype(x, *arguments), activation, eps, deterministic)
+    return kernel(x, *_in_products_dtype(x, *arguments), activation, eps, deterministic)
 
 
 @torch.fx.wrap
@@ -389,11 +375,9 @@ def head(
         check_weight("weight", weight, x, outputs=None, inputs=channels, outputs_name="classes")
         check_vectors(x, weight.shape[0], bias=bias)
         arguments += (weight, bias)
-    match select_backend(backend, *arguments, products=weight is not None, norm=True):
-        case "eager":
-            return reference.head(x, norm_weight, norm_bias, weight, bias, eps=eps)
-        case "triton":
-            from .kernels.head import head as kernel
+    if select_backend(backend, *arguments, products=weight is not None, norm=True) == "eager":
+        return reference.head(x, norm_weight, norm_bias, weight, bias, eps=eps)
+    from .kernels.head import head as kernel
 
-            weight = None if weight is None else weight.to(products_dtype(x))
-            return kernel(x, norm_weight, norm_bias, weight, bias, eps)
+    weight = None if weight is None else weight.to(products_dtype(x))
+    return kernel(x, norm_weight, norm_bias, weight, bias, eps)

@@ -100,7 +100,7 @@ def bias_attention(
     bias [num_heads, N, N]; returns [B, N, num_heads * value_dim]. `dropout` acts on the probabilities.
     """
     q, k, v = split_heads(qkv, num_heads=num_heads, key_dim=key_dim)
-    scores = (q @ k.mT) * key_dim**-0.5
+    scores = (q @ k.transpose(-2, -1)) * key_dim**-0.5
     weights = (scores + bias).to(scores.dtype).softmax(dim=-1)
     if dropout is not None:
         weights = dropout(weights)
@@ -269,7 +269,7 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(upcast(x), x.shape[-1:], weight, bias, eps).to(x.dtype)
+    return F.layer_norm(upcast(x), weight.shape, weight, bias, eps).to(x.dtype)
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

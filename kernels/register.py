@@ -16,12 +16,13 @@ from torch import Tensor
 
 from .launch import INTERPRETED
 
-_LIBRARY = torch.library.Library("effformer", "DEF")
+NAMESPACE = "effformer"  # of the operators in torch.ops
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {}  # by operator; they also take tensors on the meta device
 
 
 def register(schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Define effformer::`schema` for CUDA, for the CPU under Triton's interpreter, and for tracing (`fake`).
+    """Define `schema` in `NAMESPACE` for CUDA, for the CPU under Triton's interpreter, and for tracing (`fake`).
 
     The operators have no gradient. `effformer.ops` never asks for one, and PyTorch warns other callers. (An autograd
     kernel that raises would cost 5 µs at each call.)
@@ -35,8 +36,8 @@ def register(schema: str, implementation: Callable[..., Tensor], fake: Callable[
     _LIBRARY.impl(name, implementation, "CUDA")
     _LIBRARY.impl(name, implementation if INTERPRETED else functools.partial(_on_cpu, implementation), "CPU")
     needed = sum(one.default is one.empty for one in inspect.signature(fake).parameters.values())
-    torch.library.register_fake(f"effformer::{name}", lambda *arguments: fake(*arguments[:needed]), lib=_LIBRARY)
-    return getattr(torch.ops.effformer, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *arguments: fake(*arguments[:needed]), lib=_LIBRARY)
+    return _operator(name)
 
 
 def arguments_of(operator: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> list[Any]:
@@ -46,12 +47,16 @@ def arguments_of(operator: str, tensors: Sequence[Tensor], options: Mapping[str,
     """
     remaining = iter(tensors)
     found: list[Any] = []
-    for argument in getattr(torch.ops.effformer, operator).default._schema.arguments:
+    for argument in _operator(operator)._schema.arguments:
         if str(argument.type) in ("Tensor", "Optional[Tensor]"):
             found.append(next(remaining, None))
         else:
             found.append(options.get(argument.name, argument.default_value))
     return found
+
+
+def _operator(name: str) -> Callable[..., Tensor]:
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 _cpu_accepted = False

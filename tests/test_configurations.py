@@ -12,6 +12,7 @@ import pytest
 import torch
 from effformer.bench.offline.audit import jobs
 from effformer.bench.offline.candidates import miscompiled
+from effformer.bench.offline.tune import write_user_entries
 from effformer.kernels.tiling import choose as config
 from effformer.kernels.tiling.choose import (
     SHIPPED,
@@ -23,7 +24,6 @@ from effformer.kernels.tiling.choose import (
     read_user_entries,
     shipped_table,
     user_file,
-    write_user_entries,
 )
 from effformer.kernels.tiling.device import AMPERE, CLASSES, HOPPER, TARGETS, Device, device_class
 from effformer.kernels.tiling.table import DTYPES, Entry, LinearConfig, MlpConfig, as_text, read_entry, read_table

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from effformer.bench.offline import tune
-from effformer.bench.offline.tune import State, Tuned, entry_of, merged
+from effformer.bench.offline.tune import State, Tuned, entry_of, merged, write_user_entries
 from effformer.kernels.tiling import choose as config
 from effformer.kernels.tiling.choose import (
     SHIPPED,
@@ -18,7 +18,6 @@ from effformer.kernels.tiling.choose import (
     read_user_entries,
     shipped_table,
     user_file,
-    write_user_entries,
 )
 from effformer.kernels.tiling.device import HOPPER, Device
 from effformer.kernels.tiling.table import AttentionConfig, Config, MlpConfig, as_text, read_entry, read_table

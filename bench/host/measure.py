@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from ...config import PRESETS
+from ...files import write_whole
 from ...kernels.fold import Parameters
 from ...kernels.launch import Launch, recorded
 from ...kernels.operators import call
 from ...kernels.plan import Plan
-from ...kernels.tiling.choose import write_whole
 from ...model.network import EfficientFormer
 from ...serving.frozen import freeze
 from ...testing import linear_mlp_case, randomise

@@ -23,9 +23,10 @@ import torch
 import triton
 
 from ...config import PRESETS
+from ...files import write_whole
 from ...kernels.launch import Launch
 from ...kernels.tiling import choose as config
-from ...kernels.tiling.choose import user_file, write_whole
+from ...kernels.tiling.choose import user_file
 from ...kernels.tiling.device import CLASSES, TARGETS, Device, device_class
 from ...kernels.tiling.table import DTYPES, Entry, Table, read_table
 from ...testing import float32_as_such, with_tf32

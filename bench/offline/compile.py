@@ -23,8 +23,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ...files import write_whole
 from ...kernels.launch import SIZES, Launch
-from ...kernels.tiling.choose import write_whole
 from . import hazards
 from .hazards import early_accesses, overwritten_operands
 

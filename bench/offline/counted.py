@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ...apps.verify_report import describe_dtype
 from ...config import PRESETS
+from ...files import write_whole
 from ...kernels.launch import OUTPUTS, Launch
-from ...kernels.tiling.choose import write_whole
 from ...kernels.tiling.device import TARGETS
 from ...testing import Case, draw_case, float32_as_such
 from ...workload import Work, network_work

@@ -38,8 +38,8 @@ import triton
 from torch import Tensor
 
 from ...apps.verify_report import describe_dtype
+from ...files import write_whole
 from ...kernels import meta4d
-from ...kernels.tiling.choose import write_whole
 from ...kernels.tiling.table import DTYPES
 from .access_log import AccessLog, form
 from .execution import Executed

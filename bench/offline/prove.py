@@ -24,7 +24,7 @@ import triton
 
 from ...commands.common import minutes
 from ...config import PRESETS
-from ...kernels.tiling.choose import write_whole
+from ...files import write_whole
 from ...kernels.tiling.device import TARGETS
 from ...kernels.tiling.table import DTYPES
 from ...workload import OPERATIONS

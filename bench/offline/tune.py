@@ -25,6 +25,7 @@ from torch import Tensor
 from ...accuracy import accuracy
 from ...apps.verify import draw
 from ...apps.verify_report import Check, describe_dtype
+from ...files import write_whole
 from ...kernels.launch import Launch, recorded
 from ...kernels.tiling.choose import Question, answer, asked, fingerprint, preferring
 from ...kernels.tiling.device import Device, device_class, device_of
@@ -47,6 +48,12 @@ def describe(question: Question) -> str:
     operation, dtype, sizes = question
     named = ", ".join(f"{name} {size}" for name, size in zip(DIMENSIONS[operation], sizes, strict=True))
     return f"{operation} {describe_dtype(dtype)}, {named}"
+
+
+def write_user_entries(path: Path, entries: Iterable[Entry]) -> None:
+    """Write the file that `read_user_entries` reads."""
+    found = {"fingerprint": fingerprint(), "entries": [entry.as_json() for entry in entries]}
+    write_whole(path, json.dumps(found, indent=1) + "\n")
 
 
 def entry_of(question: Question, use: Config | None, device: Device) -> Entry:

@@ -42,7 +42,8 @@ def add(commands: common.Commands) -> None:
 def main(arguments: argparse.Namespace) -> int:
     from ..apps.info import versions
     from ..apps.verify import checks, why_not_verified
-    from ..kernels.tiling.choose import SHIPPED, read_user_entries, user_file, write_user_entries, write_whole
+    from ..files import write_whole
+    from ..kernels.tiling.choose import SHIPPED, read_user_entries, user_file
     from ..kernels.tiling.device import device_class, device_of
     from ..kernels.tiling.table import as_text, read_table
     from ..workload import OPERATIONS
@@ -51,7 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
     reason = why_not_verified(device) if device.type == "cuda" else "it is no GPU"
     if reason:
         raise ValueError(f"--device: got {device}, allowed is a GPU that the kernels run on ({reason})")
-    from ..bench.offline.tune import DeviceLostError, State, merged, tune
+    from ..bench.offline.tune import DeviceLostError, State, merged, tune, write_user_entries
     from ..bench.offline.workers import cores
 
     card, target = device_of(device), user_file()

@@ -11,10 +11,9 @@ import contextlib
 import contextvars
 import functools
 import hashlib
-import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,20 +192,6 @@ def read_user_entries(path: Path) -> list[Entry]:
         )
         return []
     return parse(found["entries"], path)
-
-
-def write_user_entries(path: Path, entries: Iterable[Entry]) -> None:
-    """Write a user's file, whole or not at all."""
-    found = {"fingerprint": fingerprint(), "entries": [entry.as_json() for entry in entries]}
-    write_whole(path, json.dumps(found, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 @functools.cache

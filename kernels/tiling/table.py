@@ -175,15 +175,13 @@ class Entry:
 
 
 def _holds(size: int, relation: str, number: int) -> bool:
-    match relation:
-        case "=":
-            return size == number
-        case "<=":
-            return size <= number
-        case ">=":
-            return size >= number
-        case _:
-            return size % number == 0
+    if relation == "=":
+        return size == number
+    if relation == "<=":
+        return size <= number
+    if relation == ">=":
+        return size >= number
+    return size % number == 0
 
 
 def read_entry(found: Mapping[str, Any], source: str) -> Entry:
