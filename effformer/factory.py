@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from .checkpoints import config_file as saved
 from .checkpoints import hub
 from .checkpoints.load import load_checkpoint
-from .checks import unknown_key
+from .checks import unknown_key, wrong
 from .config import CONFIG_FIELDS, PRESETS, PUBLISHED_INPUT, preset
 from .model.network import CONSTRUCTOR_FIELDS, EfficientFormer
 
-_ARGUMENTS = ("num_classes", "in_chans", "pretrained", "checkpoint", "reset_head", "backend")
+_ARGUMENTS = ("num_classes", "in_chans", "pretrained", "checkpoint", "reset_head", "which", "backend")
 _log = logging.getLogger("effformer")
 
 
-def list_models() -> list[str]:
-    """The names that `create_model` takes."""
-    return list(PRESETS)
+def list_models(pattern: str | Sequence[str] = "*", pretrained: bool = False) -> list[str]:
+    """The names that `create_model` takes, smallest network first.
+
+    Args:
+        pattern: a shell pattern, such as "*_l[13]", or several, of which one must match. As in timm, a pattern must
+            match the whole name, one that matches no name gives an empty list, and "" and [] stand for all names.
+        pretrained: list only models with published weights.
+
+    Raises:
+        TypeError: for a pattern that is not text, and a `pretrained` that is not a bool.
+    """
+    patterns = [pattern] if pattern and isinstance(pattern, str) else pattern
+    if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
+        raise TypeError(wrong("pattern", pattern, "a string, or several"))
+    if not isinstance(pretrained, bool):
+        raise TypeError(wrong("pretrained", pretrained, "True or False"))
+    names = [name for name in PRESETS if name in hub.PRETRAINED or not pretrained]
+    return [name for name in names if any(fnmatchcase(name, one) for one in patterns or "*")]
 
 
 def pretrained_cfg(name: str) -> dict[str, Any]:
@@ -48,6 +65,7 @@ def create_model(
     pretrained: bool = False,
     checkpoint: str | None = None,
     reset_head: bool = False,
+    which: str | None = None,
     backend: str = "auto",
     **overrides: Any,
 ) -> EfficientFormer:
@@ -60,6 +78,7 @@ def create_model(
         pretrained: load timm's ImageNet-1k weights of this model (needs the extra `hub`, and downloads).
         checkpoint: a file, a folder or a hub id "owner/name" to load instead, see `hub.locate` and `load_checkpoint`.
         reset_head: keep freshly initialised heads where the checkpoint has none that fit.
+        which: the weights to take from a checkpoint that holds several, as for `load_checkpoint`.
         backend: "auto", "eager" or "triton", see `effformer.ops`.
         **overrides: fields of `EfficientFormerConfig` and keywords of `EfficientFormer`.
 
@@ -99,8 +118,10 @@ def create_model(
     if pretrained:
         checkpoint = hub.PRETRAINED[name]
     if checkpoint is not None:
-        report = load_checkpoint(network, hub.locate(checkpoint), reset_head=reset_head)
+        report = load_checkpoint(network, hub.locate(checkpoint), reset_head=reset_head, which=which)
         _log.info("%s: %s", checkpoint, report)
     elif reset_head:
         raise ValueError("reset_head: got True without a checkpoint, allowed is False")
+    elif which is not None:
+        raise ValueError(f"which: got {which!r} without a checkpoint, allowed is None")
     return network

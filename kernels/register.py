@@ -47,7 +47,7 @@ def arguments_of(operator: str, tensors: Sequence[Tensor], options: Mapping[str,
     """
     remaining = iter(tensors)
     found: list[Any] = []
-    for argument in _operator(operator)._schema.arguments:
+    for argument in _operator(operator)._schema.arguments:  # type: ignore[attr-defined]
         if str(argument.type) in ("Tensor", "Optional[Tensor]"):
             found.append(next(remaining, None))
         else:

@@ -62,18 +62,6 @@ def test_averaged_model(l1: dict[str, Tensor]) -> None:
     assert_loaded(network, average.module.state_dict())
 
 
-@pytest.mark.parametrize("prefix", ["backbone.module.", "module.backbone.", "backbone.network.", "model.backbone."])
-def test_prefixes_within_prefixes(l1: dict[str, Tensor], prefix: str) -> None:
-    state = {prefix + key: value for key, value in l1.items()}
-    if prefix.startswith("model."):  # whose prefix is that?
-        with pytest.raises(CheckpointError, match="no known EfficientFormer"):
-            load_checkpoint(fresh(), state)
-        return
-    network = fresh()
-    load_checkpoint(network, state)
-    assert_loaded(network, l1)
-
-
 def test_safetensors(tmp_path: Path, l1: dict[str, Tensor]) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(l1, path)
@@ -116,7 +104,7 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
     ("content", "message"),
     [
         ({}, "at least one key"),
-        ({"epoch": 1}, "entry 'epoch' is a int"),
+        ({"epoch": 1}, r"it holds no tensors.*'epoch' \(int\)"),
         ({"layer1.0.weight": torch.zeros(1)}, "no known EfficientFormer.*layer1.0.weight"),
     ],
 )
@@ -330,5 +318,5 @@ def test_checkpoints_that_are_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(FileNotFoundError, match="not a file, a folder or a hub id"):
             hub.locate(name)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"install effformer\[hub\]"):
+    with pytest.raises(ImportError, match='pip install "huggingface_hub>='):
         hub.locate("timm/efficientformer_l1.snap_dist_in1k")

@@ -172,5 +172,5 @@ def test_conversion_to_timm_is_complete(timm: Any) -> None:
         convert_state_dict(checkpoint("snap_l1_dense_256x320"), "timm")
     with pytest.raises(CheckpointError, match="NetsPresso's do"):  # another network under the same names
         convert_state_dict(checkpoint("netspresso_l1_segmentation_256x320"), "original")
-    with pytest.raises(ValueError, match="to: got 'netspresso'"):
-        convert_state_dict(checkpoint("snap_l1_classification_224"), "netspresso")
+    with pytest.raises(ValueError, match="to: got 'keras'"):
+        convert_state_dict(checkpoint("snap_l1_classification_224"), "keras")

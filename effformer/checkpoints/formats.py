@@ -9,34 +9,33 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from ..reference import bias_index, why_other_index
+from ..model.bias_buffer import is_rounded, why_unusable
+from ..reference import bias_index
+from .contents import NETSPRESSO, ORIGINAL, TIMM, choose, find_weights
+from .contents import CheckpointError as CheckpointError
 
-_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 Format = Literal["timm", "original", "original-dense", "netspresso"]
-TARGETS = ("effformer", "timm", "original")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, is not an EfficientFormer's, or does not fit the network."""
+TARGETS = ("effformer", "timm", "original", "netspresso")
 
 
 class Normalised(NamedTuple):
     """A checkpoint in our naming.
 
     `state` has an `attention_bias_idxs` for every bias table, also where the file had none. `ignored` lists the file's
-    keys that have no place in it.
+    keys that have no place in it, `recomputed` says which derived buffers were damaged.
     """
 
     state: dict[str, Tensor]
     format: Format
     ignored: tuple[str, ...]
+    recomputed: tuple[str, ...] = ()
 
     @property
     def dense(self) -> bool:
@@ -56,11 +55,17 @@ class Normalised(NamedTuple):
 def normalise(state: Mapping[str, Tensor]) -> Normalised:
     """Find out a state dict's format and convert it to our naming. Unknown keys stay as they are.
 
+    Prefixes are left out, see `contents`. Damaged derived buffers are computed anew.
+
     Raises:
         CheckpointError: for a state dict of another network, a bias index that is not the standard one, or q, k, v
             that do not belong together.
     """
-    state, ignored = _strip_prefixes(state)
+    found = find_weights(state)
+    if not found:
+        some = ", ".join(map(str, list(state)[:5]))
+        raise CheckpointError(f"the keys belong to no known EfficientFormer (timm, original, NetsPresso): {some}, ...")
+    state, ignored = choose(found)[2:]
     format = _detect(state)
     dead: list[str] = []
     match format:
@@ -75,12 +80,11 @@ def normalise(state: Mapping[str, Tensor]) -> Normalised:
             converted = _renamed(live, _original_to_ours)
         case "netspresso":
             converted = _renamed(_interleave(_constant_bias_as_zero(state)), _netspresso_to_ours)
-    _check_indices(converted)
-    return Normalised(converted, format, (*ignored, *dead))
+    return Normalised(converted, format, (*ignored, *dead), (*_standard_indices(converted), *_counters(converted)))
 
 
 def convert_state_dict(state: Mapping[str, Tensor], to: str) -> dict[str, Tensor]:
-    """A checkpoint of any known format in the naming `to`: "effformer", "timm" or "original".
+    """A checkpoint of any known format in the naming `to`: "effformer", "timm", "original" or "netspresso".
 
     The result is complete for a strict load: derived buffers are filled in. Two settings are not in the names, and the
     caller chooses them: whether `feature_norms` are tapped or inline, and how the bias is resized.
@@ -91,6 +95,10 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> dict[str, Tensor
     """
     check_choice("to", to, TARGETS)
     file = normalise(state)
+    if to == "netspresso":
+        from .to_netspresso import to_netspresso
+
+        return to_netspresso(file)
     ours, dense = file.state, file.dense
     if dense and to == "timm":
         raise CheckpointError("to: got 'timm', which has no feature norms; allowed are effformer, original")
@@ -104,36 +112,14 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> dict[str, Tensor
     return _add_dead_buffers(converted) if dense else converted
 
 
-def _strip_prefixes(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """(state without the prefixes of wrappers, keys that do not belong to the network).
-
-    Of a whole trainer model, all keys outside of `backbone.` do not belong to it.
-    """
-    stripped = {key: value for key, value in state.items() if key != "n_averaged"}  # AveragedModel's counter
-    beside = [key for key in state if key not in stripped]
-    while stripped:
-        prefix = next((p for p in _WRAPPERS if all(key.startswith(p) for key in stripped)), "")
-        if not prefix and any(key.startswith("backbone.") for key in stripped):
-            prefix = "backbone."
-        elif not prefix and "network.stem.conv1.weight" in stripped:  # our own Backbone's
-            prefix = "network."
-        if not prefix:
-            break
-        beside += [key for key in stripped if not key.startswith(prefix)]
-        stripped = {key.removeprefix(prefix): value for key, value in stripped.items() if key.startswith(prefix)}
-    return stripped, beside
-
-
 def _detect(state: Mapping[str, Tensor]) -> Format:
-    if "stem.conv1.weight" in state:
+    if TIMM in state:
         return "timm"
-    if "patch_embed.stem.0.block.conv.weight" in state:
+    if NETSPRESSO in state:
         return "netspresso"
-    if "patch_embed.0.weight" in state:
-        dense = any(key.endswith("attention_biases_seg") for key in state) or "norm0.weight" in state
-        return "original-dense" if dense else "original"
-    some = ", ".join(list(state)[:5])
-    raise CheckpointError(f"the keys belong to no known EfficientFormer (timm, original, NetsPresso): {some}, ...")
+    assert ORIGINAL in state
+    dense = any(key.endswith("attention_biases_seg") for key in state) or "norm0.weight" in state
+    return "original-dense" if dense else "original"
 
 
 def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
@@ -224,17 +210,36 @@ def _mixers(state: Mapping[str, Tensor], suffix: str) -> Iterable[str]:
     return [key.removesuffix(suffix) for key in state if key.endswith("token_mixer." + suffix)]
 
 
-def _check_indices(state: dict[str, Tensor]) -> None:
-    """Fill in the index buffers that a file left out; refuse one that is not the standard one."""
+def _standard_indices(state: dict[str, Tensor]) -> Iterator[str]:
+    """Give each bias table its index buffer; refuse one of another network. Yields remarks on damaged ones."""
     for prefix in _mixers(state, "attention_biases"):
         table, key = state[prefix + "attention_biases"], prefix + "attention_bias_idxs"
         resolution = math.isqrt(table.shape[-1]) if table.ndim == 2 else 0
         if table.ndim != 2 or resolution**2 != table.shape[1]:
             raise CheckpointError(f"{prefix}attention_biases: got {list(table.shape)}, allowed is [heads, T * T]")
-        if key not in state:
-            state[key] = bias_index(resolution, resolution, torch.device("cpu"))
-        elif problem := why_other_index(state[key], resolution):
-            raise CheckpointError(f"{key}: {problem}")
+        standard = bias_index(resolution, resolution, torch.device("cpu"))
+        if (found := state.get(key)) is not None and not found.is_meta:
+            if problem := why_unusable(found, resolution):
+                raise CheckpointError(f"{key}: {problem}")
+            if is_rounded(found, resolution) and not torch.equal(found.cpu().double(), standard.double()):
+                yield f"{key}: rounded by an average or a low precision, the standard index is used"
+            elif found.dtype != standard.dtype:
+                yield f"{key}: {found.dtype} -> {standard.dtype}".replace("torch.", "")
+        state[key] = standard
+
+
+def _counters(state: dict[str, Tensor]) -> Iterator[str]:
+    """Make every BatchNorm's counter of batches an int64 scalar. Yields remarks on those that were not."""
+    odd: dict[str, int] = {}
+    for key, value in state.items():
+        is_right = (value.dtype, value.shape) == (torch.int64, ()) or value.is_meta
+        if key.endswith("num_batches_tracked") and not is_right and value.numel() == 1:
+            count = value.double().item()
+            state[key] = torch.tensor(round(count) if 0 <= count < 2**53 else 0)
+            kind = str(value.dtype).removeprefix("torch.") + (f" {list(value.shape)}" if value.ndim else "")
+            odd[kind] = odd.get(kind, 0) + 1
+    for kind, number in odd.items():
+        yield f"num_batches_tracked of {number} norms: {kind} -> int64"
 
 
 def _constant_bias_as_zero(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -17,10 +15,10 @@ from ..config import PRESETS
 from ..model.netspresso import network_within
 from ..model.network import EfficientFormer, init_linear
 from . import config_file, hub
-from .formats import CheckpointError, Normalised, normalise
+from .contents import CheckpointError
+from .formats import Normalised, normalise
+from .read import read_weights
 
-# Where training scripts put the weights, the averaged ones first, as timm looks for them.
-CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 # Any file may leave these out: they follow from the architecture, or only count steps of training.
 _OPTIONAL = ("attention_bias_idxs", "num_batches_tracked")
 _HEADS = ("head", "head_dist")
@@ -37,7 +35,11 @@ class CheckpointReport:
         reinitialised: parameters of the network that the file lacks and that were initialised anew.
         missing, unexpected: keys of the network or of the file alone (always empty with strict=True).
         cast: dtypes that were converted, as "float64 -> float32".
-        container: the entry of the file that held the weights, None if the file was the weights.
+        container: the entry of the file that held the weights, as "model" or "ema.module"; None if the file was the
+            weights.
+        prefix: of the weights' names in the file, as "module."; "" without one.
+        recomputed: remarks on derived buffers that were damaged, and what replaced them.
+        others: names of further sets of weights in the file, which `which` takes.
     """
 
     format: str
@@ -47,6 +49,9 @@ class CheckpointReport:
     unexpected: tuple[str, ...] = ()
     cast: tuple[str, ...] = ()
     container: str | None = None
+    prefix: str = ""
+    recomputed: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 class _Comparison(NamedTuple):
@@ -64,6 +69,7 @@ def load_checkpoint(
     strict: bool = True,
     *,
     reset_head: bool = False,
+    which: str | None = None,
 ) -> CheckpointReport:
     """Load a checkpoint of timm, the original repository (classification or dense) or NetsPresso Trainer.
 
@@ -72,10 +78,13 @@ def load_checkpoint(
 
     Args:
         model: an `EfficientFormer`, or a `Backbone` of `build_backbone`.
-        source: a safetensors file, a torch file (read with weights_only=True), or a state dict; bare or under one of
-            `CONTAINERS`, with or without the prefixes `module.`, `_orig_mod.`, `backbone.`.
+        source: a safetensors or torch file of any trainer (read with weights_only=True), or its content: weights bare
+            or below any entries ("model", "state_dict", "ema.module"), their names with or without a prefix
+            ("module.", "model.backbone."). Other entries do not matter.
         strict: with False, missing and unexpected keys are reported instead of refused.
         reset_head: initialise both heads anew where the file has none, or has them for another number of classes.
+        which: the weights to take where the file has several, by entry or prefix: "model", "teacher", "ema.module".
+            By default averaged weights (ema, swa, avg in the name) come before others, then the file's order counts.
 
     Returns:
         a `CheckpointReport`.
@@ -84,23 +93,28 @@ def load_checkpoint(
         CheckpointError: (a RuntimeError) listing every missing, unexpected and mis-shaped key, or the reason why the
             file is not a checkpoint of this network.
         OSError: where the file cannot be read.
-        TypeError: for another library's model.
+        TypeError: for another library's model, or another source.
     """
     network = network_within(model)
     if any(parameter.is_meta for parameter in network.parameters()):
         raise ValueError("model: got parameters on the meta device, allowed is a model with storage: use to_empty()")
 
-    container, raw = read_state_dict(source)
-    file = normalise(raw)
+    weights, others = read_weights(source, which)
+    file = normalise(weights.state)
     fresh = _fresh_modules(network, file, reset_head)
     absent_heads = [name for name in _HEADS if isinstance(network.get_submodule(name), nn.Identity)]
     homeless = [key for key in file.state if key.rpartition(".")[0] in absent_heads]
     kept = {key: value for key, value in file.state.items() if key.rpartition(".")[0] not in {*fresh, *absent_heads}}
 
+    _share_one_head(network, kept)
     reinitialised = [f"{name}.{key}" for name in fresh for key, _ in network.get_submodule(name).named_parameters()]
     comparison = _compare(kept, network.state_dict(), reinitialised)
     if comparison.mismatched or (strict and (comparison.missing or comparison.unexpected)):
-        raise CheckpointError(_complaint(file.format, comparison, strict))
+        complaint = _complaint(file.format, comparison, strict)
+        if others:
+            taken = f"{weights.name!r} was taken" if weights.name else "the file's own weights were taken"
+            complaint += f"\n{taken}; which= takes one of {', '.join(map(repr, others))}"
+        raise CheckpointError(complaint)
 
     known = {key: value for key, value in kept.items() if key not in comparison.unexpected}
     network.load_state_dict(known, strict=False)
@@ -108,41 +122,19 @@ def load_checkpoint(
         init_linear(module) if isinstance(module, nn.Linear) else module.reset_parameters()  # type: ignore[operator]
     return CheckpointReport(
         format=file.format,
-        ignored=(*file.ignored, *homeless),
+        ignored=(*weights.beside, *file.ignored, *homeless),
         reinitialised=tuple(reinitialised),
         missing=tuple(comparison.missing),
         unexpected=tuple(comparison.unexpected),
         cast=tuple(sorted(comparison.cast)),
-        container=container,
+        container=weights.container,
+        prefix=weights.prefix,
+        recomputed=file.recomputed,
+        others=others,
     )
 
 
-def read_state_dict(source: str | Path | Mapping[str, Any]) -> tuple[str | None, dict[str, Tensor]]:
-    """(container, state dict) of a file or mapping; no conversion.
-
-    Raises:
-        CheckpointError: where it holds no state dict, or more than weights.
-        OSError: where the file cannot be read.
-    """
-    content: Any = source if isinstance(source, Mapping) else _read_file(Path(source))
-    container = None
-    if isinstance(content, Mapping):
-        container = next(
-            (name for name in CONTAINERS if isinstance(content.get(name), Mapping) and content[name]), None
-        )
-        content = content[container] if container else content
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"source: got {type(content).__name__}, allowed is a state dict with at least one key")
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"source: entry {key!r} is a {type(value).__name__}, allowed are tensors "
-                f"(under one of {', '.join(CONTAINERS)}, or bare)"
-            )
-    return container, dict(content)
-
-
-def network_of(checkpoint: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def network_of(checkpoint: str | Path | Mapping[str, Any], which: str | None = None) -> tuple[str, dict[str, Any]]:
     """Find out which network a checkpoint holds: the name and the keywords for `create_model`.
 
     A `config.json` as `save_pretrained` writes it decides; otherwise the keys and shapes of the weights do, which show
@@ -150,6 +142,7 @@ def network_of(checkpoint: str | Path | Mapping[str, Any]) -> tuple[str, dict[st
 
     Args:
         checkpoint: a file, a folder or a hub id, as for `hub.locate`; or a state dict, as for `load_checkpoint`.
+        which: as for `load_checkpoint`.
 
     Raises:
         CheckpointError: (a RuntimeError) for a file without weights, or with weights of no published model.
@@ -161,7 +154,7 @@ def network_of(checkpoint: str | Path | Mapping[str, Any]) -> tuple[str, dict[st
         if config_file.is_saved(saved):
             return config_file.keywords_of(saved, str(checkpoint))
         checkpoint = hub.locate(checkpoint)
-    return settings_for(read_state_dict(checkpoint)[1])
+    return settings_for(read_weights(checkpoint, which)[0].state)
 
 
 def settings_for(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
@@ -196,24 +189,6 @@ def settings_for(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
-def _read_file(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    try:
-        # Training scripts of the DeiT family store their arguments, a plain holder of attributes, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file may raise anything
-        raise CheckpointError(
-            f"{path} is not a torch file of weights alone (other files could run code and are not read): {error}"
-        ) from error
-
-
 def _fresh_modules(network: EfficientFormer, file: Normalised, reset_head: bool) -> dict[str, nn.Module]:
     """Modules of `network` that take nothing from the file and are initialised anew."""
     fresh: dict[str, nn.Module] = {}
@@ -226,6 +201,21 @@ def _fresh_modules(network: EfficientFormer, file: Normalised, reset_head: bool)
     if reset_head and not fits:
         fresh |= heads
     return fresh
+
+
+def _share_one_head(network: EfficientFormer, state: dict[str, Tensor]) -> None:
+    """Give both names of a network's only head (`head_dist` is `head`) the tensors of a file's only head.
+
+    Raises:
+        CheckpointError: for a file with two heads that differ.
+    """
+    if network.head is not network.head_dist:
+        return
+    for name in ("weight", "bias"):
+        found = [state[key] for key in (f"{head}.{name}" for head in _HEADS) if key in state]
+        if len(found) == 2 and not (found[0].shape == found[1].shape and torch.equal(*found)):
+            raise CheckpointError("the network has one head, and the checkpoint two that differ: give it two heads")
+        state |= {f"{head}.{name}": found[0] for head in _HEADS if found}
 
 
 def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fresh: list[str]) -> _Comparison:
@@ -258,6 +248,8 @@ def _complaint(format: str, comparison: _Comparison, strict: bool) -> str:
     everything = " ".join(comparison.mismatched + comparison.missing)
     if "head." in everything or "head_dist." in everything:
         lines.append("reset_head=True initialises both heads anew; num_classes=0 builds a network without heads")
+    if {"head_dist.weight", "head_dist.bias"} == set(comparison.missing):
+        lines.append("the checkpoint has one head: model.head_dist = model.head makes a network with one")
     if any("attention_biases" in line for line in comparison.mismatched):
         lines.append("the bias table of the file has another table_resolution than the network")
     return "\n".join(lines)

@@ -48,7 +48,9 @@ def main(arguments: argparse.Namespace) -> int:
         raise FileExistsError(f"{target} exists: --force replaces it")
     device = common.torch_device(arguments.device)
     say = common.printer(arguments.json)
-    network, name, _, weights = common.load_network(arguments.model, arguments.checkpoint, "eager", say)
+    network, name, _, weights = common.load_network(
+        arguments.model, arguments.checkpoint, "eager", say, arguments.which
+    )
     written = export(
         network.to(device).eval(),
         target,

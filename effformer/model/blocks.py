@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import ops, reference
 from ..config import EfficientFormerConfig
 from . import live
+from .bias_buffer import why_unusable
 from .fusion import ACTIVATION_MODULES, Fusable, fusable, is_plain, why_other_halving
 from .steps import BIAS, Fold, Source, Step
 
@@ -88,7 +89,9 @@ class Stem(live.Planned, nn.Sequential):
         for name, relu in (("act1", self.act1), ("act2", self.act2)):
             if not is_plain(relu, (nn.ReLU,)):
                 return f"submodule {name!r} was replaced, changed or has hooks"
-        return why_other_halving(self.conv1, self.norm1) or why_other_halving(self.conv2, self.norm2)
+        return why_other_halving(self.conv1, self.norm1, ("conv1", "norm1")) or why_other_halving(
+            self.conv2, self.norm2, ("conv2", "norm2")
+        )
 
     def folded(self, fold: Fold = ops) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
         """(weight, scale, shift) of both convolutions in eval mode."""
@@ -222,10 +225,12 @@ class Flat(nn.Module):
 class Attention(Fusable):
     """Multi-head self-attention with a learned bias for each offset between two tokens; [B, N, C] -> the same.
 
-    The state dict holds `attention_bias_idxs`, as timm's and the original's do. It is not a buffer, since averaging
-    weights would average it, too, and round it down. Each forward computes the bias from the map's size; neither the
-    index nor a cache is used.
+    `attention_bias_idxs` is a buffer, int64 [T * T, T * T] for a table of a [T, T] map: state dicts of timm and the
+    original have it. It is never read, since each forward computes the bias from the map's size, without a cache. So an
+    average of networks may round it; state dicts hold the standard index all the same.
     """
+
+    attention_bias_idxs: Tensor
 
     def __init__(self, width: int, config: EfficientFormerConfig, backend: str, **dd: Any) -> None:
         super().__init__()
@@ -238,12 +243,12 @@ class Attention(Fusable):
         self.attn_drop = nn.Dropout(config.attn_drop)
         self.proj_drop = nn.Dropout(config.attn_drop)
         self.attention_biases = nn.Parameter(torch.zeros(self.num_heads, self.resolution**2, **dd))
+        self.register_buffer("attention_bias_idxs", self._standard_index())
         self.parts = (("", "attn_drop", (nn.Dropout,)),)  # `attend` calls no other
 
-    @property
-    def attention_bias_idxs(self) -> Tensor:
+    def _standard_index(self, device: torch.device | None = None) -> Tensor:
         """Entry of the table for each pair of tokens of a [resolution, resolution] map, int64."""
-        return reference.bias_index(self.resolution, self.resolution, self.attention_biases.device)
+        return reference.bias_index(self.resolution, self.resolution, device or self.attention_biases.device)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         x = self.attend(self.qkv(x), self.bias(height, width))
@@ -266,15 +271,16 @@ class Attention(Fusable):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "attention_bias_idxs"] = self.attention_bias_idxs
+        destination[prefix + "attention_bias_idxs"] = self._standard_index()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The index is derived, so a file may leave it out. Another index belongs to another network.
         key = prefix + "attention_bias_idxs"
-        if key in state_dict and (problem := reference.why_other_index(state_dict[key], self.resolution)):
+        if key in state_dict and (problem := why_unusable(state_dict[key], self.resolution)):
             args[-1].append(f"{key}: {problem}")  # error_msgs
             return
-        state_dict = {name: value for name, value in state_dict.items() if name != key}
+        beside = state_dict.get(prefix + "attention_biases", self.attention_biases)
+        state_dict = {**state_dict, key: self._standard_index(beside.device)}  # with assign=True it becomes the buffer
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

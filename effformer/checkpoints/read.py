@@ -1,0 +1,281 @@
+"""Read a checkpoint file: its kind by its first bytes, its weights by safe means alone.
+
+Torch files are unpickled with `weights_only=True`. Records that trainers keep beside the weights (NumPy numbers, dates,
+paths, settings, loggers) become empty stand-ins: none of their code is imported or called. Files with other objects are
+refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .contents import CheckpointError, Weights, choose, find_weights
+
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number, with which torch's files before 1.6 begin
+# First bytes of files that hold no weights, what they are and the way out.
+_OTHERS = {
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the weights: run `git lfs pull` in its clone",
+    b"\x1f\x8b": "compressed by gzip: unpack it first",
+    b"BZh": "compressed by bzip2: unpack it first",
+    b"\xfd7zXZ": "compressed by xz: unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first",
+    b"7z\xbc\xaf": "a 7z archive: unpack it first",
+    b"Rar!": "a RAR archive: unpack it first",
+    b"\x89HDF": "an HDF5 file, of Keras or MATLAB: allowed are torch and safetensors files",
+    b"\x93NUMPY": "a NumPy array: allowed are torch and safetensors files",
+    b"GGUF": "a GGUF file: allowed are torch and safetensors files",
+}
+# The records: modules all of whose objects hold data, and single names.
+_DATA_MODULES = re.compile(
+    r"(numpy|pathlib|datetime|zoneinfo|decimal|fractions|uuid|logging|omegaconf|yacs|ml_collections|mmengine|mmcv)\b"
+)
+_DATA = {
+    "_codecs.encode", "argparse.Namespace", "builtins.bool", "builtins.bytearray", "builtins.bytes", "builtins.complex",
+    "builtins.dict", "builtins.float", "builtins.frozenset", "builtins.int", "builtins.list", "builtins.object",
+    "builtins.range", "builtins.set", "builtins.slice", "builtins.str", "builtins.tuple", "collections.ChainMap",
+    "collections.Counter", "collections.OrderedDict", "time.struct_time", "torch.torch_version.TorchVersion",
+    "types.SimpleNamespace",
+}  # fmt: skip
+_MAPPINGS = re.compile(
+    r"collections\.defaultdict$|(addict|box|easydict|munch|yacs|mmengine|mmcv|detectron2|fvcore)\..*(Dict|Box|Munch|Node)$"
+    r"|(pytorch_lightning|lightning|lightning_fabric)\..*AttributeDict$"
+)
+
+
+def read_weights(source: str | Path | Mapping[str, Any], which: str | None = None) -> tuple[Weights, tuple[str, ...]]:
+    """The weights of a file or of its content, and the names of others that it holds.
+
+    Args:
+        source: a file, or a mapping, as `load_checkpoint` takes them.
+        which: the name of the weights, see `choose`.
+
+    Raises:
+        CheckpointError: where it holds no EfficientFormer's weights, or objects that could run code.
+        TypeError: for another source.
+        OSError: where the file cannot be read.
+    """
+    if not isinstance(source, (str, Path, Mapping)):
+        raise TypeError(f"source: got {type(source).__name__}, allowed is a path or a state dict")
+    where = "source" if isinstance(source, Mapping) else str(source)
+    content = source if isinstance(source, Mapping) else read_file(Path(source))
+    found = find_weights(content)
+    if not found:
+        raise CheckpointError(f"{where}: {_why_no_weights(content)}")
+    chosen = choose(found, which)
+    for key, value in chosen.state.items():
+        if value.is_quantized or value.layout != torch.strided or hasattr(value, "full_tensor"):
+            kind = "quantised" if value.is_quantized else type(value).__name__
+            raise CheckpointError(f"{where}: {key} is {kind}, allowed are plain dense tensors: convert it first")
+    return chosen, tuple(one.name for one in found if one is not chosen)
+
+
+def read_file(path: Path) -> Mapping[Any, Any]:
+    """The content of a safetensors or torch file, whatever its suffix.
+
+    Raises:
+        CheckpointError: for other and damaged files, naming the kind and the way out.
+        OSError: where it cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(512)
+    content = _read_safetensors(path) if _is_safetensors(head, path) else _read_torch(path, head)
+    if isinstance(content, Tensor):
+        raise CheckpointError(f"{path}: got a single tensor, allowed is a state dict")
+    if not isinstance(content, Mapping):
+        kind = _StandIn.describe(content)
+        raise CheckpointError(f"{path}: got a {kind}, allowed is a state dict, or a mapping with one")
+    return content
+
+
+def _why_no_weights(content: Mapping[Any, Any]) -> str:
+    """The reason why nothing was found in it, and the way out."""
+    if not content:
+        return "got an empty mapping, allowed is a state dict with at least one key"
+    some = ", ".join(f"{key!r} ({_StandIn.describe(value)})" for key, value in list(content.items())[:5])
+    if any(isinstance(value, Tensor) for value in content.values()) or any(
+        isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values())
+        for value in content.values()
+    ):
+        return f"the keys belong to no known EfficientFormer (timm, original, NetsPresso): {some}, ..."
+    return f"it holds no tensors, allowed is a state dict, bare or below an entry: got {some}"
+
+
+# --- safetensors ------------------------------------------------------------------------------------------------------
+
+
+def _is_safetensors(head: bytes, path: Path) -> bool:
+    """Whether it begins with the length of a JSON header, and the header."""
+    length = struct.unpack("<Q", head[:8])[0] if len(head) > 8 else 0
+    return head[8:9] == b"{" and length < 2**27 and path.stat().st_size >= length + 8
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is a damaged or cut-off safetensors file ({error})") from error
+    # `safetensors.torch.save_model` writes a tensor of several names once, and its other names here.
+    shared = {name: content[kept] for name, kept in metadata.items() if kept in content and name not in content}
+    return {**content, **shared}
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+def _read_torch(path: Path, head: bytes) -> Any:
+    if problem := _why_no_torch_file(path, head):
+        raise CheckpointError(f"{path} is {problem}")
+    names = _pickled_names(path, head)
+    strangers = sorted(name for name in names if not _is_data(name) and not name.startswith("torch."))
+    if strangers:
+        raise _unsafe(path, strangers)
+    allowed: list[Any] = [(_stand_in(name), name) for name in names if _is_data(name)]
+    try:
+        # Opened here: of a path, torch.load would look at the suffix.
+        with torch.serialization.safe_globals(allowed), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except pickle.UnpicklingError as error:
+        if objects := sorted(name for name in names if re.match(r"torch\.(nn|optim|fx|jit|ao|distributed)\.", name)):
+            raise _unsafe(path, objects) from error
+        raise CheckpointError(f"{path} is no torch file that can be read safely, or damaged. {_WAY_OUT}") from error
+    except Exception as error:  # a damaged file may raise anything
+        raise CheckpointError(f"{path} is a damaged or cut-off torch file: copy or download it again") from error
+
+
+_WAY_OUT = "If you trust its author, load it yourself: load_checkpoint(model, torch.load(path, weights_only=False))"
+
+
+def _unsafe(path: Path, names: list[str]) -> CheckpointError:
+    named = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return CheckpointError(
+        f"{path} is not a torch file of weights alone: it holds pickled objects ({named}), whose code could do harm: "
+        f"it is not read. {_WAY_OUT}"
+    )
+
+
+def _why_no_torch_file(path: Path, head: bytes) -> str | None:
+    """The kind of a file that torch cannot have written, or that holds more than weights, and the way out."""
+    if not head:
+        return "empty (0 bytes): copy or download it again"
+    for start, kind in _OTHERS.items():
+        if head.startswith(start):
+            return kind
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body", b"<error")):
+        return "an HTML or XML page, not the weights, perhaps of a log-in or an error: download it again"
+    if text.startswith((b"{", b"[")):
+        shards = b'"weight_map"' in path.read_bytes()
+        return "the index of a checkpoint in several files: load those" if shards else "JSON, not a file of weights"
+    if head[257:262] == b"ustar":
+        return "a tar archive: unpack it first"
+    if head.startswith(_ZIP):
+        return _why_other_archive(path)
+    if _MAGIC in head[:32]:
+        return None
+    if head.startswith(_PICKLE):
+        return (
+            "a damaged torch file, or a pickle that torch.save did not write. If you trust its author, load it "
+            "yourself: load_checkpoint(model, pickle.load(open(path, 'rb')))"
+        )
+    if path.suffix == ".safetensors":
+        return "not a safetensors file, or a damaged one: copy or download it again"
+    return "not a torch or safetensors file, or a damaged one"
+
+
+def _why_other_archive(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return "a damaged or cut-off torch file: copy or download it again"
+    if any(name.endswith("constants.pkl") for name in names):
+        return "a TorchScript archive: give torch.jit.load(path).state_dict() to load_checkpoint"
+    if any(name.endswith("archive_format") for name in names):
+        return "an exported program of torch.export: give torch.export.load(path).state_dict to load_checkpoint"
+    if any(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays: allowed are torch and safetensors files"
+    if not any(name.endswith("data.pkl") for name in names):
+        return "a zip archive, but not of torch: unpack it first"
+    return None
+
+
+def _pickled_names(path: Path, head: bytes) -> set[str]:
+    """The names of all classes and functions that a torch file's pickles refer to; nothing is unpickled."""
+    try:
+        if head.startswith(_ZIP):
+            with zipfile.ZipFile(path) as archive:
+                inner = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                with archive.open(inner) as file:
+                    return set(_names(file))
+        with path.open("rb") as file:  # magic number, protocol, machine, content; then the numbers
+            return {name for _ in range(4) for name in _names(file)}
+    except Exception as error:  # a damaged pickle may raise anything
+        raise CheckpointError(
+            f"{path} is a damaged or cut-off torch file, or none: copy or download it again"
+        ) from error
+
+
+def _names(file: IO[bytes]) -> Iterator[str]:
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name == "GLOBAL":  # protocols 0 to 3; torch reads no others safely
+            module, _, name = str(argument).partition(" ")
+            yield f"{_PYTHON3.get(module, module)}.{_RENAMED.get(name, name)}"
+
+
+# As torch spells names of Python 2, which pickles of protocol 2 hold.
+_PYTHON3 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_RENAMED = {"xrange": "range", "unicode": "str"}
+
+
+def _is_data(name: str) -> bool:
+    return name in _DATA or bool(_DATA_MODULES.match(name) or _MAPPINGS.match(name)) or name == "collections.deque"
+
+
+class _StandIn:
+    """In place of a record beside the weights. It takes whatever a pickle gives to the real one, and keeps nothing."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    @staticmethod
+    def describe(value: object) -> str:
+        return "record" if isinstance(value, _StandIn) else type(value).__name__
+
+
+class _MappingStandIn:
+    """In place of a kind of dict: the unpickler fills no other mappings than plain and ordered ones."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()
+
+
+class _ListStandIn:
+    def __new__(cls, *_: Any) -> Any:
+        return []
+
+
+def _stand_in(name: str) -> type:
+    if _MAPPINGS.match(name):
+        return _MappingStandIn
+    return _ListStandIn if name == "collections.deque" else _StandIn
