@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: after --help and --version (0), and for a wrong call (2).
     """
     arguments = argparse.Namespace(kept="nothing was written")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be text
     try:
         try:
             _parser().parse_args(_with_run([*(sys.argv[1:] if argv is None else argv)]), arguments)

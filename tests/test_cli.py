@@ -31,7 +31,7 @@ def weights(tmp_path: Path) -> Path:
 
 
 def test_one_image(capsys: pytest.CaptureFixture[str], photo: Path, weights: Path) -> None:
-    status, out, _ = run(capsys, "run", photo, "--checkpoint", weights)
+    status, out, _ = run(capsys, "run", photo, "--checkpoint", weights, "--beside")
     assert status == 0
     for part in ("48x56x56", "96x28x28", "224x14x14", "448x7x7", "pooled:   448", "top 5:", "ms an image", "eager"):
         assert part in out
@@ -63,7 +63,7 @@ def test_one_image(capsys: pytest.CaptureFixture[str], photo: Path, weights: Pat
 
 
 def test_random_weights_say_so_and_give_no_top5(capsys: pytest.CaptureFixture[str], photo: Path) -> None:
-    status, out, _ = run(capsys, "run", photo, "--checkpoint", "none")
+    status, out, _ = run(capsys, "run", photo, "--checkpoint", "none", "--beside")
     assert status == 0
     assert "random (seed 0)" in out
     assert "top 1" not in out
@@ -96,7 +96,7 @@ def test_a_folder_with_a_damaged_image(
     (folder / "broken.jpg").write_bytes(b"no image at all")
     (folder / "cut.png").write_bytes(photo.read_bytes()[:2000])
     (folder / "notes.txt").write_text("left alone")
-    arguments = ("run", folder, "--checkpoint", weights, "--batch-size", 2)
+    arguments = ("run", folder, "--checkpoint", weights, "--batch-size", 2, "--beside")
     for terminal in (False, True):  # the second run must not take the first one's pictures for images
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
         status, out, err = run(capsys, *arguments)
@@ -111,7 +111,7 @@ def test_a_folder_with_a_damaged_image(
         assert ("5/5" in err) == terminal  # the progress bar
 
     alone = safetensors.torch.load_file(f"{photo}.features.safetensors")
-    run(capsys, "run", photo, "--checkpoint", weights)
+    run(capsys, "run", photo, "--checkpoint", weights, "--beside")
     for key, value in safetensors.torch.load_file(f"{photo}.features.safetensors").items():
         assert torch.allclose(alone[key], value, rtol=0, atol=1e-4)
 
@@ -198,7 +198,7 @@ def test_a_checkpoint_brings_its_preprocessing(
     config = {"input_size": [3, 96, 96], "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "crop_pct": 0.8}
     config["interpolation"] = "bilinear"
     (folder / "config.json").write_text(json.dumps({"architecture": "efficientformer_l1", "pretrained_cfg": config}))
-    status, out, _ = run(capsys, "run", photo, "--checkpoint", folder)
+    status, out, _ = run(capsys, "run", photo, "--checkpoint", folder, "--beside")
     assert status == 0
     assert "96x96, bilinear, centre crop 0.8" in out
     network = create_model("efficientformer_l1", checkpoint=str(folder)).eval()
@@ -215,7 +215,7 @@ def test_dense_checkpoints_run_as_their_code_would(
 ) -> None:
     path = tmp_path / "dense.safetensors"
     safetensors.torch.save_file({key: value.float() for key, value in checkpoint(name).items()}, path)
-    status, out, _ = run(capsys, "run", photo, "--checkpoint", path, "--size", "64x96")
+    status, out, _ = run(capsys, "run", photo, "--checkpoint", path, "--size", "64x96", "--beside")
     assert status == 0
     assert "without a classification head" in out
     stage1 = safetensors.torch.load_file(f"{photo}.features.safetensors")["stage1"]
@@ -227,13 +227,13 @@ def test_dense_checkpoints_run_as_their_code_would(
 def test_an_interrupted_conversion_leaves_the_target(
     capsys: pytest.CaptureFixture[str], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(state: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def half(path: Path, content: bytes) -> int:
+        path.open("wb").write(content[:100])
         raise KeyboardInterrupt
 
     target = tmp_path / "target.pth"
     target.write_bytes(b"as it was")
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     status, out, err = run(capsys, "convert", weights, target, "--force")
     assert (status, out, err) == (130, "", "effformer: interrupted; TARGET is as it was\n")
     assert target.read_bytes() == b"as it was"
@@ -244,7 +244,7 @@ def test_run_json(capsys: pytest.CaptureFixture[str], photo: Path, weights: Path
     (photo.parent / "broken.jpg").write_bytes(b"")
     labels = photo.parent / "labels.txt"
     labels.write_text("\n".join(f"thing {index}" for index in range(1000)))
-    call = ("run", photo.parent, "--checkpoint", weights, "--size", "64x32", "--labels", labels)
+    call = ("run", photo.parent, "--checkpoint", weights, "--size", "64x32", "--labels", labels, "--beside")
     status, out, err = run(capsys, *call, "--json")
     facts = json.loads(out)
     assert status == 1

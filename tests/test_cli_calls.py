@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from command_line import run
+from small_networks import small
 
 from effformer.checkpoints.formats import CheckpointError
 from effformer.cli import _parser, main
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("no_gpu")
         (["/no/such/place"], "no such file or folder: /no/such/place"),
         (["EMPTY"], "no image below"),
         (["PHOTO", "--checkpoint", "nowhere.pth"], "nowhere.pth is not a file"),
-        (["PHOTO", "--checkpoint", "PHOTO"], "not a torch file of weights alone"),
+        (["PHOTO", "--checkpoint", "PHOTO"], "is not a torch or safetensors file"),
         (["PHOTO", "--checkpoint", "none", "--device", "cuda:7"], "--device: got 'cuda:7', allowed are auto, cpu ("),
         (["PHOTO", "--checkpoint", "none", "--labels", "LABELS"], "--labels: got 1 lines"),
         (["PHOTO", "OTHER", "--checkpoint", "none", "--output", "OUT"], "would be written to the same file"),
@@ -54,7 +56,7 @@ def test_errors_are_one_line_and_status_1(
     assert status == 1
     assert message in err
     (line,) = (line for line in err.splitlines() if line.startswith("effformer: error:"))
-    assert message in line or "not a torch file" in message
+    assert message in line
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,11 @@ def test_errors_are_one_line_and_status_1(
         ("run", "required: PATH"),
         ("run x --size 0x5", "--size: got '0x5', allowed is HxW, or one side, of 32 pixels or more"),
         ("run x --size 16", "--size: got '16', allowed is HxW, or one side, of 32 pixels or more"),
-        ("verify --size 224x31", "--size: got '224x31'"),
+        *(
+            (f"{call} --size 224x31", "--size: got '224x31'")
+            for call in ("verify", "info", "eval x --checkpoint y", "export x.pt2 --checkpoint y", "bench run")
+        ),
+        ("run x --output y --beside", "--beside: not allowed with argument --output"),
         ("run x --batch-size -1", "--batch-size: got '-1', allowed is a whole number of 1 or more"),
         ("verify --seed x", "--seed: got 'x', allowed is a whole number of 0 or more"),
         ("run x --model l9", "--model: got 'l9', allowed are l1, l3, l7, efficientformer_l1,"),
@@ -74,7 +80,7 @@ def test_errors_are_one_line_and_status_1(
         ),
         ("run x --backend cuda", "--backend: got 'cuda', allowed are auto, eager, triton"),
         ("verify --op meta4d relu", "--op: got 'relu', allowed are pool_mixer, "),
-        ("convert a b --to keras", "--to: got 'keras', allowed are effformer, timm, original"),
+        ("convert a b --to keras", "--to: got 'keras', allowed are effformer, timm, original, netspresso"),
         ("bench --minutes 0", "--minutes: got '0', allowed is a number of minutes above 0"),
         ("bench tune --minutes soon", "--minutes: got 'soon', allowed is a number of minutes above 0"),
     ],
@@ -256,3 +262,17 @@ def test_triton_without_gpu_and_interpreter(
     status, _, err = run(capsys, "run", photo, "--checkpoint", "none", "--backend", "triton", "--device", "cpu")
     assert status == 1
     assert "backend='triton': 'cpu' is not an NVIDIA GPU, and Triton interprets only" in err
+
+
+def test_which_weights_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, target = tmp_path / "last.pth", tmp_path / "taken.safetensors"
+    one, other = small(1, depths=(3, 2, 6, 4)).state_dict(), small(2, depths=(3, 2, 6, 4)).state_dict()
+    torch.save({"model": one, "model_ema": other}, path)
+    for which, expected in (["--which", "model"], one), ([], other):
+        assert main(["convert", str(path), str(target), "--force", *which]) == 0
+        assert torch.equal(safetensors.torch.load_file(target)["head.weight"], expected["head.weight"])
+        assert "not taken: model" in capsys.readouterr().out
+    assert main(["convert", str(path), str(target), "--force", "--which", "teacher"]) == 1
+    assert "which: got 'teacher', allowed are 'model', 'model_ema'" in capsys.readouterr().err
+    assert main(["run", str(path), "--checkpoint", "none", "--which", "model"]) == 1
+    assert "--which: got 'model' with --checkpoint none" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from labelled_photos import DEVICE, SMALL, SYNSETS, count, inputs, logits_of, spread_predictions
 from PIL import Image
 
-from effformer import EfficientFormer
+from effformer import EfficientFormer, freeze
 from effformer.apps.evaluate import evaluate, find_labelled
 from effformer.apps.images import Preprocessing, read_batches
 
@@ -76,6 +77,36 @@ def test_changed_predictions_are_counted(narrow: Callable[..., EfficientFormer],
     assert result.triton.top1 == count(moved, list(images.targets))[0] / 18
     assert result.triton.top5 == count(moved, list(images.targets))[1] / 18
     assert "changed:  3 of 18 predictions (16.67%)" in str(result)
+
+
+@pytest.mark.usefixtures("no_triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_frozen_form_is_counted_if_asked_for(
+    narrow: Callable[..., EfficientFormer], photos: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = spread_predictions(narrow(num_classes=6, dtype=torch.float32), inputs(photos)).to("cpu", dtype)
+    images = find_labelled(photos, 6)
+    result = evaluate(network, images, SMALL, batch_size=4, frozen=True)
+    batches = inputs(photos).to(dtype).split(4)
+    rows = [row for batch in batches for row in freeze(network, dtype)(batch).tolist()]
+    top1, top5, firsts = count(rows, list(images.targets))
+    assert result.frozen is not None
+    assert (result.frozen.top1, result.frozen.top5, result.frozen.nonfinite) == (top1 / 18, top5 / 18, 0)
+    assert result.frozen.forward is not None
+    *_, eagers = count(logits_of(network, "eager", inputs(photos), 4), list(images.targets))
+    assert result.changed_frozen == sum(a != b for a, b in zip(firsts, eagers, strict=True))
+
+    def rolled(network: EfficientFormer, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: network(x).roll(1, dims=1)
+
+    monkeypatch.setattr("effformer.apps.evaluate.freeze", rolled)
+    result = evaluate(network, images, SMALL, batch_size=4, frozen=True)
+    assert (result.changed, result.changed_frozen) == (None, 18)
+    assert "frozen:   18 of 18 predictions changed (100.00%)" in str(result)
+    assert re.search(r"^ +eager +frozen$", str(result), re.MULTILINE)
+    plain = evaluate(network, images.spread(2), SMALL)
+    assert (plain.frozen, plain.changed_frozen) == (None, None)
+    assert "frozen" not in str(plain)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

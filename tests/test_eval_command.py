@@ -111,6 +111,18 @@ def test_text_and_damaged_images(capsys: pytest.CaptureFixture[str], copy: Path,
 
 
 @pytest.mark.usefixtures("no_triton")
+def test_frozen(capsys: pytest.CaptureFixture[str], photos: Path, weights: Path) -> None:
+    arguments = (photos, "--checkpoint", weights, "--size", "32", "--limit", "6", "--device", "cpu", "--frozen")
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0
+    assert "frozen:   0 of 6 predictions changed (0.00%)" in out
+    facts = json.loads(run(capsys, *arguments, "--json")[1])
+    assert facts["frozen"]["top1"] == facts["eager"]["top1"]
+    assert facts["frozen"].keys() == facts["eager"].keys()
+    assert facts["changed_frozen"] == 0
+
+
+@pytest.mark.usefixtures("no_triton")
 def test_only_damaged_images(capsys: pytest.CaptureFixture[str], tmp_path: Path, weights: Path) -> None:
     (tmp_path / "n01").mkdir()
     (tmp_path / "n01" / "broken.jpg").touch()

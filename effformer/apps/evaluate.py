@@ -1,9 +1,10 @@
-"""Accuracy on a folder of labelled images, by plain PyTorch and by the Triton kernels side by side (extra `image`)."""
+"""Accuracy on a folder of labelled images, by plain PyTorch, the kernels and the frozen form (extra `image`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from ..backend import why_not_triton
 from ..bench.measure.timing import Timing, measure
 from ..model.network import EfficientFormer, set_backend
+from ..serving.frozen import freeze
 from ..testing import float32_as_such
-from .images import Preprocessing, find_images, read_batches
+from .images import Preprocessing, find_images, is_hidden, is_image, read_batches
 
 TIMED = "one forward of a batch that lies on the device, from an idle device to an idle one; float32 without TF32"
 NOT_FINITE = -1
@@ -26,7 +28,8 @@ class LabelledImages:
     Attributes:
         paths: the images.
         targets: the class of each, 0 for the network's first.
-        ignored: files below DIR that have no image's suffix, or that `effformer run` wrote.
+        ignored: files below DIR that have no image's suffix, are hidden, or were written by `effformer run`; of DIR,
+            hidden folders, too.
     """
 
     paths: tuple[Path, ...]
@@ -62,7 +65,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Eager PyTorch and Triton on the same images.
+    """Eager PyTorch, Triton and, if asked for, the frozen form on the same images.
 
     Attributes:
         images: the number of readable ones; all shares refer to it.
@@ -75,6 +78,8 @@ class Evaluation:
         changed: images whose likeliest class differs between Triton and eager, or whose logits are finite with only
             one of them; None without Triton.
         timed_batch: images in the batch that was timed.
+        frozen: score of `effformer.freeze(network)`, None where it was not asked for.
+        changed_frozen: as `changed`, between the frozen form and eager.
     """
 
     images: int
@@ -86,6 +91,8 @@ class Evaluation:
     interpreted: bool
     changed: int | None
     timed_batch: int
+    frozen: Score | None = None
+    changed_frozen: int | None = None
 
     @property
     def changed_share(self) -> float | None:
@@ -93,9 +100,11 @@ class Evaluation:
         return None if self.changed is None else self.changed / self.images
 
     def __str__(self) -> str:
-        scores = [self.eager] if self.triton is None else [self.eager, self.triton]
+        forms = {"eager": self.eager, "triton": self.triton, "frozen": self.frozen}
+        named = {name: score for name, score in forms.items() if score is not None}
+        scores = list(named.values())
         rows = {
-            "": ["eager", "triton"][: len(scores)],
+            "": list(named),
             "top-1": [f"{score.top1:.2%}" for score in scores],
             f"top-{min(5, self.classes)}": [f"{score.top5:.2%}" for score in scores],
             "NaN, inf": [str(score.nonfinite) for score in scores],
@@ -106,11 +115,14 @@ class Evaluation:
             lines.append(f"triton:   not run: {self.why_not_triton}")
         else:
             lines.append(f"changed:  {self.changed} of {self.images} predictions ({self.changed_share:.2%})")
+        if self.changed_frozen is not None:
+            share = self.changed_frozen / self.images
+            lines.append(f"frozen:   {self.changed_frozen} of {self.images} predictions changed ({share:.2%})")
         if self.interpreted:
             lines.append("triton:   interpreted, so its speed is not measured")
         times = [
             f"{name} {forward.p50:.2f} (p20 {forward.p20:.2f}, p80 {forward.p80:.2f}, {forward.repeats} repeats)"
-            for name, score in zip(rows[""], scores, strict=True)
+            for name, score in named.items()
             if (forward := score.forward)
         ]
         return "\n".join(
@@ -119,7 +131,7 @@ class Evaluation:
 
 
 def find_labelled(folder: Path, num_classes: int, classes: Sequence[str] | None = None) -> LabelledImages:
-    """The images of `folder`/class/, recursive in each class.
+    """The images of `folder`/class/, recursive in each class; hidden folders and files are neither.
 
     Args:
         folder: holds a folder for each class.
@@ -135,9 +147,9 @@ def find_labelled(folder: Path, num_classes: int, classes: Sequence[str] | None 
     if not folder.is_dir():
         raise NotADirectoryError(f"DIR: {folder} is not a folder")
     entries = sorted(folder.iterdir(), key=lambda path: path.name)
-    folders = {path.name: path for path in entries if path.is_dir()}
-    loose = [path for path in entries if not path.is_dir()]
-    if outside := [path for path in find_images([folder]) if path.parent == folder]:
+    folders = {path.name: path for path in entries if path.is_dir() and not is_hidden(path.name)}
+    loose = [path for path in entries if path.name not in folders]
+    if outside := [path for path in loose if is_image(path) and not is_hidden(path.name)]:
         raise ValueError(f"DIR: got {_listed(outside)} outside the class folders, allowed are images in {folder}/class")
     if not folders:
         raise ValueError(f"DIR: {folder} holds no class folder, allowed is a folder for each class with its images")
@@ -188,11 +200,12 @@ def evaluate(
     preprocessing: Preprocessing,
     *,
     batch_size: int = 16,
+    frozen: bool = False,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Evaluation:
     """Count right predictions of `network` on `images`, with eager PyTorch and, where it can run, with Triton.
 
-    Both see the same batches, in the network's dtype and memory format and on its device; each image is read once.
+    All see the same batches, in the network's dtype and memory format and on its device; each image is read once.
     On a CPU, Triton needs a process started with TRITON_INTERPRET=1. float32 is computed without TF32.
 
     Args:
@@ -200,6 +213,7 @@ def evaluate(
         images: of `find_labelled`.
         preprocessing: the checkpoint's.
         batch_size: images in a forward.
+        frozen: count those of `effformer.freeze(network)`, too, in the network's dtype.
         progress: called after each batch with its number of files.
 
     Raises:
@@ -215,7 +229,17 @@ def evaluate(
         raise ValueError(f"images: got class {largest}, allowed are those below the network's {network.num_classes}")
     weight = network.stem.conv1.weight
     reason = why_not_triton(weight.device, weight.dtype, network.config.act, asked_for=True)
-    judged: dict[str, list[Tensor]] = {"eager": []} if reason else {"eager": [], "triton": []}
+    forms = [name for name, there in (("eager", True), ("triton", reason is None), ("frozen", frozen)) if there]
+    judged: dict[str, list[Tensor]] = {name: [] for name in forms}
+    snapshot = freeze(network, weight.dtype) if frozen else None
+
+    def forward_of(form: str) -> Callable[[Tensor], Tensor]:
+        """The callable of a form, ready for calls."""
+        if snapshot is not None and form == "frozen":
+            return snapshot
+        set_backend(network, form)
+        return network
+
     targets = torch.tensor(images.targets, device=weight.device)
     failures: dict[Path, str] = {}
     timed = weight.new_empty(0)
@@ -225,9 +249,8 @@ def evaluate(
             if batch is not None:
                 x = batch.to(weight.device, weight.dtype, memory_format=torch.channels_last)
                 timed = x if len(x) > len(timed) else timed
-                for backend, batches in judged.items():
-                    set_backend(network, backend)
-                    batches.append(_judged(network(x), targets[indices]))
+                for form, batches in judged.items():
+                    batches.append(_judged(forward_of(form)(x), targets[indices]))
             progress(len(indices) + len(unread))
         count = len(images.paths) - len(failures)
         if not count:
@@ -236,17 +259,19 @@ def evaluate(
         if reason is None:
             from ..kernels.launch import INTERPRETED
         interpreted = reason is None and INTERPRETED
-        scores, likeliest = {}, []
-        for backend, batches in judged.items():
+        scores, changed = {}, {}
+        for form, batches in judged.items():
             ahead, prediction = torch.cat(batches, dim=1)
-            likeliest.append(prediction)
+            if form == "eager":
+                expected = prediction
+            changed[form] = int((prediction != expected).sum())
             top1, top5 = (int(((ahead >= 0) & (ahead < places)).sum()) / count for places in (1, 5))
             forward = None
-            if backend == "eager" or not interpreted:
-                set_backend(network, backend)
-                forward = measure(lambda: network(timed), weight.device)
+            if form == "eager" or not interpreted:
+                call = forward_of(form)
+                forward = measure(partial(call, timed), weight.device)
             speed = None if forward is None else 1e3 * len(timed) / forward.p50
-            scores[backend] = Score(top1, top5, int((ahead < 0).sum()), speed, forward)
+            scores[form] = Score(top1, top5, int((ahead < 0).sum()), speed, forward)
     finally:
         set_backend(network, "auto")
     return Evaluation(
@@ -257,8 +282,10 @@ def evaluate(
         triton=scores.get("triton"),
         why_not_triton=reason,
         interpreted=interpreted,
-        changed=None if reason else int((likeliest[0] != likeliest[1]).sum()),
+        changed=changed.get("triton"),
         timed_batch=len(timed),
+        frozen=scores.get("frozen"),
+        changed_frozen=changed.get("frozen"),
     )
 
 

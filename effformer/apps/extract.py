@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..files import write_together
 from ..model.network import EfficientFormer
-from .images import PICTURE_SUFFIX, Preprocessing, draw_features, open_image, read_batches
+from .images import PICTURE_SUFFIX, Preprocessing, draw_features, read_batches
 
 
 @dataclass(frozen=True)
@@ -20,36 +22,37 @@ class ImageFeatures:
 
     Attributes:
         path: the image.
+        x: the network's input made of it, float32 [3, H, W], on the CPU.
         maps: output of each stage [C, h, w].
         pooled: mean of the tokens after the final norm [C].
         logits: [num_classes], None for a network without trained heads.
     """
 
     path: Path
+    x: Tensor
     maps: list[Tensor]
     pooled: Tensor
     logits: Tensor | None
 
-    def save(self, folder: Path | None, preprocessing: Preprocessing, metadata: dict[str, str]) -> tuple[Path, Path]:
-        """Write `IMAGE.features.safetensors` and `IMAGE.features.png` into `folder`, or beside the image.
+    def save(
+        self, place: Path, preprocessing: Preprocessing, metadata: dict[str, str], label: str | None
+    ) -> tuple[Path, Path]:
+        """Write `PLACE.features.safetensors` and `PLACE.features.png`, both or none.
 
-        The tensors are float32 and named stage1 to stage4, pooled and logits; existing files are replaced.
+        The tensors are float32 and named stage1 to stage4, pooled and logits. Existing files are replaced, missing
+        folders made. The label stands below the picture.
 
         Raises:
             OSError: where they cannot be written.
         """
-        stem = (folder or self.path.parent) / self.path.name
-        features, picture = Path(f"{stem}.features.safetensors"), Path(f"{stem}{PICTURE_SUFFIX}")
+        features, picture = Path(f"{place}.features.safetensors"), Path(f"{place}{PICTURE_SUFFIX}")
         tensors = {f"stage{index}": feature for index, feature in enumerate(self.maps, 1)} | {"pooled": self.pooled}
         if self.logits is not None:
             tensors["logits"] = self.logits
         tensors = {name: tensor.float().contiguous().cpu() for name, tensor in tensors.items()}
-        try:
-            safetensors.torch.save_file(tensors, features, {"image": self.path.name, **metadata})
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{features} cannot be written: {error}") from error
-        cropped = preprocessing.crop(open_image(self.path))
-        draw_features(cropped, [feature.float() for feature in self.maps]).save(picture)
+        drawn, image = io.BytesIO(), preprocessing.picture(self.x)
+        draw_features(image, [feature.float() for feature in self.maps], label).save(drawn, "PNG")
+        write_together({features: safetensors.torch.save(tensors, metadata), picture: drawn.getvalue()})
         return features, picture
 
 
@@ -72,5 +75,5 @@ def extract(
         tokens, maps = network.forward_intermediates(batch.to(weight.device, weight.dtype))
         pooled = network.forward_head(tokens, pre_logits=True)
         logits = network.logits(pooled) if has_head else [None] * len(pooled)
-        of_images = zip(indices, zip(*maps, strict=True), pooled, logits, strict=True)
-        yield [ImageFeatures(paths[index], list(maps), *others) for index, maps, *others in of_images], failures
+        of_images = zip(indices, batch, zip(*maps, strict=True), pooled, logits, strict=True)
+        yield [ImageFeatures(paths[index], x, list(maps), *others) for index, x, maps, *others in of_images], failures

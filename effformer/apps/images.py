@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import stat
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +26,11 @@ if TYPE_CHECKING:
 
 # `effformer run` writes these; they must not be inputs of the next run.
 PICTURE_SUFFIX = ".features.png"
+# A JPEG file is decoded at a fraction of its size that leaves at least so many times the resized image's sides. Crops
+# then differ from those of the whole image by some levels of 255 at sharp edges, and by a fraction of one on average.
+REDUCING_GAP = 4
+LABEL_HEIGHT = 30  # of the line below a picture of feature maps
+WIDEST = 16  # a resized image has at most so many times the crop's pixels; of a longer strip only the crop is made
 
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"
@@ -92,19 +101,54 @@ class Preprocessing:
 
     def crop(self, image: Image.Image) -> Image.Image:
         """An RGB image, resized and cropped around its centre to `size`, as timm's evaluation does."""
+        return self._crop(image, image.size, (0, 0, *image.size))
+
+    def _crop(
+        self, image: Image.Image, whole: tuple[int, int], within: tuple[float, float, float, float]
+    ) -> Image.Image:
+        """The crop of a whole image of this (width, height), which was decoded into the box `within` of `image`."""
         from PIL.Image import Resampling
 
+        (height, width), resampling = self.size, Resampling[self.interpolation.upper()]
+        least = self._least()
+        ratio = min(whole[1] / least[0], whole[0] / least[1])
+        resized = (round(whole[0] / ratio), round(whole[1] / ratio))
+        left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
+        box = (left, top, left + width, top + height)
+        if math.prod(resized) <= WIDEST * width * height:
+            return image.resize(resized, resampling, box=within).crop(box)
+        # A strip of 1 x 60,000 would become one of 235 x 14,100,000. Rounding differs: a box has single precision.
+        across, down = (within[2] - within[0]) / resized[0], (within[3] - within[1]) / resized[1]
+        right, bottom = within[0] + box[2] * across, within[1] + box[3] * down
+        source = (within[0] + left * across, within[1] + top * down, min(right, within[2]), min(bottom, within[3]))
+        return image.resize((width, height), resampling, box=source)
+
+    def _least(self) -> tuple[int, int]:
+        """The least (height, width) of the resized image, whose centre is cropped."""
         height, width = self.size
-        target = [math.floor(side / self.crop_pct) for side in (height, width)]
-        ratio = min(image.height / target[0], image.width / target[1])
-        resized = (round(image.width / ratio), round(image.height / ratio))
-        image = image.resize(resized, Resampling[self.interpolation.upper()])
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-        return image.crop((left, top, left + width, top + height))
+        return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
+
+    def read(self, path: Path) -> Image.Image:
+        """The crop of an image file; of a large JPEG file, decoded at a fraction of its size.
+
+        Raises:
+            OSError: as `open_image`, and for an image that does not fit into memory.
+        """
+        with _as_os_error():
+            image, whole, within = _open(path, REDUCING_GAP * max(self._least()))
+            return self.crop(image) if image.size == whole else self._crop(image, whole, within)
 
     def normalise(self, image: Image.Image) -> Tensor:
         """An RGB image of `size` as a network's input, float32 [3, H, W]."""
         return self._batch(image.tobytes())[0]
+
+    def picture(self, x: Tensor) -> Image.Image:
+        """The RGB image that `normalise` made float32 [3, H, W] of."""
+        from PIL import Image
+
+        levels = (x.cpu() * x.new_tensor(self.std)[:, None, None] + x.new_tensor(self.mean)[:, None, None]) * 255
+        pixels = levels.round().to(torch.uint8).permute(1, 2, 0).contiguous()
+        return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(pixels.flatten().tolist()))
 
     def _batch(self, *crops: bytes) -> Tensor:
         """Crops' RGB pixels as a network's input, float32 [B, 3, H, W]."""
@@ -118,45 +162,129 @@ class Preprocessing:
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as they are; of folders, all files below them with an image's suffix, sorted, without our own pictures.
+    """Files as they are; of folders, the images below them, sorted.
+
+    These are all entries with an image's suffix, also those that cannot be read. Not among them are our own pictures,
+    and hidden files and folders (see `is_hidden`). A folder that cannot be listed stands for itself.
 
     Raises:
         FileNotFoundError: for a path that does not exist.
     """
-    found: dict[Path, None] = {}
-    for path in map(Path, paths):
+    return list(find_places(paths))
+
+
+def find_places(paths: Iterable[str | Path]) -> dict[Path, Path]:
+    """The files of `find_images`, each with its place in a copy of the tree.
+
+    The place of a file that `paths` names is its name. In a folder it is the path from there; if `paths` are several,
+    the folder's name stands before it.
+
+    Raises:
+        FileNotFoundError: as `find_images`.
+    """
+    named = list(dict.fromkeys(map(Path, paths)))
+    found: dict[Path, Path] = {}
+    for path in named:
         if path.is_dir():
-            below = (file for file in sorted(path.rglob("*")) if not file.name.endswith(PICTURE_SUFFIX))
-            found |= {file: None for file in below if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()}
-        elif path.exists():
-            found[path] = None
+            top = Path(path.resolve().name if len(named) > 1 else "")
+            for file in filter(is_image, files_below(path)):
+                found.setdefault(file, top / file.relative_to(path))
+        elif os.path.lexists(path):
+            found.setdefault(path, Path(path.name))
         else:
             raise FileNotFoundError(f"no such file or folder: {path}")
-    return list(found)
+    return found
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file or folder that `files_below` found counts as an image."""
+    return path.is_dir() or (path.suffix.lower() in IMAGE_SUFFIXES and not path.name.endswith(PICTURE_SUFFIX))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder holds what systems keep beside images: copies of Jupyter, attributes of macOS, .git."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """The files below a folder, sorted, without hidden ones; links are followed, but not in circles.
+
+    A folder that cannot be listed is a result itself.
+    """
+    real = folder.resolve()
+    if real in above:
+        return
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        yield folder
+        return
+    for path in (folder / name for name in names if not is_hidden(name)):
+        if os.path.isdir(path):
+            yield from files_below(path, (*above, real))
+        else:
+            yield path
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Turn an image's failure into an OSError of one line: decoders raise many types on damaged files."""
+    from PIL import UnidentifiedImageError
+
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise OSError("not an image") from None
+    except OSError as error:
+        raise OSError(error.strerror or " ".join(str(error).split())) from error
+    except MemoryError:
+        raise OSError("it does not fit into memory") from None
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def open_image(path: Path) -> Image.Image:
     """The image in a file (its first frame), upright, as RGB; 16-bit grey is scaled to 8 bits.
 
     Raises:
-        OSError: where it cannot be read, is damaged, or has 32-bit pixels, whose range is not defined.
+        OSError: where it cannot be read, is damaged, is no regular file (reading a pipe would wait), has more pixels
+            than Pillow allows, or has 32-bit pixels, whose range is not defined.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    return _open(path)[0]
 
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):
-                image = image.point(lambda value: value * (1 / 257)).convert("L")
+
+def _open(
+    path: Path, least: int | None = None
+) -> tuple[Image.Image, tuple[int, int], tuple[float, float, float, float]]:
+    """`open_image`, the (width, height) of the whole image, and the box that holds it.
+
+    With `least`, a JPEG file is decoded at 1/2, 1/4 or 1/8 of its size, if both sides keep so many pixels. Its last
+    column and row may then be fractions of pixels; they lie where turning the image puts them.
+    """
+    from PIL import ExifTags, Image, ImageOps
+
+    with _as_os_error(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at half of the pixels that are allowed
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(f"no regular file, but {'a folder' if path.is_dir() else 'a pipe, a socket or a device'}")
+        with Image.open(path) as image:
+            stored = image.size
+            if least is not None:
+                image.draft(None, (least, least))
+            image.load()
+            reduction = round(stored[0] / image.width)
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            ImageOps.exif_transpose(image, in_place=True)
+            whole = stored[::-1] if orientation in (5, 6, 7, 8) else stored
+            width, height = whole[0] / reduction, whole[1] / reduction
+            left = image.width - width if orientation in (2, 3, 6, 7) else 0
+            top = image.height - height if orientation in (3, 4, 7, 8) else 0
             if image.mode in ("I", "F"):
                 raise OSError(f"32-bit pixels (mode {image.mode}) have no defined range")
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise OSError("not an image") from None
-    except OSError:
-        raise
-    except Exception as error:  # decoders raise many types on damaged files
-        raise OSError(f"{type(error).__name__}: {error}") from error
+            if image.mode.startswith("I;16"):
+                image = image.point(lambda value: value * (1 / 257)).convert("L")  # type: ignore[assignment]
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            return rgb, whole, (left, top, left + width, top + height)
 
 
 def _crops(preprocessing: Preprocessing, paths: Iterable[Path]) -> list[bytes | str]:
@@ -164,7 +292,7 @@ def _crops(preprocessing: Preprocessing, paths: Iterable[Path]) -> list[bytes | 
     crops: list[bytes | str] = []
     for path in paths:
         try:
-            crops.append(preprocessing.crop(open_image(path)).tobytes())
+            crops.append(preprocessing.read(path).tobytes())
         except OSError as error:
             crops.append(str(error))
     return crops
@@ -195,21 +323,38 @@ def read_batches(
         yield list(crops), preprocessing._batch(*crops.values()) if crops else None, failures
 
 
-def draw_features(image: Image.Image, maps: Sequence[Tensor]) -> Image.Image:
-    """The input and each stage's map [C, h, w] in a row: the map's three principal components as red, green, blue."""
-    from PIL import Image, ImageDraw
+def draw_features(image: Image.Image, maps: Sequence[Tensor], label: str | None = None) -> Image.Image:
+    """The input and each stage's map [C, h, w] in a row: the map's three principal components as red, green, blue.
 
-    side, margin = max(224, image.height), 18
+    Each has a title above it. The label stands in a line below, shortened if it is wider than the picture.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    side, margin, gap, font = max(224, image.height), 18, 4, ImageFont.load_default(12)
     width = round(image.width * side / image.height)
     panels = [(f"input {image.height}x{image.width}", image)]
     panels += [(f"stage {i}: {m.shape[0]}x{m.shape[1]}x{m.shape[2]}", _principal(m)) for i, m in enumerate(maps, 1)]
-    picture = Image.new("RGB", (len(panels) * (width + 4) - 4, side + margin), "white")
+    column = max(width, *(math.ceil(font.getlength(title)) + 2 * gap for title, _ in panels))
+    total = len(panels) * (column + gap) - gap
+    picture = Image.new("RGB", (total, side + margin + (LABEL_HEIGHT if label else 0)), "white")
     draw = ImageDraw.Draw(picture)
     for position, (title, panel) in enumerate(panels):
-        left = position * (width + 4)
+        left = position * (column + gap)
         picture.paste(panel.resize((width, side), Image.Resampling.NEAREST), (left, margin))
-        draw.text((left + 2, 3), title, fill="black")
+        draw.text((left + 2, margin - gap), title, fill="black", font=font, anchor="ls")
+    if label:
+        font = ImageFont.load_default(18)
+        shown = _fitting(label, lambda text: font.getlength(text) <= total - 2 * gap)
+        draw.text((gap, side + margin + LABEL_HEIGHT // 2), shown, fill="black", font=font, anchor="lm")
     return picture
+
+
+def _fitting(text: str, fits: Callable[[str], bool]) -> str:
+    """The text, or as much of its beginning as fits, in ASCII: Pillow's font has no other letters."""
+    plain = unicodedata.normalize("NFKD", text)
+    text = "".join(letter for letter in plain if not unicodedata.combining(letter)).encode("ascii", "replace").decode()
+    shorter = (f"{text[:end].rstrip()}..." for end in range(len(text), 0, -1))
+    return text if fits(text) else next(filter(fits, shorter), "...")
 
 
 def _principal(feature: Tensor) -> Image.Image:

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .download import HubError, download
+
 # timm's conversions of the original ImageNet-1k weights.
 PRETRAINED = {f"efficientformer_{size}": f"timm/efficientformer_{size}.snap_dist_in1k" for size in ("l1", "l3", "l7")}
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -15,32 +17,38 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt")
 _HUB_ID = re.compile(r"(?:hf[-_]hub:)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
-def locate(checkpoint: str | Path, **download: Any) -> Path:
+def locate(checkpoint: str | Path, **keywords: Any) -> Path:
     """The weight file of a checkpoint, downloaded if need be.
 
     Args:
         checkpoint: a weight file; a folder with one of `WEIGHT_FILES`; or a hub id "owner/name" or
             "owner/name@revision", with or without timm's "hf-hub:" before it. Existing paths come first.
-        **download: keywords of `hf_hub_download`, such as revision, token or cache_dir.
+        **keywords: of `hf_hub_download`, such as revision, token or cache_dir.
 
     Raises:
         FileNotFoundError: for a path that does not exist, a folder or repository without weights.
         ImportError: for a hub id without huggingface_hub.
-        OSError: where the hub cannot be reached.
+        HubError: (a ConnectionError) where the hub cannot be reached or refuses, and the cache has no such file.
         ValueError: for a name that the hub would not allow.
     """
     if Path(checkpoint).is_file():
         return Path(checkpoint)
+    failure = None
     for name in WEIGHT_FILES:
-        if (path := _fetch(checkpoint, name, download)) is not None:
-            return path
+        try:
+            if (path := _fetch(checkpoint, name, keywords)) is not None:
+                return path
+        except HubError as error:  # the cache may hold the other one
+            failure, keywords = failure or error, keywords | {"local_files_only": True}
+    if failure is not None:
+        raise failure
     raise FileNotFoundError(f"checkpoint: {checkpoint} has none of {', '.join(WEIGHT_FILES)}")
 
 
-def read_config(checkpoint: str | Path, **download: Any) -> dict[str, Any]:
+def read_config(checkpoint: str | Path, **keywords: Any) -> dict[str, Any]:
     """The `config.json` of a checkpoint's folder or repository, timm's or `config_file`'s; {} without one.
 
-    Of a file named as in `WEIGHT_FILES`, its folder is looked at. `download` is as for `locate`.
+    Of a file named as in `WEIGHT_FILES`, its folder is looked at. `keywords` are as for `locate`.
 
     Raises:
         ValueError: where it is not a JSON object.
@@ -51,10 +59,10 @@ def read_config(checkpoint: str | Path, **download: Any) -> dict[str, Any]:
         if checkpoint.name not in WEIGHT_FILES:
             return {}
         checkpoint = checkpoint.absolute().parent
-    if (path := _fetch(checkpoint, "config.json", download)) is None:
+    if (path := _fetch(checkpoint, "config.json", keywords)) is None:
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())  # UTF-8 or UTF-16, also with a byte order mark
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -70,7 +78,7 @@ def read_config_if_there(checkpoint: str | Path) -> dict[str, Any]:
         return {}
 
 
-def _fetch(checkpoint: str | Path, name: str, download: dict[str, Any]) -> Path | None:
+def _fetch(checkpoint: str | Path, name: str, keywords: dict[str, Any]) -> Path | None:
     """File `name` of a folder or hub repository, None where that has no such file."""
     folder = Path(checkpoint)
     if folder.is_dir():
@@ -78,14 +86,4 @@ def _fetch(checkpoint: str | Path, name: str, download: dict[str, Any]) -> Path 
     match = _HUB_ID.fullmatch(str(checkpoint))
     if match is None or folder.suffix in _WEIGHT_SUFFIXES:
         raise FileNotFoundError(f"checkpoint: {checkpoint} is not a file, a folder or a hub id (owner/name)")
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise ImportError(f"checkpoint: {checkpoint} is a hub id: install effformer[hub] to download it") from error
-    try:
-        return Path(huggingface_hub.hf_hub_download(match["repo"], name, **{"revision": match["revision"], **download}))
-    except LocalEntryNotFoundError:  # neither cached nor reachable
-        raise
-    except EntryNotFoundError:
-        return None
+    return download(match["repo"], name, **{"revision": match["revision"], **keywords})

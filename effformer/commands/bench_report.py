@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import write_whole
 from . import common
 from .bench import say_missing
 
@@ -75,7 +76,7 @@ def _write_reports(found: list[ResultsFolder], output: Path | None) -> None:
             pictures = draw(results, folder)
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / "README.md"
-        target.write_text(report(results, pictures), encoding="utf-8")
+        write_whole(target, report(results, pictures))
         print(f"written: {target}, {len(pictures)} pictures")
 
 
@@ -90,6 +91,6 @@ def _readme(path: Path, found: list[ResultsFolder], *, check: bool) -> int:
     if check:
         print(f"effformer: {path} differs from the results: effformer bench report --readme {path}", file=sys.stderr)
         return 1
-    path.write_text(wanted, encoding="utf-8")
+    write_whole(path, wanted)
     print(f"written: {path}")
     return 0

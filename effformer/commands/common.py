@@ -6,6 +6,7 @@ Nothing here imports torch before it is needed: `--help` and `--version` answer 
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..config import PRESETS
+from ..extras import install
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,11 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Type: TypeAlias = Callable[[str], str]
 DTYPES = {"float32": ("fp32", "float"), "bfloat16": ("bf16",), "float16": ("fp16", "half")}  # name -> short names
 LEAST_SIDE = 32  # of images: one pixel of the last feature map
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip  # in this order: the mark of UTF-32 begins with that of UTF-16
+_SHOWN = 8  # keys of a checkpoint in a line
 RESUMES = "finished measurements are kept, the same command goes on"  # said after Ctrl-C
 
 
@@ -69,9 +76,15 @@ def add_size(parser: argparse.ArgumentParser) -> None:
 
 
 def add_network(parser: argparse.ArgumentParser, checkpoint: str, default: str | None = None) -> None:
-    """Add --model and --checkpoint, which `checkpoint` describes and which is required without a default."""
+    """Add --model, --which, and --checkpoint, which `checkpoint` describes and which is required without a default."""
     parser.add_argument("--model", type=model, help="l1, l3 or l7; default: the checkpoint's, or l1")
     parser.add_argument("--checkpoint", default=default, required=default is None, metavar="WEIGHTS", help=checkpoint)
+    add_which(parser)
+
+
+def add_which(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--which", metavar="NAME", help="the weights to take from a file with several, by entry or "
+                        "prefix: model, model_ema, teacher; default: averaged ones, else the first")  # fmt: skip
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
@@ -173,17 +186,45 @@ def print_json(facts: dict[str, Any]) -> None:
 def report_failures(failures: Mapping[Path, str], total: int) -> int:
     """Print the reason of each image that failed, of `total`; returns the exit status."""
     for path, reason in failures.items():
-        print(f"effformer: {path}: {reason}", file=sys.stderr)
+        print(f"effformer: {printable(path)}: {printable(reason)}", file=sys.stderr)
     if failures:
         print(f"effformer: {len(failures)} of {total} images failed", file=sys.stderr)
     return 1 if failures else 0
 
 
+def printable(text: str | Path) -> str:
+    """A name as one line of text: control characters, and bytes of a file's name that are no UTF-8, become escapes."""
+
+    def escaped(character: str) -> str:
+        byte = ord(character) - 0xDC00  # as Python decodes it
+        return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else ascii(character)[1:-1]
+
+    return "".join(each if each.isprintable() else escaped(each) for each in str(text))
+
+
 def read_lines(option: str, path: Path) -> list[str]:
+    """The lines of a text file: UTF-8, or UTF-16 or UTF-32 with a byte order mark, with line ends of any system.
+
+    Raises:
+        OSError: where the file cannot be read.
+        ValueError: naming `option`, for other content.
+    """
+    content = path.read_bytes()
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{option}: {path} is not UTF-8 text ({error})") from error
+        raise ValueError(f"{option}: {path} is not {encoding.upper()} text ({error}): save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"{option}: {path} holds NUL, as UTF-16 without a byte order mark does: save it as UTF-8")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def without_blank_end(lines: list[str], count: int) -> list[str]:
+    """Lines of which `count` are wanted, without blank ones at the end that are too many."""
+    blank = next((number for number, line in enumerate(reversed(lines)) if line.strip()), len(lines))
+    return lines[: max(count, len(lines) - blank)]
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
@@ -228,9 +269,13 @@ def execute_on_cpu() -> None:
 
 
 def load_network(
-    name: str | None, checkpoint: str, backend: str, say: Callable[[str], object] = print
+    name: str | None,
+    checkpoint: str,
+    backend: str,
+    say: Callable[[str], object] = print,
+    which: str | None = None,
 ) -> tuple[EfficientFormer, str, dict[str, Any], str]:
-    """Build the network of --model and --checkpoint, and load its weights.
+    """Build the network of --model and --checkpoint, and load its weights (`which`, if there are several).
 
     Returns:
         the network, its name, the checkpoint's `config.json`, and the source of the weights: "none" if random.
@@ -241,6 +286,8 @@ def load_network(
     from ..checkpoints.load import load_checkpoint, network_of
     from ..factory import create_model
 
+    if which is not None and checkpoint in ("auto", "none", "pretrained"):
+        raise ValueError(f"--which: got {which!r} with --checkpoint {checkpoint}, allowed is a file of your own")
     torch.manual_seed(0)
     path, fallback = None, name or "efficientformer_l1"
     source = hub.PRETRAINED[fallback] if checkpoint in ("auto", "pretrained") else checkpoint
@@ -261,16 +308,18 @@ def load_network(
     except OSError:
         say("its config.json cannot be read: images are prepared as for the published weights")
         hub_config = {}
-    found, keywords = network_of(source)
+    found, keywords = network_of(source, which)
     network = create_model(found, backend=backend, **keywords)
     found = config_file.name_of(network.config)
     if name not in (None, found):
         raise ValueError(f"--model: got {name}, allowed is {found} with this checkpoint")
-    report = load_checkpoint(network, path)
-    say(f"loaded:   {path} ({report.format})")
-    for part in ("ignored", "reinitialised", "cast"):
+    report = load_checkpoint(network, path, which=which)
+    taken = "".join(f", {part}" for part in (report.container, report.prefix) if part)
+    say(f"loaded:   {path} ({report.format}{taken})")
+    for part in ("ignored", "reinitialised", "cast", "recomputed", "others"):
         if entries := getattr(report, part):
-            say(f"  {part}: {', '.join(entries)}")
+            more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
+            say(f"  {part}: {', '.join(entries[:_SHOWN])}{more}")
     say(f"model:    {found}, weights: {source}")
     return network, found, hub_config, source
 
@@ -290,12 +339,14 @@ def load_for_images(
         import PIL  # noqa: F401
         import tqdm  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"{error}: install effformer's extra 'image' to read images") from error
+        raise ImportError(f"{error}; to read images: {install('image')}") from error
     from ..apps.images import Preprocessing
     from ..apps.info import devices
 
     device = torch_device(arguments.device)
-    network, name, hub_config, weights = load_network(arguments.model, arguments.checkpoint, backend, say)
+    network, name, hub_config, weights = load_network(
+        arguments.model, arguments.checkpoint, backend, say, arguments.which
+    )
     prepare = Preprocessing.from_config(hub_config)
     prepare = replace(prepare, size=arguments.size or prepare.size)
     (height, width), described = prepare.size, devices()[str(device)]

@@ -1,10 +1,13 @@
 """Compute features of images.
 
 Run a network on images. Print the four feature maps, the pooled feature and (with trained weights) the
-five likeliest classes of one image, or a line for each of several. Write beside each image
+five likeliest classes of one image, or a line for each of several. Files are written only with
+--output FOLDER, which mirrors the tree of a folder of images, or with --beside:
   IMAGE.features.safetensors   stage1..stage4 [C, h, w], pooled [C], logits (with trained weights)
-  IMAGE.features.png           the input, and the maps' three principal components as colours
-An image that cannot be read is reported, the others are used, and the exit status is 1.
+  IMAGE.features.png           the input, the maps' three principal components as colours, and the
+                               likeliest class (with trained weights)
+Hidden files and folders are no images. An image that cannot be read is reported, the others are used,
+and the exit status is 1.
 
 For example:
   effformer run photo.jpg
@@ -14,7 +17,7 @@ For example:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +40,11 @@ def add(commands: common.Commands) -> None:
     common.add_images(parser)
     option("--backend", type=common.one_of("backend", "BACKENDS"), default="auto", help="of the fused "
            "operations: auto, eager or triton; default: %(default)s")  # fmt: skip
-    option("--output", type=Path, metavar="FOLDER", help="write there instead of beside the images")
-    option("--labels", type=Path, metavar="FILE", help="class names for the top 5, one a line")
+    written = parser.add_mutually_exclusive_group()
+    written.add_argument("--output", type=Path, metavar="FOLDER", help="write the features and their pictures there; "
+                         "with several PATHs, those of a folder below its name")  # fmt: skip
+    written.add_argument("--beside", action="store_true", help="write them beside each image")
+    option("--labels", type=Path, metavar="FILE", help="class names, one a line, in the order of the network's classes")
     common.add_json(parser)
 
 
@@ -46,25 +52,24 @@ def main(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..apps.extract import extract
-    from ..apps.images import find_images, open_image
+    from ..apps.images import find_places
     from ..apps.info import describe_backend
     from ..bench.measure.timing import measure
 
-    paths = find_images(arguments.paths)
+    places = find_places(arguments.paths)
+    paths = list(places)
     if not paths:
         raise FileNotFoundError(f"no image below {', '.join(map(str, arguments.paths))}")
     labels = None if arguments.labels is None else common.read_lines("--labels", arguments.labels)
-    if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        names: dict[str, Path] = {}
-        for path in paths:
-            if (other := names.setdefault(path.name, path)) is not path:
-                raise ValueError(f"--output: {other} and {path} would be written to the same file")
+    targets = _targets(places, arguments.output, beside=arguments.beside)
+    if targets is None:
+        arguments.kept = "nothing was written"
 
     say = common.printer(arguments.json)
     network, preprocessing, facts = common.load_for_images(arguments, arguments.backend, say)
     from tqdm import tqdm
 
+    labels = None if labels is None else common.without_blank_end(labels, network.num_classes)
     if labels is not None and len(labels) != network.num_classes:
         raise ValueError(f"--labels: got {len(labels)} lines, allowed are the network's {network.num_classes} classes")
     has_head = facts["weights"] != "none" and network.num_classes > 0
@@ -80,22 +85,27 @@ def main(arguments: argparse.Namespace) -> int:
         for batch, unread in extract(network, paths, preprocessing, size, has_head=has_head):
             failures |= unread
             for features in batch:
-                try:
-                    written = features.save(arguments.output, preprocessing, metadata)
-                except OSError as error:
-                    failures[features.path] = str(error)
-                    continue
-                last = features.path
+                facts_of_image = _facts(features, labels)
+                written: tuple[Path, ...] = ()
+                if targets is not None:
+                    own = {"image": common.printable(features.path.name), **metadata}
+                    label = _label(facts_of_image["top5"], named=labels is not None)
+                    try:
+                        written = features.save(targets[features.path], preprocessing, own, label)
+                    except OSError as error:
+                        failures[features.path] = str(error)
+                        continue
+                last = features.x
                 if arguments.json:
-                    images.append(_facts(features, labels) | {"written": written})
+                    images.append(facts_of_image | {"written": written})
                     continue
-                tqdm.write(_describe(features, labels, whole=alone))
-                if alone:
-                    tqdm.write("written:  " + ", ".join(map(str, written)))
+                tqdm.write(_describe(features, facts_of_image["top5"], whole=alone))
+                if alone and written:
+                    tqdm.write("written:  " + ", ".join(map(common.printable, written)))
             bar.update(len(batch) + len(unread))
 
     if last is not None:
-        x = preprocessing(open_image(last)).to(device, network.stem.conv1.weight.dtype).expand(size, -1, -1, -1)
+        x = last.to(device, network.stem.conv1.weight.dtype).expand(size, -1, -1, -1)
         timing = measure(torch.no_grad()(lambda: network(x)), device)
         facts |= {"forward_ms_per_image": timing.p50 / size, "batch_size": size}
         say(
@@ -108,13 +118,35 @@ def main(arguments: argparse.Namespace) -> int:
     return common.report_failures(failures, len(paths))
 
 
-def _describe(features: ImageFeatures, labels: Sequence[str] | None, *, whole: bool) -> str:
+def _targets(places: Mapping[Path, Path], output: Path | None, *, beside: bool) -> dict[Path, Path] | None:
+    """For each image the path that its files' names begin with; None if nothing is to be written."""
+    if output is None:
+        return {path: path for path in places} if beside else None
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"--output: got {output}, which is a file; allowed is a folder, existing or new")
+    first: dict[Path, Path] = {}
+    for path, place in places.items():
+        if (other := first.setdefault(place, path)) is not path:
+            raise ValueError(f"--output: {other} and {path} would be written to the same file")
+    output.mkdir(parents=True, exist_ok=True)
+    return {path: output / place for path, place in places.items()}
+
+
+def _label(top5: Sequence[dict[str, Any]], *, named: bool) -> str | None:
+    """The likeliest class, for a picture."""
+    if not top5:
+        return None
+    name = f": {top5[0]['name']}" if named else ""
+    return f"class {top5[0]['class']}{name}  {top5[0]['probability']:.1%}"
+
+
+def _describe(features: ImageFeatures, top5: Sequence[dict[str, Any]], *, whole: bool) -> str:
     """One line for an image among many, or all lines for a single one."""
-    likeliest = [f"{one['probability']:6.2%}  {one['name']}" for one in _top5(features.logits, labels)]
-    norm = features.pooled.float().norm()
+    likeliest = [f"{one['probability']:6.2%}  {one['name']}" for one in top5]
+    norm, path = features.pooled.float().norm(), common.printable(features.path)
     if not whole:
-        return "  ".join([str(features.path), f"pooled norm {norm:.4g}", *likeliest[:1]])
-    lines = [f"image:    {features.path}"]
+        return "  ".join([path, f"pooled norm {norm:.4g}", *likeliest[:1]])
+    lines = [f"image:    {path}"]
     for index, feature in enumerate(features.maps, 1):
         shape, values = "x".join(map(str, feature.shape)), feature.float()
         lines.append(f"stage {index}:  {shape:<12}mean {values.mean():+.4f}  std {values.std():.4f}")
