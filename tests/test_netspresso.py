@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections import UserDict, UserList
@@ -103,9 +104,14 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return package.MODEL_BACKBONE_DICT
 
 
+def register(name: str = "efficientformer") -> None:
+    with pytest.warns(UserWarning, match="use one GPU"):  # the stand-in has no launcher, see test_netspresso_train.py
+        effformer.netspresso.register(name)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_configuration_trains(task: str, registry: dict[str, Any]) -> None:
-    effformer.netspresso.register()
+    register()
     model = TaskModel(registry, configuration(task)).train()
     frozen = task == "segmentation"
     assert all(p.requires_grad != frozen for p in model.backbone.parameters())
@@ -135,7 +141,7 @@ def test_a_configuration_trains(task: str, registry: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_trainers_weights_load_into_its_model_with_ours(task: str, registry: dict[str, Any]) -> None:
-    effformer.netspresso.register("ours")
+    register("ours")
     assert registry["efficientformer"] is None
     conf = configuration(task)
     conf["architecture"]["backbone"]["name"] = "ours"
@@ -168,7 +174,17 @@ def test_nodes_that_are_no_dicts_and_no_lists() -> None:
     assert effformer.netspresso.efficientformer("detection", node).network.config.widths == (48, 96, 224, 448)
 
 
-def test_without_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_trainer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "netspresso_trainer", None)
     with pytest.raises(ImportError, match="NetsPresso Trainer is not installed: pip install netspresso-trainer"):
+        effformer.netspresso.register()
+    assert effformer.netspresso.main(["train"]) == 1
+    assert capsys.readouterr().err.endswith("NetsPresso Trainer is not installed: pip install netspresso-trainer\n")
+    # Installed, without a library that it needs.
+    broken = types.ModuleType("netspresso_trainer.models.registry")
+    broken.__dict__["__getattr__"] = lambda name: importlib.import_module("no_such_library")
+    for name in ("netspresso_trainer", "netspresso_trainer.models"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, broken.__name__, broken)
+    with pytest.raises(ImportError, match="no_such_library"):
         effformer.netspresso.register()

@@ -1,0 +1,1 @@
+SUPPORTING_TASK_LIST = ["classification", "segmentation", "detection", "pose_estimation"]

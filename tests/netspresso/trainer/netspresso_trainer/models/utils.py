@@ -1,0 +1,5 @@
+from typing import Any
+
+
+def get_model_format(model_conf: Any) -> str:
+    return "torch"
