@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .NOTPARALLEL:
-.PHONY: demo test test-part gpu bench host first-call mutants audit prove planted audit-part triton lint format types clean help
+.PHONY: demo test test-part gpu bench host first-call mutants audit prove planted audit-part triton lint format types docs dist hub-kernels clean help
 
 help:
 	@echo "make demo    features of a photograph, in an environment made for it"
@@ -20,7 +20,10 @@ help:
 	@echo "make planted faults planted in compiled kernels, each of which must be seen (ten minutes)"
 	@echo "make audit-part TRITON=3.9.0   a part of the audit with another Triton (20 minutes)"
 	@echo "make test-part TRITON=3.9.0    the kernels' tests with another Triton (three to seven minutes)"
-	@echo "make lint    ruff: style and format"
+	@echo "make docs    the documentation as a site in build/site"
+	@echo "make dist    source distribution and wheel in dist/, checked"
+	@echo "make hub-kernels   the kernels in the layout of Hugging Face's kernels hub, in hub-kernels/, which make clean keeps"
+	@echo "make lint    style and format; schemas of workflows and citation"
 	@echo "make types   mypy, on the package as it is installed"
 	@echo "make format  let ruff fix what it can"
 	@echo "make clean   remove the environment and everything made"
@@ -36,10 +39,15 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
 	touch $@
 
+$(VENV)/docs.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[docs]'
+	touch $@
+
 demo: $(VENV)/demo.stamp
 	mkdir -p demo
 	$(BIN)/python -c "from skimage import data, io; io.imsave('demo/astronaut.png', data.astronaut())"
-	$(BIN)/effformer run demo/astronaut.png
+	$(BIN)/effformer run demo/astronaut.png --beside
 
 # On a CPU, also where there is a GPU: `make gpu` is for that. The interpreter multiplies by NumPy: the workers, one for
 # each core, would wait for each other's threads (a network took 41 s instead of 16).
@@ -103,6 +111,9 @@ audit-part: triton
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/zizmor --quiet --offline --strict-collection .github
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
@@ -114,5 +125,18 @@ types: $(VENV)/dev.stamp
 	$(PIP) --no-deps --no-build-isolation --target build/types .
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p effformer
 
+# Strict: a link that leads nowhere or a docstring of other arguments than the function's fails.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# An old list of sources would let files in that no longer belong there.
+dist: $(VENV)/dev.stamp
+	rm -rf dist *.egg-info
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+hub-kernels: $(VENV)/dev.stamp
+	$(BIN)/python -m effformer.bench.release.hub_kernels --out $@
+
 clean:
-	rm -rf $(VENV) build demo *.egg-info
+	rm -rf $(VENV) build demo dist *.egg-info

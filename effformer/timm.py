@@ -11,6 +11,7 @@ from typing import Any
 
 from .checkpoints import hub
 from .checkpoints.formats import normalise
+from .extras import install
 from .factory import create_model, pretrained_cfg
 from .model.network import EfficientFormer
 
@@ -18,7 +19,7 @@ try:  # absolute: timm itself
     from timm.layers.config import is_scriptable
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 except ImportError as error:
-    raise ImportError("effformer.timm: no timm, or too old a one: install effformer[timm]") from error
+    raise ImportError(f"effformer.timm: no timm, or too old a one: {install('timm')}") from error
 
 
 default_cfgs = generate_default_cfgs(

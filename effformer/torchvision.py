@@ -6,10 +6,13 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .extras import install
 from .features import Features
 from .model.adapter import AdapterSpec
 from .model.fusion import refuse_hooks
@@ -17,7 +20,7 @@ from .model.fusion import refuse_hooks
 try:  # absolute: torchvision itself
     from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
 except ImportError as error:
-    raise ImportError("effformer.torchvision: no torchvision: install effformer[timm], which brings it") from error
+    raise ImportError(f"effformer.torchvision: no torchvision: {install('timm')}, which brings it") from error
 
 
 class Body(Features):
@@ -70,11 +73,10 @@ class BackboneWithFPN(nn.Module):
         """For `effformer.freeze`: the pyramid is copied, and stays in PyTorch."""
         refuse_hooks(self)
         body, fpn = self.body.describe_for_freeze(dtype), copy.deepcopy(self.fpn).to(dtype).eval()
-        named = body.convert
+        return replace(body, convert=partial(_pyramid, fpn, body.convert), copied=fpn)
 
-        @torch.no_grad()
-        def convert(maps: list[Tensor]) -> OrderedDict[str, Tensor]:
-            found: OrderedDict[str, Tensor] = fpn(named(maps))
-            return found
 
-        return replace(body, convert=convert, copied=fpn)
+@torch.no_grad()
+def _pyramid(fpn: nn.Module, named: Callable[[list[Tensor]], Any], maps: list[Tensor]) -> OrderedDict[str, Tensor]:
+    found: OrderedDict[str, Tensor] = fpn(named(maps))
+    return found

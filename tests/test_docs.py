@@ -29,12 +29,14 @@ import page_runner
 import pytest
 import torch
 
+import effformer
 from effformer import create_model
 from effformer.checkpoints.formats import convert_state_dict
 from effformer.cli import _parser
 from effformer.testing import randomise
 
 ROOT = Path(__file__).parent.parent
+API = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs" / "api").glob("*.md"))]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
 
 # Minutes on a CPU, or nothing to do there.
@@ -126,7 +128,7 @@ def command(line: str, where: str) -> str | None:
             return f"_python({environment!r}, *{arguments!r})"
     elif program == "make":
         names = [argument for argument in arguments if "=" not in argument]
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(names) <= set(targets), f"{where}: {line}"
     elif words[:2] == ["pip", "install"]:
         extras = re.search(r"\[(.*)\]", arguments[-1])
@@ -216,8 +218,16 @@ def test_a_page_that_fails_is_seen(
     assert printed in (tmp_path / "output.txt").read_text()
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *API, "CHANGELOG.md", "CONTRIBUTING.md"])
 def test_links_lead_somewhere(page: str) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def test_every_public_name_is_in_the_api() -> None:
+    """`make docs` fails for a name that does not exist, and here one that is missing does."""
+    pages = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in API)
+    documented = set(re.findall(r"^::: effformer\.(.+)$", pages, re.MULTILINE))
+    adapters = {"timm", "huggingface", "netspresso", "torchvision", "detectron2", "openmm"}
+    assert {*effformer.__all__} - {"__version__"} | adapters <= documented

@@ -1,15 +1,18 @@
-"""The installed files, and the modules that an import loads."""
+"""Public names, the modules that an import loads, and the hints of errors."""
 
 from __future__ import annotations
 
 import ast
+import re
+import shlex
 import subprocess
 import sys
-import zipfile
+import tomllib
 from pathlib import Path
 
 import mutants
-import plain
+
+from effformer import extras
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,42 +71,14 @@ def test_type_checkers_see_the_names_that_are_imported_lazily() -> None:
     assert sorted(imports) == sorted(lazy)
 
 
-def test_wheel_holds_effformer_and_nothing_else(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    source = tmp_path / "source"  # setuptools leaves its build folder behind
-    source.mkdir()
-    for name in ("effformer", "kernels", "bench", "pyproject.toml", "README.md", "LICENSE"):
-        (source / name).symlink_to(ROOT / name)
-    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    target = tmp_path / "installed"
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(target)
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"effformer"}
-    for name in (
-        "effformer/py.typed",
-        "effformer/kernels/__init__.py",
-        "effformer/bench/measure/timing.py",
-        "effformer/kernels/tiling/configurations.json",
-    ):
-        assert name in names
-    plain.lay_out(tmp_path / "copied")  # `make gpu` has no pip: it tests what users get
-    copied = {str(path.relative_to(tmp_path / "copied")) for path in (tmp_path / "copied").rglob("*.*")}
-    assert copied == {name for name in names if name.startswith("effformer/")}
-
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    out = python(
-        f"import sys; sys.path = [{str(target)!r}] + [p for p in sys.path if 'effformer' not in p and p != {str(ROOT)!r}]\n"
-        "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]\n"
-        "sys.modules['triton'] = None\n"  # as where it is not installed
-        "import effformer, effformer.kernels, effformer.bench, importlib.util, torch\n"
-        "effformer.create_model('efficientformer_l1').eval()(torch.zeros(1, 3, 32, 32))\n"
-        "print(effformer.__file__, importlib.util.find_spec('kernels'))",
-        cwd=elsewhere,
-    )
-    assert out == f"{target / 'effformer' / '__init__.py'} None"
+def test_a_hint_installs_what_its_extra_does() -> None:
+    """Hints are commands for people with a wheel or a checkout: the name of an extra alone installs nothing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for extra, requirements in extras._REQUIREMENTS.items():
+        assert list(requirements) == project["optional-dependencies"][extra]
+        assert shlex.split(extras.install(extra)) == ["pip", "install", *requirements]
+    sources = [path for folder in ("effformer", "kernels", "bench") for path in (ROOT / folder).rglob("*.py")]
+    assert not [path for path in sources if re.search(r"install '?effformer", path.read_text(encoding="utf-8"))]
 
 
 def test_the_folder_kernels_does_not_pass_for_the_pypi_package() -> None:
