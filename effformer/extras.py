@@ -7,6 +7,7 @@ _REQUIREMENTS = {
     "export": ("onnx>=1.17", "onnxscript>=0.4", "onnxruntime>=1.20"),
     "hub": ("huggingface_hub>=0.30",),
     "image": ("pillow>=11", "tqdm>=4.60"),
+    "netspresso": ("omegaconf>=2.3",),
     "timm": ("timm>=1.0.16",),
 }
 

@@ -233,7 +233,7 @@ def test_without_omegaconf_an_interpolation_is_refused_where_it_matters(monkeypa
     content["model"]["architecture"]["backbone"]["params"] = NETSPRESSO_L1["params"] | {"vit_num": "${vit}"}
     assert problems(content) == (
         "model.architecture.backbone.params.vit_num: got '${vit}', an interpolation, which needs OmegaConf: "
-        "pip install omegaconf",
+        'pip install "omegaconf>=2.3"',
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..config import ConfigError
+from ..extras import install
 
 try:  # OmegaConf 2.4 takes it where it is there; it allows more tabs than the loader in Python
     from yaml import CSafeLoader as SafeLoader
@@ -83,7 +84,7 @@ def step(container: Any, key: Any, path: str, problems: list[str]) -> Any:
         problems.append(f"{path}: {_MISSING}")
         return ABSENT
     if isinstance(value, str) and "${" in value and not _is_omegaconfs(container):
-        problems.append(f"{path}: got {value!r}, an interpolation, which needs OmegaConf: pip install omegaconf")
+        problems.append(f"{path}: got {value!r}, an interpolation, which needs OmegaConf: {install('netspresso')}")
         return ABSENT
     return value
 
