@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,14 +25,52 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
 
 
+def as_int(value: Any) -> int | None:
+    """`value` as a Python integer, None where it is no integer.
+
+    Integers are Python's, NumPy's, and those in arrays and tensors without dimensions; True and False are not.
+    """
+    if type(value) is int:
+        return value
+    boolean = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if boolean or getattr(value, "ndim", 0) != 0:
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # no integer; a tensor without memory
+        return None
+
+
+def as_number(value: Any) -> int | float | None:
+    """`value` as a Python integer or float, None where it is neither; NumPy's and tensors count as in `as_int`."""
+    if (whole := as_int(value)) is not None:
+        return whole
+    if isinstance(value, float):
+        return float(value)
+    dtype = getattr(value, "dtype", None)
+    floating = getattr(dtype, "kind", "") == "f" or getattr(dtype, "is_floating_point", False)  # NumPy's, PyTorch's
+    try:
+        return float(value) if floating and value.ndim == 0 else None
+    except RuntimeError:  # a tensor without memory
+        return None
+
+
 def is_int(value: Any) -> bool:
-    """Whether `value` is an integer; True and False are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether `value` is an integer, as `as_int` says."""
+    return as_int(value) is not None
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is an integer or a float; True and False are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether `value` is an integer or a float, as `as_number` says."""
+    return as_number(value) is not None
+
+
+def plain(value: Any) -> Any:
+    """`value` without NumPy and tensors: each number in it, or in a tuple, as Python's; others as they are."""
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    number = as_number(value)
+    return value if number is None else number
 
 
 def one_of(names: Iterable[str]) -> Rule:
@@ -74,25 +113,30 @@ def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
         raise ValueError(wrong(argument, value, one_of(choices).allowed))
 
 
-def check(argument: str, value: Any, rule: Rule) -> None:
-    """Raise a ValueError that names the argument unless `value` keeps the rule."""
+def check(argument: str, value: Any, rule: Rule) -> Any:
+    """Raise a ValueError that names the argument unless `value` keeps the rule; returns it, as `plain` does."""
     if not rule.holds(value):
         raise ValueError(wrong(argument, value, rule.allowed))
+    return plain(value)
 
 
-def check_count(argument: str, value: Any, *, least: int = 0) -> None:
-    """Raise a ValueError that names the argument unless `value` is an integer of `least` or more."""
-    if not (is_int(value) and value >= least):
+def check_count(argument: str, value: Any, *, least: int = 0) -> int:
+    """Raise a ValueError that names the argument unless `value` is an integer of `least` or more; returns it."""
+    number = as_int(value)
+    if number is None or number < least:
         raise ValueError(wrong(argument, value, f"an integer of {least} or more"))
+    return number
 
 
-def check_shapes(shapes: Iterable[Any]) -> None:
-    """Raise a ValueError that names `shapes` unless each is (batch, height, width)."""
+def check_shapes(shapes: Iterable[Any]) -> list[tuple[int, int, int]]:
+    """Raise a ValueError that names `shapes` unless each is (batch, height, width); returns them."""
+    found = []
     for shape in shapes:
         if not isinstance(shape, Sequence) or len(shape) != 3:
             raise ValueError(f"shapes: got {shape}, allowed are (batch, height, width)")
-        for size in shape:
-            check_count("shapes", size, least=1)
+        batch, height, width = (check_count("shapes", size, least=1) for size in shape)
+        found.append((batch, height, width))
+    return found
 
 
 # --- tensors: a TypeError for a wrong dtype, a ValueError for a wrong shape or device ---------------------------------

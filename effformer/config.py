@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from .checks import COUNT, POSITIVE, POSITIVE_INT, PROBABILITY, Rule, check_choice, one_of, wrong
+from .checks import COUNT, POSITIVE, POSITIVE_INT, PROBABILITY, Rule, check_choice, one_of, plain, wrong
 
 BiasResize = Literal["table", "matrix-bilinear", "matrix-bicubic"]
 FeatureNorm = Literal["tap", "inline"]
@@ -71,8 +71,10 @@ class EfficientFormerConfig:
 
     def __post_init__(self) -> None:
         for name in ("depths", "widths"):
-            if isinstance(value := getattr(self, name), list):
+            if isinstance(value := getattr(self, name), list) or getattr(value, "ndim", 0) == 1:
                 object.__setattr__(self, name, tuple(value))
+        for name in _CONFIG_RULES:  # a config is written as JSON
+            object.__setattr__(self, name, plain(getattr(self, name)))
         problems = [
             wrong(name, getattr(self, name), rule.allowed)
             for name, rule in _CONFIG_RULES.items()

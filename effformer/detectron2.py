@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -40,6 +41,10 @@ else:
 NAMES = ("res2", "res3", "res4", "res5")  # Detectron2's, for strides 4 to 32
 
 
+def _by_name(names: Sequence[str], maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(names, maps, strict=True))
+
+
 class EfficientFormerBackbone(Base):
     """Images [B, in_chans, H, W] -> maps [B, C, H / stride, W / stride] by name.
 
@@ -58,13 +63,12 @@ class EfficientFormerBackbone(Base):
         self.features = Features(model, [NAMES.index(name) for name in out_features])
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.out_features, self.features(x), strict=True))
+        return _by_name(self.out_features, self.features(x))
 
     def describe_for_freeze(self, dtype: torch.dtype) -> AdapterSpec:
         """For `effformer.freeze`, see `effformer.model.adapter.Adapter`."""
         refuse_hooks(self)
-        inner, names = self.features.describe_for_freeze(dtype), self.out_features
-        return replace(inner, convert=lambda maps: dict(zip(names, maps, strict=True)))
+        return replace(self.features.describe_for_freeze(dtype), convert=partial(_by_name, self.out_features))
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each map."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import plain
 from .model.adapter import AdapterSpec
 from .model.fusion import refuse_hooks
 from .model.netspresso import network_within
@@ -35,12 +36,12 @@ class Features(nn.Module):
         network = network_within(model)
         check_rising("out_indices", out_indices, range(len(network.stages)))
         self.network = network
-        self.out_indices = tuple(out_indices)
-        self.channels = [network.feature_info[index]["num_chs"] for index in out_indices]
-        self.strides = [network.feature_info[index]["reduction"] for index in out_indices]
+        self.out_indices = plain(tuple(out_indices))
+        self.channels = [network.feature_info[index]["num_chs"] for index in self.out_indices]
+        self.strides = [network.feature_info[index]["reduction"] for index in self.out_indices]
         network.prune_intermediate_layers(self.out_indices, prune_norm=True)
         if network.config.feature_norm == "tap":
-            for index in set(range(len(network.stages))) - set(out_indices):
+            for index in set(range(len(network.stages))) - set(self.out_indices):
                 network.feature_norms[index] = nn.Identity()
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -60,7 +61,7 @@ class Features(nn.Module):
 
 def check_rising(argument: str, value: Any, allowed: Sequence[Any]) -> None:
     """Raise a ValueError that names the argument unless `value` is some of `allowed`, in their order, each once."""
-    got = list(value) if isinstance(value, Sequence) else []
+    got = [plain(one) for one in value] if isinstance(value, Sequence) else []
     same_type = all(type(one) is type(allowed[0]) for one in got)  # 1.0 and True equal 1
     if not got or not same_type or got != [one for one in allowed if one in got]:
         raise ValueError(f"{argument}: got {value!r}, allowed are, in this order, {', '.join(map(str, allowed))}")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+import safetensors.torch
+import torch
 
 from .checkpoints import config_file as saved
 from .checkpoints import hub
 from .checkpoints.load import load_checkpoint
+from .extras import install
 from .factory import create_model
+from .files import Content, write_together
 from .model import network as model
 
 try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError as error:
-    raise ImportError("effformer.huggingface: no huggingface_hub, or too old a one: install effformer[hub]") from error
+    raise ImportError(f"effformer.huggingface: no huggingface_hub, or too old a one: {install('hub')}") from error
 
 
 class EfficientFormer(
@@ -51,16 +57,39 @@ class EfficientFormer(
         object.__setattr__(view, "__dict__", network.__dict__)
         return view
 
-    def save_pretrained(self, save_directory: str | Path, *, config: Any = None, **kwargs: Any) -> str | None:
-        """As the mixin's, but the network gives the `config`.
+    def save_pretrained(  # the mixin's would remove the old config.json before it writes the new weights
+        self,
+        save_directory: str | Path,
+        *,
+        config: Any = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """As the mixin's, but the network gives the `config`, and the files are written whole.
 
         Raises:
             ValueError: for another `config`; for a pruned network, or one with replaced modules.
+            OSError: naming the file that cannot be written; the old ones are left then.
         """
         settings = saved.settings_of(self)
         if config not in (None, settings):
             raise ValueError("config: got one, allowed is None: it is written from the network")
-        return super().save_pretrained(save_directory, config=settings, **kwargs)
+        folder, kwargs = Path(save_directory), model_card_kwargs or {}
+        # A tensor under two names is saved twice: each name is read again.
+        state = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in self.state_dict().items()}
+        files: dict[str | Path, Content] = {
+            folder / "model.safetensors": safetensors.torch.save(state, {"format": "pt"}),
+            folder / "config.json": json.dumps(settings, sort_keys=True, indent=2),
+        }
+        if not (folder / "README.md").exists():
+            files[folder / "README.md"] = str(self.generate_model_card(**kwargs))
+        write_together(files)
+        if not push_to_hub:
+            return None
+        name = folder.name if repo_id is None else repo_id
+        return self.push_to_hub(repo_id=name, config=settings, model_card_kwargs=kwargs, **push_to_hub_kwargs)
 
     @classmethod
     def from_pretrained(  # the mixin's would load the keys that fit and ignore the others

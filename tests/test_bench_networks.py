@@ -94,7 +94,7 @@ def test_where_timm_cannot_run_our_network_is_compiled_in_its_place() -> None:
 
 def test_without_timm_its_providers_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert BY_NAME["timm eager"].why_not(ONE, CPU) == "timm is not installed (pip install 'effformer[timm]')"
+    assert BY_NAME["timm eager"].why_not(ONE, CPU) == 'timm is not installed (pip install "timm>=1.0.16")'
 
 
 def test_a_captured_function_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:

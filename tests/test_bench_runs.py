@@ -19,6 +19,7 @@ from effformer.bench.measure.records import Machine, Record, read_records
 from effformer.bench.measure.resume import FailedError, ResultsFile
 from effformer.bench.report.comparison import compare
 from effformer.bench.report.tables import as_text
+from full_disk import full_disk
 from measurements import ONE
 
 from effformer.cli import main
@@ -244,6 +245,17 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
     assert not is_complete(ONE, results(tmp_path), ["ours eager"])
     run_one(results(tmp_path), lambda *_: figures(), providers=["ours eager"])
     assert is_complete(ONE, results(tmp_path), ["ours eager"])
+
+
+def test_a_full_disk_loses_no_record(tmp_path: Path) -> None:
+    file = results(tmp_path)
+    run_one(file, lambda *_: figures(), providers=["ours eager"])
+    whole = file.path.read_bytes()
+    for ending in (b"", b'{"op": "of a process that was kil'):
+        file.path.write_bytes(whole + ending)
+        with full_disk(len(whole) + 99), pytest.raises(OSError, match=f"^{file.path} cannot be written: "):
+            run_one(results(tmp_path), lambda *_: figures(), providers=["ours frozen"])
+        assert file.path.read_bytes() == whole
 
 
 # --- table, exit status -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from effformer.bench.measure.records import Record
 from effformer.bench.report.readme import BEGIN, END, NOTHING, report, with_results
+from full_disk import full_disk
 from made_up_results import CPU, GPU, L1, kernel, network, not_run, results, whole
 
 from effformer.cli import main
@@ -53,6 +54,17 @@ def test_pictures(tmp_path: Path) -> None:
         data = (tmp_path / "report" / name).read_bytes()
         assert data.startswith(b"\x89PNG")
         assert len(data) > 10_000
+
+
+def test_a_full_disk_leaves_the_old_pictures(tmp_path: Path) -> None:
+    plots = pytest.importorskip("effformer.bench.report.plots")
+    old = tmp_path / "speedup-bfloat16-224x224.png"
+    old.write_bytes(b"old")
+    found = results(tmp_path / "results", whole(2.0))
+    with full_disk(9_000), pytest.raises(OSError, match=f"^{old} cannot be written: "):
+        plots.draw(found, tmp_path)
+    assert old.read_bytes() == b"old"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_pictures_name_gpu_and_dtype_and_cut_nothing_off(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backend import why_not_triton
+from ...extras import install
 from ...factory import create_model
 from ...serving.frozen import Frozen, freeze
 from ...serving.graphs import capture_graph
@@ -101,7 +102,7 @@ class NetworkProvider:
         """Why it cannot be run, None if it can."""
         if self.whose == "timm":
             if importlib.util.find_spec("timm") is None:
-                return "timm is not installed (pip install 'effformer[timm]')"
+                return f"timm is not installed ({install('timm')})"
             if (measurement.height, measurement.width) != TIMM_SIZE:
                 return "timm's network takes images of 224x224 alone"
         if self.captured and device.type == "cpu":

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from ...checks import check_choice
+from ...files import append_lines
 from ...kernels.tiling.choose import KERNELS, digest_of, user_file
 from ...version import __version__
 
@@ -152,13 +153,12 @@ def read_records(path: Path) -> list[Record]:
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Add records to a file in one write, after removing an incomplete last line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(record.as_json() + "\n" for record in records)
-    if path.exists() and not (before := path.read_text(encoding="utf-8")).endswith("\n"):
-        path.write_text(before[: before.rfind("\n") + 1], encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    """Add records to a file, all or none, after removing an incomplete last line.
+
+    Raises:
+        OSError: naming the file, where it cannot be written.
+    """
+    append_lines(path, (record.as_json() for record in records))
 
 
 def folder(machine: Machine, results: Path = RESULTS) -> Path:

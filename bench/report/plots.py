@@ -5,6 +5,7 @@ Colours are those of Okabe and Ito, which the colour-blind can distinguish. Ours
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ...config import PRESETS
+from ...files import write_whole
 from ...workload import Work
 from ..measure.roofline import Ceilings, network_parts
 from .comparison import Comparison, Result, ResultsFolder
@@ -60,14 +62,19 @@ WIDTH = 8.0  # inches
 
 
 def draw(results: ResultsFolder, folder: Path) -> list[tuple[str, str]]:
-    """Write every picture that the results allow into `folder`: (file name, title), in the report's order."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write every picture that the results allow into `folder`: (file name, title), in the report's order.
+
+    Raises:
+        OSError: naming the picture that cannot be written.
+    """
     found = []
     with plt.rc_context(STYLE):
         for name, title, figure in _pictures(results):
             if figure is not None:
-                figure.savefig(folder / name, metadata={"Software": None})
+                picture = io.BytesIO()
+                figure.savefig(picture, format="png", metadata={"Software": None})
                 plt.close(figure)
+                write_whole(folder / name, picture.getbuffer())
                 found.append((name, title))
     return found
 

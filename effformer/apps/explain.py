@@ -97,7 +97,7 @@ def _parts(network: EfficientFormer, images: Tensor) -> Iterator[PartPath]:
         if found.path == "plan" or not isinstance(stage, Stage):
             yield found
         else:
-            yield from _blocks(name, stage, x, sides, found.why)
+            yield from _blocks(name, stage, x, sides, found.why, network.config.value_dim)
         x = _map(images, network.config.widths[index], sides, dtype)
     if replaces(network, EfficientFormer, "forward_features"):
         yield PartPath("end", "modules", "forward_features was replaced", None)
@@ -115,7 +115,9 @@ def _whole(name: str, part: object, x: Tensor) -> PartPath:
     return PartPath(name, "plan", None, tuple(decision.plan.kernels))
 
 
-def _blocks(name: str, stage: Stage, x: Tensor, sides: tuple[int, int], reason: str | None) -> Iterator[PartPath]:
+def _blocks(
+    name: str, stage: Stage, x: Tensor, sides: tuple[int, int], reason: str | None, value_dim: int
+) -> Iterator[PartPath]:
     """Of a stage that is not planned as a whole, for this reason."""
     if not isinstance(stage.downsample, nn.Identity):
         yield PartPath(f"{name}.downsample", "modules", reason, None)
@@ -127,7 +129,7 @@ def _blocks(name: str, stage: Stage, x: Tensor, sides: tuple[int, int], reason: 
             found = _block(f"{name}.blocks.{index}", block, x, *(sides if isinstance(block, Meta3D) else ()))
             yield found
             if found.path == "modules" and isinstance(mixer := getattr(block, "token_mixer", None), Attention):
-                yield _block(f"{found.part}.token_mixer", mixer, *_attended(mixer, x))
+                yield _block(f"{found.part}.token_mixer", mixer, *_attended(mixer, x, value_dim))
         else:
             yield PartPath(f"{name}.blocks.{index}", "modules", f"its class is {type(block).__name__}", None)
 
@@ -153,10 +155,11 @@ def _block(name: str, block: Meta4D | Meta3D | Attention, x: Tensor, *others: An
     return PartPath(name, "kernels", "its stage is not planned as a whole", kernels)
 
 
-def _attended(mixer: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
+def _attended(mixer: Attention, x: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
     """Empty arguments of `Attention.attend` for tokens x."""
     batch, tokens, _ = x.shape
-    qkv = torch.empty(batch, tokens, mixer.qkv.out_features, dtype=x.dtype, device=x.device)
+    channels = mixer.num_heads * (2 * mixer.key_dim + value_dim)  # of qkv, which may be another module
+    qkv = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
     return qkv, torch.empty(mixer.num_heads, tokens, tokens, dtype=torch.float32, device=x.device)
 
 

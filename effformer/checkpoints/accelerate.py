@@ -15,12 +15,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..checks import check_choice
 from ..model.blocks import DropPath, Meta3D, Meta4D
-from ..model.netspresso import Backbone, is_efficientformer
+from ..model.fusion import BATCH_NORMS
+from ..model.netspresso import Backbone
 from ..model.network import EfficientFormer
+from ..model.wrappers import class_of, is_efficientformer, part_with, remedy, why_other_tensors
 from ..ops import BACKENDS
 from ..testing import accuracy, float32_as_such
 from .architecture import our_modules, read_architecture
-from .formats import normalise
+from .formats import CheckpointError, normalise
 from .load import load_checkpoint
 
 _LAYER_SCALE = re.compile(r"\.(ls[12]\.gamma|layer_scale_[12])$")
@@ -37,10 +39,10 @@ def accelerate(model: nn.Module, *, backend: str = "auto", probe: Tensor | None 
 
     No library is imported, no class is patched, and `model` stays as it was. Architecture and state are copied into new
     tensors: weights and statistics, heads (a single head of the original stands for both), dtype, device, memory
-    format, mode of each part, `requires_grad`, dropout and drop-path rates, eps and momentum of norms, distilled
-    training, gradient checkpointing, timm's pretrained_cfg. Then both compute a probe, first as they are, then with
-    random layer scales and bias tables, since initial values hide errors. The results are compared in float64 by the
-    accuracy rule of `effformer.testing.Accuracy`.
+    format, mode of each part, `requires_grad`, dropout and drop-path rates, eps and momentum of norms, SyncBatchNorm,
+    distilled training, gradient checkpointing, timm's pretrained_cfg. Then both compute a probe, first as they are,
+    then with random layer scales and bias tables, since initial values hide errors. The results are compared in float64
+    by the accuracy rule of `effformer.testing.Accuracy`.
 
     Networks of timm and the original classifier take one image size; at others, ours resamples the bias table.
 
@@ -54,13 +56,40 @@ def accelerate(model: nn.Module, *, backend: str = "auto", probe: Tensor | None 
         an `EfficientFormer`; for NetsPresso's a `Backbone`, with its outputs.
 
     Raises:
-        AccelerationError: (a RuntimeError) with the errors, where the rule does not hold.
+        AccelerationError: (a RuntimeError) with the errors, where the rule does not hold, or `model` cannot be run.
         CheckpointError: (a RuntimeError) where the weights are not those of an EfficientFormer.
-        TypeError, ValueError: for another model; one with hooks, parametrisations, changed parts, tensors of several
-            dtypes or devices or none; for another backend or probe.
+        TypeError, ValueError: for another model; one around it; one that was quantised, compiled, traced or changed in
+            other ways, naming the part; one with tensors of several dtypes or devices or none; for another backend or
+            probe.
     """
     check_choice("backend", backend, BACKENDS)
     _check_model(model)
+    try:
+        return _accelerated(model, backend, probe)
+    except (AccelerationError, CheckpointError, TypeError, ValueError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        raise AccelerationError(f"model: it cannot be run beside the new network: {_first_line(error)}") from error
+    except Exception as error:  # of parts in other places, or of another kind, than an EfficientFormer's
+        reason = f"{type(error).__name__}: {_first_line(error)}{_foreign_part(model)}"
+        raise ValueError(f"model: it cannot be read as an EfficientFormer: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _foreign_part(model: nn.Module) -> str:
+    """The first part whose class is neither PyTorch's nor of the model's library, in words."""
+    own = type(model).__module__.partition(".")[0]
+    for path, module in model.named_modules():
+        package = type(module).__module__
+        if not package.startswith("torch.nn.") and package.partition(".")[0] != own:
+            return f"; its {path} is a {class_of(module)}"
+    return ""
+
+
+def _accelerated(model: nn.Module, backend: str, probe: Tensor | None) -> EfficientFormer | Backbone:
     parameters = list(model.parameters())
     device, dtype = parameters[0].device, parameters[0].dtype
     file = normalise(model.state_dict())
@@ -94,23 +123,28 @@ def accelerate(model: nn.Module, *, backend: str = "auto", probe: Tensor | None 
 
 def _check_model(model: nn.Module) -> None:
     """Refuse other models than another library's EfficientFormer, and changed ones."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, allowed is an nn.Module")
     if isinstance(model, (EfficientFormer, Backbone)):
         raise TypeError(
             f"model: got a {type(model).__name__} of effformer, allowed is another library's EfficientFormer"
         )
     if not is_efficientformer(model):
-        inner = next((path for path, module in model.named_modules() if is_efficientformer(module)), None)
-        where = f": pass its part {inner!r}" if inner else ""
+        hint = remedy(model)
+        if hint == "" and (inner := part_with(model)) is not None:
+            hint = f": pass its part {inner!r}"
         allowed = "an EfficientFormer of timm, the original or NetsPresso"
-        raise TypeError(f"model: got {type(model).__name__}, allowed is {allowed}{where}")
+        raise TypeError(f"model: got {class_of(model)}, allowed is {allowed}{hint}")
     for path, module in model.named_modules():
+        place = path or "it"
         hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
         if hooks or module._backward_pre_hooks or is_parametrized(module) or "forward" in module.__dict__:
-            raise ValueError(f"model: {path or 'it'} has hooks, parametrisations or another forward, allowed are none")
-        if isinstance(module, _BatchNorm) and not isinstance(module, nn.BatchNorm2d):
-            raise ValueError(f"model: {path} is a {type(module).__name__}, allowed is BatchNorm2d")
+            allowed = f"allowed are none{remedy(module)}"
+            raise ValueError(f"model: {place} has hooks, parametrisations or another forward, {allowed}")
+        if isinstance(module, _BatchNorm) and type(module) not in BATCH_NORMS:
+            raise ValueError(f"model: {place} is a {class_of(module)}, allowed is BatchNorm2d{remedy(module)}")
+        if type(module) is not nn.SyncBatchNorm and (how := remedy(module)):
+            raise ValueError(f"model: {place} is a {class_of(module)}, allowed are plain modules{how}")
+    if reason := why_other_tensors(model):
+        raise ValueError(f"model: {reason}")
     kinds = {
         (tensor.device, tensor.dtype)
         for tensor in [*model.parameters(), *model.buffers()]
@@ -140,9 +174,12 @@ def _carry_parts(theirs: Mapping[str, nn.Module], network: EfficientFormer) -> N
     for path, module in list(network.named_modules()):
         other = theirs.get(path)
         if isinstance(module, (nn.Conv2d, nn.Linear, *_NORMS)) and other is not None:
+            if isinstance(other, nn.SyncBatchNorm) and isinstance(module, nn.BatchNorm2d):
+                module = nn.SyncBatchNorm.convert_sync_batchnorm(module, other.process_group)
+                network.set_submodule(path, module)
             if type(other) is not type(module):
                 allowed = type(module).__name__
-                raise ValueError(f"model: its {path} is a {type(other).__name__}, allowed is {allowed}")
+                raise ValueError(f"model: its {path} is a {class_of(other)}, allowed is {allowed}{remedy(other)}")
             for name in ("eps", "momentum"):
                 if hasattr(module, name):
                     setattr(module, name, getattr(other, name))
@@ -210,8 +247,10 @@ def _check_results(model: nn.Module, result: nn.Module, probe: Tensor) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     """A deep copy, also of timm's attention after a forward with gradients: it keeps an expanded bias."""
-    memo: dict[int, Tensor] = {}
+    memo: dict[int, Any] = {}
     for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):  # a group of processes cannot be copied
+            memo[id(module.process_group)] = module.process_group
         for value in vars(module).values():
             for tensor in value.values() if isinstance(value, dict) else (value,):
                 if isinstance(tensor, Tensor) and not tensor.is_leaf:

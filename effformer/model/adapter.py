@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class AdapterSpec:
     """An adapter's network, and the way from its results to the adapter's.
 
-    `convert` must not hold the adapter or its network: a frozen model keeps `convert`, and lets these be freed.
+    `convert` must not hold the adapter or its network: a frozen model keeps `convert`, and lets these be freed. It must
+    be a function of a module, or an instance of a class of one, since frozen models are copied and pickled.
 
     Attributes:
         network: within the adapter.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..backend import products_dtype
-from .fusion import is_active, is_plain, replaces
+from ..checks import shape_of
+from .fusion import change_of, is_active, is_plain, replaces
 from .steps import Source, Step
 
 if TYPE_CHECKING:
@@ -67,8 +68,12 @@ class End:
         network = self.network
         if network.num_classes == 0:
             return "it has no heads"
-        if not all(is_plain(head, (nn.Linear,)) for head in (network.head, network.head_dist)):
-            return "a head was replaced, changed or has hooks"
+        for name, head in (("head", network.head), ("head_dist", network.head_dist)):
+            if not is_plain(head, (nn.Linear,)):
+                return f"{name} {change_of(head, (nn.Linear,))}"
+        shapes = [shape_of(head.weight) for head in (network.head, network.head_dist)]  # type: ignore[arg-type]
+        if shapes[0] != shapes[1]:
+            return f"head has a weight of {shapes[0]} and head_dist of {shapes[1]}: replace both heads"
         both = network.training and network.distilled_training
         return "distilled training returns both heads' logits" if both else None
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
+from .wrappers import class_of, remedy
 
 ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -31,12 +32,16 @@ _EXPECTED: dict[type[nn.Module], Callable[[Any], bool]] = {
     ),
     nn.Conv2d: lambda m: (m.kernel_size, m.stride, m.padding, m.groups) == ((1, 1), (1, 1), (0, 0), 1),
     nn.BatchNorm2d: lambda m: m.affine,
+    nn.SyncBatchNorm: lambda m: m.affine,
     nn.LayerNorm: lambda m: len(m.normalized_shape) == 1 and m.weight is not None and m.bias is not None,
     nn.GroupNorm: lambda m: m.num_groups == 1 and m.affine,
     nn.Linear: lambda m: m.bias is not None,
     nn.GELU: lambda m: m.approximate == "none",
     nn.LeakyReLU: lambda m: m.negative_slope == 0.01,
 }
+
+# In eval mode a SyncBatchNorm computes what a BatchNorm2d does.
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 _Kinds = tuple[type[nn.Module], ...]
 _P = ParamSpec("_P")
@@ -77,13 +82,13 @@ class Fusable(nn.Module):
             # Not by attribute: this runs at each forward, and nn.Module.__getattr__ is slow.
             modules = self._modules[owner]._modules if owner else self._modules  # type: ignore[union-attr]
             module = modules.get(name)
-            if not is_plain(module, kinds or (ACTIVATION_MODULES[self.activation],)):
+            if not is_plain(module, kinds := kinds or (ACTIVATION_MODULES[self.activation],)):
                 path = f"{owner}.{name}" if owner else name
-                return f"submodule {path!r} was replaced, changed or has hooks"
+                return f"submodule {path!r} {change_of(module, kinds)}"
             parts.append(module)
         if self.activation not in ops.ACTIVATIONS:
             return f"activation {self.activation!r} has parameters"
-        if any(type(part) is nn.BatchNorm2d and (part.training or part.running_mean is None) for part in parts):
+        if any(type(part) in BATCH_NORMS and (part.training or part.running_mean is None) for part in parts):
             return "BatchNorm uses batch statistics here (training mode)"
         if is_active(*parts):
             return "dropout or stochastic depth is active here (training mode)"
@@ -126,7 +131,9 @@ def is_plain(module: nn.Module | None, kinds: _Kinds, expected: Callable[[Any], 
     `expected` replaces the settings that the fused operations assume of the module.
     """
     kind = type(module)
-    if module is None or kind not in kinds or "forward" in module.__dict__:
+    if module is None or "forward" in module.__dict__:
+        return False
+    if kind not in kinds and not (kind is nn.SyncBatchNorm and nn.BatchNorm2d in kinds):
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
@@ -134,10 +141,25 @@ def is_plain(module: nn.Module | None, kinds: _Kinds, expected: Callable[[Any], 
     return expected is None or expected(module)
 
 
+def change_of(module: nn.Module | None, kinds: _Kinds) -> str:
+    """The way in which `module` differs from one of `kinds` as it was built, where `is_plain` finds that it does."""
+    if torch.compiler.is_compiling():  # which has no use for the words
+        return "was replaced, changed or has hooks"
+    if module is None:
+        return "was removed"
+    if type(module) not in (*kinds, nn.SyncBatchNorm):
+        return f"is a {class_of(module)}, not a {' or '.join(kind.__name__ for kind in kinds)}{remedy(module)}"
+    if "forward" in module.__dict__:
+        return "has another forward"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"has hooks{remedy(module)}"
+    return f"has other settings than the fused operations take: {module}"
+
+
 def why_other(module: nn.Module, kinds: _Kinds) -> str | None:
     """The reason why fused operations would not compute the same as `module`; None where they would."""
     if not is_plain(module, kinds):
-        return "it was replaced, changed or has hooks"
+        return f"it {change_of(module, kinds)}"
     why_composed: Callable[[], str | None] | None = getattr(module, "why_composed", None)
     return why_composed() if why_composed else None
 
@@ -159,10 +181,12 @@ def is_active(*modules: nn.Module) -> bool:
     return any(module.training and (vars(module).get("p") or vars(module).get("rate")) for module in modules)
 
 
-def why_other_halving(conv: nn.Module, norm: nn.Module) -> str | None:
+def why_other_halving(conv: nn.Module, norm: nn.Module, names: tuple[str, str] = ("conv", "norm")) -> str | None:
     """The reason why these are not a plain 3x3 convolution of stride 2 and its BatchNorm in eval mode."""
-    if not is_plain(conv, (nn.Conv2d,), expected=_is_halving) or not is_plain(norm, (nn.BatchNorm2d,)):
-        return "a convolution or its norm was replaced, changed or has hooks"
+    if not is_plain(conv, (nn.Conv2d,), expected=_is_halving):
+        return f"submodule {names[0]!r} {change_of(conv, (nn.Conv2d,))}"
+    if not is_plain(norm, (nn.BatchNorm2d,)):
+        return f"submodule {names[1]!r} {change_of(norm, (nn.BatchNorm2d,))}"
     return "BatchNorm uses batch statistics" if norm.training or norm.running_mean is None else None
 
 

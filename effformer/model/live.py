@@ -21,6 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import ops
 from ..backend import autocast, products_dtype, why_not_triton
 from .steps import Source, Step, attention_sides, run_steps
+from .wrappers import is_plain_tensor
 
 if TYPE_CHECKING:
     from ..kernels.plan import Plan
@@ -146,8 +147,7 @@ def _snapshot(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def _why_not(tensors: Sequence[Tensor]) -> str | None:
     """The reason why a plan cannot take the parameters from their addresses; None where it can."""
     for tensor in tensors:
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-        if not plain or tensor.is_meta or tensor.is_neg():
+        if not is_plain_tensor(tensor) or tensor.is_meta or tensor.is_neg():
             return f"a parameter is a {type(tensor).__name__} on {tensor.device}, {tensor.layout}, or a negated view"
     return None
 
@@ -278,7 +278,7 @@ def _new_plan(part: Part, state: _State, x: Tensor, dtype: torch.dtype) -> Plan 
     from ..kernels.plan import NotPlannableError, Plan
 
     tensors = state.tensors()
-    matrices = {tensor.dtype for tensor in tensors if tensor.ndim > 1}
+    matrices = {tensor.dtype for tensor in tensors if tensor.ndim > 1 and tensor.is_floating_point()}
     if not (autocast(x.device.type) or matrices <= {x.dtype}):
         return "its input and its parameters differ in dtype"
     parameters = Parameters(tensors, dtype)

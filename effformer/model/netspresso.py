@@ -15,6 +15,7 @@ from .blocks import ConvMlp
 from .fusion import refuse_hooks
 from .netspresso_file import read_netspresso
 from .network import EfficientFormer
+from .wrappers import refusal
 
 
 class BackboneOutput(TypedDict, total=False):
@@ -58,16 +59,24 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> BackboneOutput:
         if self.task in DENSE_TASKS:
             maps = self.network.forward_intermediates(x, intermediates_only=True)
-            return {"intermediate_features": tuple(maps)}
+            return _output_of_maps(maps)
         features = self.network.forward_features(x)
-        return {"last_feature": self.network.forward_head(features, pre_logits=True)}
+        return _output_of_pooled(self.network.forward_head(features, pre_logits=True))
 
     def describe_for_freeze(self, dtype: torch.dtype) -> AdapterSpec:
         """For `effformer.freeze`, see `Adapter`."""
         refuse_hooks(self)
         if self.task in DENSE_TASKS:
-            return AdapterSpec(self.network, "features", lambda maps: {"intermediate_features": tuple(maps)})
-        return AdapterSpec(self.network, "pooled", lambda pooled: {"last_feature": pooled})
+            return AdapterSpec(self.network, "features", _output_of_maps)
+        return AdapterSpec(self.network, "pooled", _output_of_pooled)
+
+
+def _output_of_maps(maps: list[Tensor]) -> BackboneOutput:
+    return {"intermediate_features": tuple(maps)}
+
+
+def _output_of_pooled(pooled: Tensor) -> BackboneOutput:
+    return {"last_feature": pooled}
 
 
 def build_backbone(
@@ -111,25 +120,15 @@ def build_backbone(
 
 
 def network_within(model: nn.Module) -> EfficientFormer:
-    """`model` itself, or the network of a `Backbone`; a TypeError for anything else."""
+    """`model` itself, or the network of a `Backbone`.
+
+    Raises:
+        TypeError: for anything else; for a module around one it names the part to pass.
+    """
     network = model.network if isinstance(model, Backbone) else model
     if not isinstance(network, EfficientFormer):
-        allowed = "an EfficientFormer or a Backbone of effformer"
-        found, hint = type(model).__name__, ""
-        if is_efficientformer(model):
-            found += f" of {type(model).__module__.partition('.')[0]}"
-            hint = ": pass effformer.accelerate(model), which turns it into one"
-        raise TypeError(f"model: got {found}, allowed is {allowed}{hint}")
+        raise refusal(model, (EfficientFormer, Backbone), "an EfficientFormer or a Backbone of effformer")
     return network
-
-
-# Parts of the EfficientFormers of timm, the original repository and NetsPresso Trainer; a model around one has others.
-_PARTS = (("stem", "stages"), ("patch_embed", "network"), ("patch_embed", "encoder"))
-
-
-def is_efficientformer(module: object) -> bool:
-    """Whether it has the parts of an EfficientFormer, ours or another library's."""
-    return any(all(isinstance(getattr(module, name, None), nn.Module) for name in names) for names in _PARTS)
 
 
 def _initialise_as_trainer(network: EfficientFormer) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backend import autocast
-from ..checks import FINITE, PROBABILITY, check, check_choice, check_count, check_floating, shape_of
+from ..checks import FINITE, PROBABILITY, as_int, check, check_choice, check_count, check_floating, shape_of
 from ..config import EfficientFormerConfig
 from . import live
 from .blocks import Attention, Meta3D, Meta4D, Stem
@@ -24,6 +24,7 @@ from .end import End
 from .fusion import replaces
 from .stage import Stage, StageOutput
 from .steps import to_map
+from .wrappers import class_of, is_efficientformer, remedy
 
 POOLS = ("avg", "")
 
@@ -45,6 +46,21 @@ def check_images(x: Tensor, in_chans: int, weight: Tensor, name: str = "x") -> T
                 f"{name}: got {x.dtype}, allowed is the network's {weight.dtype} (any floating dtype in autocast)"
             )
     return x
+
+
+@torch.fx.wrap
+def mean_of_heads(head: Tensor, head_dist: Tensor) -> Tensor:
+    """The mean of both heads' outputs, which are never broadcast; FX records this as one node.
+
+    Raises:
+        ValueError: for outputs of two shapes, as where one head was replaced.
+    """
+    if not torch.jit.is_scripting() and head.shape != head_dist.shape:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"head, head_dist: got outputs of {shape_of(head)} and {shape_of(head_dist)}, allowed are two of one "
+            "shape: replace both heads, or call reset_classifier(num_classes)"
+        )
+    return (head + head_dist) / 2
 
 
 class EfficientFormer(nn.Module):
@@ -94,15 +110,14 @@ class EfficientFormer(nn.Module):
         if not isinstance(config, EfficientFormerConfig):
             raise TypeError(f"config: got {type(config).__name__}, allowed is an EfficientFormerConfig")
         if proj_drop_rate is not None:
-            check("proj_drop_rate", proj_drop_rate, PROBABILITY)
-            config = replace(config, proj_drop=proj_drop_rate)
-        check_count("in_chans", in_chans, least=1)
-        check_count("num_classes", num_classes)
+            config = replace(config, proj_drop=check("proj_drop_rate", proj_drop_rate, PROBABILITY))
+        in_chans = check_count("in_chans", in_chans, least=1)
+        num_classes = check_count("num_classes", num_classes)
         check_choice("global_pool", global_pool, POOLS)
         check_choice("backend", backend, ops.BACKENDS)
-        check("drop_rate", drop_rate, PROBABILITY)
-        check("drop_path_rate", drop_path_rate, PROBABILITY)
-        check("layer_scale_init_value", layer_scale_init_value, FINITE)
+        drop_rate = check("drop_rate", drop_rate, PROBABILITY)
+        drop_path_rate = check("drop_path_rate", drop_path_rate, PROBABILITY)
+        layer_scale_init_value = check("layer_scale_init_value", layer_scale_init_value, FINITE)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype: got {dtype}, allowed is a floating dtype")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -190,8 +205,12 @@ class EfficientFormer(nn.Module):
         return self.logits(x)
 
     def logits(self, pooled: Tensor) -> Tensor:
-        """Mean of both heads' logits [B, num_classes] of pooled features [B, C]."""
-        return (self.head(pooled) + self.head_dist(pooled)) / 2
+        """Mean of both heads' logits [B, num_classes] of pooled features [B, C].
+
+        Raises:
+            ValueError: where the heads return two shapes.
+        """
+        return mean_of_heads(self.head(pooled), self.head_dist(pooled))
 
     @overload
     def forward_intermediates(
@@ -294,7 +313,7 @@ class EfficientFormer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Fresh heads for `num_classes` (0 for none), on the device and in the dtype of the others."""
-        check_count("num_classes", num_classes)
+        num_classes = check_count("num_classes", num_classes)
         global_pool = self.global_pool if global_pool is None else global_pool
         check_choice("global_pool", global_pool, POOLS)
         if len(self.stages) < self.num_stages and (num_classes or global_pool):
@@ -336,16 +355,16 @@ def init_linear(linear: nn.Linear) -> None:
 
 def _take_indices(indices: int | Sequence[int] | None, count: int) -> tuple[list[int], int]:
     """Indices as non-negative numbers in the caller's order, and the largest."""
-    if indices is None:
-        indices = count
-    if isinstance(indices, int):
-        if not 1 <= indices <= count:
-            raise ValueError(f"indices: got the last {indices}, allowed are 1 to {count}")
-        take = list(range(count - indices, count))
+    last = count if indices is None else as_int(indices)
+    if last is not None:
+        if not 1 <= last <= count:
+            raise ValueError(f"indices: got the last {last}, allowed are 1 to {count}")
+        take = list(range(count - last, count))
     else:
-        take = [index + count if index < 0 else index for index in indices]
-        if not take or any(not 0 <= index < count for index in take):
-            raise ValueError(f"indices: got {list(indices)}, allowed are numbers from {-count} to {count - 1}")
+        wanted = [as_int(index) for index in indices] if isinstance(indices, Iterable) else []
+        take = [index + count if index < 0 else index for index in wanted if index is not None]
+        if not take or len(take) < len(wanted) or any(not 0 <= index < count for index in take):
+            raise ValueError(f"indices: got {indices!r}, allowed are numbers from {-count} to {count - 1}")
     return take, max(take)
 
 
@@ -353,11 +372,16 @@ def set_backend(model: nn.Module, backend: str) -> None:
     """Set the backend of the fused operations in every part of `model`: "auto", "eager" or "triton".
 
     Raises:
+        TypeError: for another object than a module.
         ValueError: for another backend, or a model without EfficientFormer blocks.
     """
     check_choice("backend", backend, ops.BACKENDS)
+    allowed = "a module that holds blocks of effformer"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {class_of(model)}, allowed is {allowed}")
     parts = [m for m in model.modules() if isinstance(m, (Meta4D, Meta3D, Attention, Stem, EfficientFormer))]
     if not parts:
-        raise ValueError(f"model: got {type(model).__name__}, allowed is one that holds EfficientFormer blocks")
+        hint = ": effformer.accelerate makes one of it" if is_efficientformer(model) else remedy(model)
+        raise ValueError(f"model: got {class_of(model)}, allowed is {allowed}{hint}")
     for part in parts:
         part.backend = backend

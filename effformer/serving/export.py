@@ -7,8 +7,7 @@ the live network has 265, and exporting takes half the time.
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
+import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -21,11 +20,13 @@ from torch import Tensor, nn
 
 from ..backend import no_autocast, refuse_triton, why_not_triton
 from ..checks import check_choice, check_count
+from ..extras import install
+from ..files import write_whole
 from ..model.netspresso import Backbone, network_within
 from ..model.network import EfficientFormer, set_backend
 from ..testing import Accuracy, accuracy
-from .frozen import Output
-from .packing import OUTPUTS, Packed, pack
+from .options import Output
+from .packing import OUTPUTS, Packed, device_of, pack
 
 Format = Literal["pt2", "aoti", "onnx"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -122,10 +123,11 @@ def export(
             `effformer.testing.Accuracy` for the model in eager PyTorch; `path` is left as it was.
     """
     network, path = network_within(model), Path(path)
-    dtype = network.stem.conv1.weight.dtype if dtype is None else dtype
-    device = torch.device("cpu") if format == "onnx" else network.stem.conv1.weight.device
+    weights = device_of(network)
+    dtype = next(network.parameters()).dtype if dtype is None else dtype
+    device = torch.device("cpu") if format == "onnx" else weights
     _check_format(path, format, dtype, backend)
-    _check_size(size, dynamic_size)
+    size = _checked_size(size, dynamic_size)
     check_choice("output", output, OUTPUTS)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"model: got one on {device}, allowed are the CPU and NVIDIA GPUs")
@@ -136,23 +138,21 @@ def export(
         module = _Steps(packed, backend, None if dynamic_size else size).to(device)
         outputs = tuple(f"stage{i + 1}" for i in range(len(network.stages))) if output == "features" else (output,)
         axes = {0: "batch"} | ({2: "height", 3: "width"} if dynamic_size else {})
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            partial = Path(folder) / path.name
+        with _one_error(format):
+            images = torch.zeros(2, network.in_chans, *size, dtype=dtype, device=device)
+            content = _content(module, images, axes, format, outputs)
+            run = _load(content, format)
+        shapes = [(1, *size), (3, *size)] + [(2, LEAST_SIDE, 2 * LEAST_SIDE - 1)] * dynamic_size
+        exact, eager = (_Reference(network, device, kind, output) for kind in (torch.float64, dtype))
+        checks = {}
+        for batch, *sides in shapes:
+            shape = batch, network.in_chans, *sides
             with _one_error(format):
-                images = torch.zeros(2, network.in_chans, *size, dtype=dtype, device=device)
-                _write(module, images, axes, partial, format, outputs)
-                run = _load(partial, format)
-            shapes = [(1, *size), (3, *size)] + [(2, LEAST_SIDE, 2 * LEAST_SIDE - 1)] * dynamic_size
-            exact, eager = (_Reference(network, device, kind, output) for kind in (torch.float64, dtype))
-            checks = {}
-            for batch, *sides in shapes:
-                shape = batch, network.in_chans, *sides
-                with _one_error(format):
-                    checks[shape] = _worst(run, exact, eager, shape)
-                if not checks[shape].passes():
-                    found = f"{output} of images {_listed(shape)}: {checks[shape]}"
-                    raise ExportError(f"format={format!r}: the file does not compute the same as the model: {found}")
-            os.replace(partial, path)
+                checks[shape] = _worst(run, exact, eager, shape)
+            if not checks[shape].passes():
+                found = f"{output} of images {_listed(shape)}: {checks[shape]}"
+                raise ExportError(f"format={format!r}: the file does not compute the same as the model: {found}")
+        write_whole(path, content)
     free = tuple(axes.get(place, length) for place, length in enumerate(images.shape))
     return Exported(path, format, free, dtype, outputs, _needs(format, backend, device), checks)
 
@@ -193,16 +193,16 @@ class _Steps(nn.Module):
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
-def _write(
-    module: nn.Module, images: Tensor, axes: dict[int, str], path: Path, format: str, outputs: tuple[str, ...]
-) -> None:
+def _content(module: nn.Module, images: Tensor, axes: dict[int, str], format: str, outputs: tuple[str, ...]) -> bytes:
+    """The file, made in memory: PyTorch's writers end the process where the disk is full."""
+    file = io.BytesIO()
     free = {place: torch.export.Dim(name, min=1 if place == 0 else LEAST_SIDE) for place, name in axes.items()}
     program = torch.export.export(module, (images,), dynamic_shapes=(free,))
     match format:
         case "pt2":
-            torch.export.save(program, path)
+            torch.export.save(program, file)
         case "aoti":
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+            torch._inductor.aoti_compile_and_package(program, package_path=file)
         case "onnx":
             converted = torch.onnx.export(
                 program,
@@ -214,19 +214,20 @@ def _write(
                 verbose=False,
             )
             assert converted is not None
-            converted.save(str(path), external_data=False)
+            file.write(converted.model_proto.SerializeToString())
+    return file.getvalue()
 
 
-def _load(path: Path, format: str) -> Callable[[Tensor], Tensor | list[Tensor]]:
+def _load(content: bytes, format: str) -> Callable[[Tensor], Tensor | list[Tensor]]:
     """The file as a function of images."""
     match format:
         case "pt2":
-            return torch.export.load(path).module()
+            return torch.export.load(io.BytesIO(content)).module()
         case "aoti":
-            return torch._inductor.aoti_load_package(str(path))
+            return torch._inductor.aoti_load_package(io.BytesIO(content))
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> list[Tensor]:
         return [torch.from_numpy(result) for result in session.run(None, {"images": images.numpy()})]
@@ -255,6 +256,8 @@ def _check_format(path: Path, format: str, dtype: torch.dtype, backend: str) -> 
     """Check the arguments that depend on the format, and the compiler or libraries that it needs."""
     check_choice("format", format, FORMATS)
     check_choice("backend", backend, BACKENDS)
+    if not path.parent.is_dir():  # found now, and not after minutes of compiling
+        raise FileNotFoundError(f"path: got {path}, allowed is one in a folder that exists")
     if path.suffix != SUFFIXES[format]:
         raise ValueError(f"path: got {path}, allowed is *{SUFFIXES[format]} with format={format!r}")
     if dtype not in DTYPES[format]:
@@ -268,7 +271,7 @@ def _check_format(path: Path, format: str, dtype: torch.dtype, backend: str) -> 
             import onnxruntime  # noqa: F401
             import onnxscript  # noqa: F401
         except ImportError as error:
-            raise ImportError(f"{error}: install effformer[export] for format='onnx'") from error
+            raise ImportError(f"{error}: format='onnx' needs {install('export')}") from error
     if format == "aoti":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -279,13 +282,13 @@ def _check_format(path: Path, format: str, dtype: torch.dtype, backend: str) -> 
             raise ExportError(f"format='aoti': {error}: install a C++ compiler, or name one in CXX") from error
 
 
-def _check_size(size: tuple[int, int], dynamic: bool) -> None:
+def _checked_size(size: tuple[int, int], dynamic: bool) -> tuple[int, int]:
     if not isinstance(size, Sequence) or len(size) != 2:
         raise ValueError(f"size: got {size}, allowed is (height, width)")
-    for side in size:
-        check_count("size", side, least=1)
-    if dynamic and min(size) < LEAST_SIDE:
+    height, width = (check_count("size", side, least=1) for side in size)
+    if dynamic and min(height, width) < LEAST_SIDE:
         raise ValueError(f"size: got {_listed(size)}, allowed with dynamic_size=True are sides of {LEAST_SIDE} or more")
+    return height, width
 
 
 class _Reference:

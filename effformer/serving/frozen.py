@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..backend import BACKENDS, no_autocast, refuse_triton, why_not_triton
-from ..checks import check_choice, check_count, check_shapes, shape_of
+from ..backend import BACKENDS, no_autocast
+from ..checks import check_choice, check_count, check_shapes
 from ..model.adapter import Adapter, AdapterSpec
-from ..model.netspresso import network_within
 from ..model.network import EfficientFormer
 from .graphs import capture_graph, wait_for
-from .packing import OUTPUTS, Packed, normalisation, pack
+from .options import DTYPES, Options, Output, described, kind_of
+from .packing import OUTPUTS, Packed, device_of, normalisation, pack
 from .plans import Plans
 
-Output = Literal["logits", "pooled", "features"]
 WhenFull = Literal["run", "pad"]
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def freeze(
@@ -75,36 +74,21 @@ def freeze(
         raise TypeError(f"dtype: got {dtype}, allowed are {', '.join(map(str, DTYPES))}")
     if output is not None:
         check_choice("output", output, OUTPUTS)
-    spec = _described(model, dtype, output)
-    network = spec.network
-    device = network.stem.conv1.weight.device
-    reason: str | None = "asked for"
+    spec = described(model, dtype, output)
     check_choice("when_full", when_full, ("run", "pad"))
     check_choice("backend", backend, BACKENDS)
-    check_count("max_graphs", max_graphs)
-    if backend != "eager":
-        reason = why_not_triton(device, dtype, network.config.act, backend == "triton")
-        refuse_triton(backend, reason)
-    pixels = normalisation(mean, std, network.in_chans)
-    most = max_graphs if cuda_graphs and device.type == "cuda" else 0
-    return Frozen(model, spec, dtype, output, reason, pixels, most, when_full == "pad", new_outputs, deterministic)
+    most = check_count("max_graphs", max_graphs) if cuda_graphs else 0
+    pixels = normalisation(mean, std, spec.network.in_chans)
+    options = Options(dtype, output, pixels, most, when_full == "pad", new_outputs, deterministic, backend)
+    return Frozen(model, spec, options)
 
 
-def _described(model: EfficientFormer | Adapter, dtype: torch.dtype, output: Output | None) -> AdapterSpec:
-    """The network of `model`, and the form of its results; `output` asks for those of the network itself."""
-    if isinstance(model, EfficientFormer) or not isinstance(model, Adapter):
-        return AdapterSpec(network_within(model), output or "logits", lambda result: result)
-    found = model.describe_for_freeze(dtype)
-    if output is None:
-        return found
-    return AdapterSpec(found.network, output, lambda result: result)
+def _no_model() -> None:
+    """The model of a copy."""
 
 
-def _kind(model: object, spec: AdapterSpec) -> tuple[Any, ...]:
-    """Its class, and the shapes of its modules after the network; all networks are of one kind."""
-    shapes = {} if spec.copied is None else {name: one.shape for name, one in spec.copied.state_dict().items()}
-    return EfficientFormer if isinstance(model, EfficientFormer) else type(model), spec.output, shapes
-
+# Attributes that copies take; the others belong to a device, a process or a model.
+_KEPT = ("dtype", "output", "in_chans", "_options", "_kind", "_act", "_convert")
 
 # Batch, height, width, and whether the images are uint8.
 Key = tuple[int, int, int, bool]
@@ -130,41 +114,72 @@ class Frozen:
     If the caller is capturing the current stream, the call becomes part of the caller's graph. That graph reads the
     weights kept here, and must not outlive them. Call once before the capture, so that everything is compiled.
 
+    Copies (`copy`, `pickle`, `torch.save`, a process started with it) have their own weights and capture their own
+    graphs; where they are loaded, the backend is chosen anew. Only `copy.copy` knows the model that `refresh` reads. A
+    deep copy knows the model's copy, where that was made before by the same call. Do not refresh one that is being
+    pickled.
+
     Attributes:
         device, dtype, output: see `freeze`.
         backend: "eager" or "triton", resolved.
         reason: why the backend is "eager"; None where it is "triton".
     """
 
-    def __init__(
-        self,
-        model: EfficientFormer | Adapter,
-        spec: AdapterSpec,
-        dtype: torch.dtype,
-        output: Output | None,
-        reason: str | None,
-        pixels: tuple[Sequence[float], Sequence[float]] | None,
-        max_graphs: int,
-        pads: bool,
-        new_outputs: bool,
-        deterministic: bool,
-    ) -> None:
-        self._requested_output, self._kind = output, _kind(model, spec)
-        self.device, self.in_chans = spec.network.stem.conv1.weight.device, spec.network.in_chans
-        self.dtype, self.output, self.reason = dtype, spec.output, reason
-        self.backend = "triton" if reason is None else "eager"
-        self._pixels, self._deterministic = pixels, deterministic
-        self._max_graphs, self._pads, self._new_outputs = max_graphs, pads, new_outputs
-        self._lock = threading.RLock()
-        self._graphs: dict[Key, _Graph] = {}
-        self._pool: Any = None
-        self._ready: torch.cuda.Event | None = None  # the work of the last call is done
-        self._model, self._convert = weakref.ref(model), spec.convert
+    def __init__(self, model: EfficientFormer | Adapter, spec: AdapterSpec, options: Options) -> None:
+        network = spec.network
+        self.dtype, self.output, self.in_chans = options.dtype, spec.output, network.in_chans
+        self._options, self._kind, self._act = options, kind_of(model, spec), network.config.act
+        self._convert = spec.convert
+        self._begin(device_of(network), weakref.ref(model))
         with self._turn():
             self._outside_a_graph("freeze")
             self._packed = self._pack(spec)
             self._plans = Plans(self._packed, self.backend)  # of images without a graph
             self._wait()  # a caller's graph may run on another stream, and does not wait
+
+    def _begin(self, device: torch.device, model: Callable[[], Any]) -> None:
+        """Start on a device, without graphs."""
+        self.device, self._model = device, model
+        self.reason = self._options.why_eager(device, self._act)
+        self.backend = "triton" if self.reason is None else "eager"
+        self._max_graphs = self._options.max_graphs if device.type == "cuda" else 0
+        self._new_outputs = self._options.new_outputs
+        self._lock = threading.RLock()
+        self._graphs: dict[Key, _Graph] = {}
+        self._pool: Any = None
+        self._ready: torch.cuda.Event | None = None  # the work of the last call is done
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: everything but graphs, locks, and the model."""
+        with self._turn():
+            self._outside_a_graph("pickle")
+            self._wait()
+        # No copies: a process that is being started takes tensors over from here after this has returned.
+        return {name: getattr(self, name) for name in (*_KEPT, "_packed")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        if any(tensor.is_shared() for tensor in self._packed.tensors()):  # by another process, which may refresh them
+            self._packed = copy.deepcopy(self._packed)
+        self._begin(next(self._packed.tensors()).device, _no_model)
+        self._plans = Plans(self._packed, self.backend)
+
+    def __copy__(self) -> Frozen:
+        with self._turn():  # another thread may call `refresh`
+            self._outside_a_graph("copy")
+            packed = copy.deepcopy(self._packed)
+            self._wait()
+        copied = Frozen.__new__(type(self))
+        copied.__setstate__(self.__getstate__() | {"_packed": packed})
+        copied._model = self._model
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+        copied = memo[id(self)] = self.__copy__()
+        copied._convert = copy.deepcopy(self._convert, memo)
+        model = memo.get(id(self._model()))
+        copied._model = _no_model if model is None else weakref.ref(model)
+        return copied
 
     def __repr__(self) -> str:
         graphs = ", ".join(f"{b}x{h}x{w}" for b, h, w, _ in self.graphs) or "none"
@@ -202,7 +217,7 @@ class Frozen:
         Raises:
             TypeError, ValueError: for images of another dtype, shape or device, or that need a gradient.
         """
-        images = self._check(images)
+        images = self._options.check_images(images, self.in_chans, self.device)
         with self._turn():
             key = self._key(images)
             if key is None:
@@ -219,11 +234,10 @@ class Frozen:
             ValueError: for more than `max_graphs`, where graphs are off, for shapes other than (batch, height, width),
                 or for sizes below 1.
         """
-        if uint8 and self._pixels is None:
+        if uint8 and self._options.pixels is None:
             raise ValueError("uint8: got True, allowed is False for a model frozen without mean and std")
-        check_shapes(shapes)
+        keys = [(*shape, uint8) for shape in check_shapes(shapes)]
         with self._turn():
-            keys = [(*shape, uint8) for shape in shapes]
             if len({*self._graphs, *keys}) > self._max_graphs:
                 raise ValueError(f"shapes: got {shapes} beside {self.graphs}, allowed are {self._max_graphs} graphs")
             for key in keys:
@@ -265,14 +279,16 @@ class Frozen:
         takes the weights of the model given last.
 
         Raises:
-            ValueError: for another architecture, or without `model` where the frozen one no longer exists.
+            ValueError: for another architecture, or without `model` in a copy, or where the model no longer exists.
             RuntimeError: where the current stream is being captured.
         """
         given = self._model() if model is None else model
         if given is None:
-            raise ValueError("model: got None, and the frozen model no longer exists; allowed is a model")
-        spec = _described(given, self.dtype, self._requested_output)
-        if self._requested_output is None and _kind(given, spec) != self._kind:
+            raise ValueError(
+                "model: got None, and this is a copy, or the frozen model no longer exists; allowed is a model"
+            )
+        spec = described(given, self.dtype, self._options.output)
+        if self._options.output is None and kind_of(given, spec) != self._kind:
             raise ValueError(f"model: got a {type(given).__name__}, allowed is the frozen model's kind, and sizes")
         with self._turn():
             self._outside_a_graph("refresh")
@@ -289,36 +305,9 @@ class Frozen:
     # --- the parts of a call ------------------------------------------------------------------------------------------
 
     def _pack(self, spec: AdapterSpec) -> Packed:
-        mean, std = self._pixels or (None, None)
-        options: dict[str, Any] = {"deterministic": self._deterministic, "stages": spec.stages}
+        mean, std = self._options.pixels or (None, None)
+        options: dict[str, Any] = {"deterministic": self._options.deterministic, "stages": spec.stages}
         return pack(spec.network, self.dtype, self.output, mean, std, **options)
-
-    def _check(self, images: Tensor) -> Tensor:
-        """Check `images`, and return them as [B, in_chans, H, W]."""
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images: got {type(images).__name__}, allowed is a torch.Tensor")
-        uint8 = images.dtype == torch.uint8
-        if uint8 and self._pixels is None:
-            raise TypeError("images: got torch.uint8, allowed for uint8 is a model frozen with mean and std")
-        if not uint8 and images.dtype != self.dtype:
-            also = " and torch.uint8" if self._pixels else ""
-            raise TypeError(f"images: got {images.dtype}, allowed is {self.dtype}{also}")
-        if images.device != self.device:
-            raise ValueError(f"images: got a tensor on {images.device}, allowed is {self.device}")
-        if torch.is_grad_enabled() and images.requires_grad:
-            raise ValueError("images: got a tensor that requires a gradient, and a frozen model has none")
-        first = images.ndim == 4 and images.shape[1] == self.in_chans
-        last = uint8 and images.ndim == 4 and images.shape[3] == self.in_chans
-        allowed = f"[B, {self.in_chans}, H, W]" + (f" or [B, H, W, {self.in_chans}]" if uint8 else "")
-        if not first and not last:
-            raise ValueError(f"images: got shape {shape_of(images)}, allowed is {allowed}")
-        if first and last:
-            raise ValueError(f"images: got shape {shape_of(images)}, which may be either of {allowed}")
-        images = images if first else images.permute(0, 3, 1, 2)
-        images = images.resolve_neg() if images.is_neg() else images
-        if images.shape[2] == 0 or images.shape[3] == 0:
-            raise ValueError(f"images: got shape {shape_of(images)}, allowed are sides of 1 or more")
-        return images
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -359,7 +348,7 @@ class Frozen:
         if key in self._graphs or (batch > 0 and len(self._graphs) < self._max_graphs):
             return key
         larger = [known for known in self._graphs if known[1:] == key[1:] and known[0] > batch > 0]
-        return min(larger) if self._pads and larger else None
+        return min(larger) if self._options.pads and larger else None
 
     def _replay(self, graph: _Graph, images: Tensor) -> Tensor | list[Tensor]:
         batch = images.shape[0]
@@ -389,7 +378,9 @@ class Frozen:
 
             with compile_within():  # side by side, where the first forward would compile one after the other
                 forward()
-        if not self._new_outputs:  # in the graphs' pool another graph's replay could overwrite what a caller holds
+        if (
+            not self._options.new_outputs
+        ):  # in the graphs' pool another graph's replay could overwrite what a caller holds
             forward = self._plans.into_own_memory(images, biases)
         self._pool, graph, results = capture_graph(forward, self._pool)
         return _Graph(graph, images, biases, results)

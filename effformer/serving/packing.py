@@ -20,6 +20,7 @@ from ..model.fusion import replaces, why_other
 from ..model.network import EfficientFormer
 from ..model.stage import Stage
 from ..model.steps import Step, attention_sides, run_steps
+from ..model.wrappers import why_other_tensors
 from ..reference import PIXEL_OFFSET
 
 if TYPE_CHECKING:
@@ -128,6 +129,14 @@ def _structure(packed: Packed) -> list[Any]:
     return [
         (step.operation, step.options, step.resize, [(t.shape, t.dtype) for t in step.all_tensors()]) for step in steps
     ]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter; a ValueError where it has none."""
+    weight = next(model.parameters(), None)
+    if weight is None:
+        raise ValueError("model: got one without parameters, allowed is a model as built by `create_model`")
+    return weight.device
 
 
 def pack(
@@ -267,6 +276,8 @@ def _check(model: EfficientFormer, output: str, wanted: Sequence[int]) -> None:
     if model.training:
         raise ValueError("model: got one in training mode, allowed is one in eval mode: call model.eval()")
     allowed = "allowed is a model as built by `create_model`, in eval mode"
+    if reason := why_other_tensors(model):
+        raise ValueError(f"model: {reason}; {allowed}")
     for name, module, kinds in _parts(model, wanted):
         if reason := why_other(module, kinds):
             raise ValueError(f"model: {name}: {reason}; {allowed}")
