@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 Content: TypeAlias = bytes | bytearray | memoryview | str
 
@@ -46,9 +47,11 @@ def write_together(files: Mapping[str | Path, Content]) -> None:
 
 
 def append_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Add lines to the end of a text file, all or none; an incomplete last line, of a killed process, is removed first.
+    """Add lines to the end of a text file of JSON lines, all or none.
 
-    The file is not rewritten, so that two processes may add to it. Missing folders and a missing file are made.
+    An incomplete last line, as a killed process leaves it, is removed first; one that only lacks its line end gets it.
+    The file is not rewritten, and locked meanwhile (not on Windows), so that two processes may add to it. Missing
+    folders and a missing file are made.
 
     Args:
         path: the file.
@@ -60,9 +63,12 @@ def append_lines(path: str | Path, lines: Iterable[str]) -> None:
     path, content = Path(path), memoryview("".join(f"{line}\n" for line in lines).encode())
     with _one_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b", buffering=0) as file:
+        with path.open("a+b", buffering=0) as file, _locked(file):
             file.seek(0)
-            end = file.read().rfind(b"\n") + 1
+            before = file.read()
+            end = before.rfind(b"\n") + 1
+            if _is_json(before[end:]):
+                content, end = memoryview(b"\n" + content), len(before)
             file.truncate(end)
             try:
                 while content:
@@ -70,6 +76,24 @@ def append_lines(path: str | Path, lines: Iterable[str]) -> None:
             except BaseException:  # Ctrl-C, too
                 file.truncate(end)
                 raise
+
+
+@contextlib.contextmanager
+def _locked(file: IO[bytes]) -> Iterator[None]:
+    """Let other processes wait for an open file until it is closed."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _written_beside(path: str | Path, content: Content, stack: contextlib.ExitStack) -> tuple[Path, Path]:
@@ -97,4 +121,6 @@ def _one_error(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise type(error)(f"{path} cannot be written: {error.strerror or error}") from error
+        named = type(error)(f"{path} cannot be written: {error.strerror or error}")
+        named.errno = error.errno
+        raise named from error

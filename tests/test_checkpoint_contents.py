@@ -8,7 +8,7 @@ import pytest
 import torch
 from l1_networks import assert_loaded
 from small_networks import small
-from torch import Tensor
+from torch import Tensor, nn
 
 from effformer import load_checkpoint
 from effformer.checkpoints.contents import find_weights
@@ -78,7 +78,9 @@ def test_records_beside_bare_weights(state: dict[str, Tensor], network: Any) -> 
 # --- several sets of weights ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("averaged", ["model_ema", "ema_state_dict", "params_ema", "ema.module", "swa_model", "avg"])
+@pytest.mark.parametrize(
+    "averaged", ["model_ema", "ema_state_dict", "params_ema", "ema.module", "swa_model", "avg", "modelEMA"]
+)
 def test_averaged_weights_come_first(
     state: dict[str, Tensor], other: dict[str, Tensor], network: Any, averaged: str
 ) -> None:
@@ -109,6 +111,40 @@ def test_which_names_an_entry_or_a_prefix(
     assert_loaded(network, other)
 
 
+def test_an_exact_name_comes_first(state: dict[str, Tensor], other: dict[str, Tensor], network: Any) -> None:
+    content = {"ema": {"model": other}, "model": state, "old": {"model": other}}
+    assert load_checkpoint(network, content).container == "ema.model"
+    assert load_checkpoint(network, content, which="model").container == "model"
+    assert_loaded(network, state)
+    assert load_checkpoint(network, content, which="old").container == "old.model"
+
+
+def test_mmengine_saves_its_average_as_the_model(
+    state: dict[str, Tensor], other: dict[str, Tensor], network: Any
+) -> None:
+    content = {
+        "ema_state_dict": {"steps": torch.tensor(3)} | prefixed("module.backbone.", other),
+        "state_dict": prefixed("backbone.", state),
+        "message_hub": {},
+    }
+    assert load_checkpoint(network, content).container == "state_dict"
+    assert_loaded(network, state)
+    load_checkpoint(network, content, which="ema_state_dict")
+    assert_loaded(network, other)
+
+
+def test_modules_lists_and_arrays(state: dict[str, Tensor], network: Any) -> None:
+    arrays = {key: value.numpy() for key, value in state.items()}
+    for content, container in (
+        (small(seed=1), None), ({"ema": small(seed=1)}, "ema"), ({"models": [{}, state]}, "models.1"),
+        ((state, 3), "0"), ({"model": arrays}, "model"),
+    ):  # fmt: skip
+        network.load_state_dict(small(seed=3).state_dict())
+        source = content if not isinstance(content, tuple) else {"0": content[0], "1": content[1]}
+        assert load_checkpoint(network, source).container == container
+        assert_loaded(network, state)
+
+
 def test_a_network_within_the_other_ones_names(
     state: dict[str, Tensor], other: dict[str, Tensor], network: Any
 ) -> None:
@@ -132,6 +168,76 @@ def test_misfits_name_the_other_weights(state: dict[str, Tensor], network: Any) 
 
 def test_an_optimizer_is_no_network(state: dict[str, Tensor]) -> None:
     assert [one.name for one in find_weights({"optimizer": {"exp_avg": state}, "model": state})] == ["model"]
+
+
+# --- networks and weights that tools changed --------------------------------------------------------------------------
+
+
+def test_a_network_whose_parts_are_wrapped(state: dict[str, Tensor], network: Any) -> None:
+    network.stages[0] = torch.compile(network.stages[0])
+    for source in (state, network.state_dict() | {"stages.0._orig_mod.blocks.0.ls1.gamma": torch.zeros(48)}):
+        load_checkpoint(network, source)
+    assert not network.stages[0].blocks[0].ls1.gamma.any()
+
+
+def test_changed_parts_of_a_network_are_named(state: dict[str, Tensor], network: Any) -> None:
+    torch.nn.utils.parametrizations.weight_norm(network.head)
+    with pytest.raises(CheckpointError, match=r"the network's head is a .*remove_parametrizations"):
+        load_checkpoint(network, state)
+
+
+def test_a_frozen_norm_has_no_counter(state: dict[str, Tensor], network: Any) -> None:
+    network.stem.norm1 = FrozenBatchNorm2d(24)
+    assert load_checkpoint(network, state).ignored == ("stem.norm1.num_batches_tracked",)
+    network.head_dist = None
+    with pytest.raises(ValueError, match="head, head_dist: got None"):
+        network.logits(torch.zeros(1, 448))
+    assert set(load_checkpoint(network, state).ignored) >= {"head_dist.weight", "head_dist.bias"}
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As torchvision's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.zeros(width))
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "cause"),
+    [
+        ("head.weight", "head.weight_orig", "pruned: torch.nn.utils.prune.remove"),
+        ("head.weight", "head.parametrizations.weight.original0", "parametrised"),
+        ("head.weight", "head.weight_g", "remove_weight_norm"),
+        ("head.weight", "head._packed_params.scale", "quantised: take the weights from before"),
+        ("head.weight", "head.lora_A.default.weight", "merge_and_unload"),
+        ("head.weight", "_fsdp_wrapped_module._flat_param", "get_model_state_dict"),
+    ],
+)
+def test_weights_that_tools_changed(state: dict[str, Tensor], network: Any, key: str, other: str, cause: str) -> None:
+    changed = {other if name == key else name: value for name, value in state.items()}
+    with pytest.raises(CheckpointError, match=cause):
+        load_checkpoint(network, changed)
+    with pytest.raises(CheckpointError, match=cause):
+        load_checkpoint(network, {other: state[key]})  # alone
+
+
+def test_tensors_without_data(state: dict[str, Tensor], network: Any) -> None:
+    empty = {name: torch.empty(0) for name in state}
+    with pytest.raises(CheckpointError, match="ZeRO-3 leaves it: zero_to_fp32.py"):
+        load_checkpoint(network, empty)
+    with pytest.raises(CheckpointError, match="on the meta device"):
+        load_checkpoint(network, {name: value.to("meta") for name, value in state.items()})
+
+
+@pytest.mark.parametrize(
+    ("key", "naming"),
+    [("backbone.patch_embed.0.conv.weight", "MMPretrain"), ("patch_embed.convolution1.weight", "transformers")],
+)
+def test_other_namings_are_named(network: Any, key: str, naming: str) -> None:
+    with pytest.raises(CheckpointError, match=f"in the naming of {naming}, which is not read"):
+        load_checkpoint(network, {"state_dict": {key: torch.zeros(24, 3, 3, 3)}})
 
 
 # --- derived buffers --------------------------------------------------------------------------------------------------

@@ -6,15 +6,19 @@ import argparse
 import collections
 import datetime
 import decimal
+import functools
 import gzip
 import io
+import json
 import logging
 import pathlib
 import pickle
+import re
 import tarfile
 import types
 import uuid
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from torch import Tensor, nn
 
 from effformer import load_checkpoint
 from effformer.checkpoints.formats import CheckpointError
+from effformer.checkpoints.read import read_file
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,8 @@ RECORDS: dict[str, Any] = {
     "settings": [argparse.Namespace(lr=0.1, opt=argparse.Namespace(name="adam")), types.SimpleNamespace(a=1)],
     "loggers": logging.getLogger("trainer"),
     "others": [decimal.Decimal("0.1"), uuid.UUID(int=1), {1, 2}, frozenset({3}), range(4), slice(1, 2), 1j, b"bytes"],
-    "torch": [torch.device("cpu"), torch.float16, torch.Size([1, 2]), torch.__version__],
+    "torch": [torch.device("cpu"), torch.float16, torch.Size([1, 2]), torch.__version__, torch.Generator()],
+    "training": [torch.optim.AdamW, functools.partial(torch.optim.SGD, lr=1), re.compile("a")],
 }  # fmt: skip
 
 
@@ -110,6 +116,52 @@ def test_a_tensor_of_two_names_in_safetensors(tmp_path: Path) -> None:
     assert torch.equal(two.head_dist.weight, one.head.weight)
 
 
+def test_threads_read_side_by_side(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = tmp_path / "last.pth"
+    torch.save(
+        {"model": {"stem.conv1.weight": torch.zeros(1)}, "best": np.float64(1), "args": RECORDS["settings"]}, path
+    )
+    with ThreadPoolExecutor(4) as pool:
+        assert all("model" in found for found in pool.map(read_file, [path] * 40))
+
+
+def test_what_the_caller_allows_is_kept_apart(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = tmp_path / "last.pth"
+    torch.save({"model": state, "best": np.float64(1)}, path)
+    scalar: Any = np.float64(1).__reduce__()[0]
+    with torch.serialization.safe_globals([scalar]):
+        load_checkpoint(small(), path)
+        assert scalar in torch.serialization.get_safe_globals()
+
+
+def test_weights_in_several_files(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    names = sorted(state)
+    parts = {"model-1.safetensors": names[:20], "model-2.safetensors": names[20:]}
+    for file, keys in parts.items():
+        safetensors.torch.save_file({key: state[key] for key in keys}, tmp_path / file)
+    index = {"metadata": {}, "weight_map": {key: file for file, keys in parts.items() for key in keys}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for source in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        network = small()
+        load_checkpoint(network, source)
+        assert_loaded(network, state)
+    index["weight_map"][names[0]] = "../elsewhere.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="allowed are files beside the index"):
+        load_checkpoint(small(), tmp_path)
+
+
+def test_folders_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="has none of model.safetensors"):
+        load_checkpoint(small(), tmp_path)
+    (tmp_path / "epoch-3.pth").touch()
+    with pytest.raises(FileNotFoundError, match=r"name one of its files, such as epoch-3.pth"):
+        load_checkpoint(small(), tmp_path)
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(FileNotFoundError, match="dcp_to_torch_save makes one file of it"):
+        load_checkpoint(small(), tmp_path)
+
+
 def archive(name: str, content: bytes) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as opened:
@@ -127,6 +179,12 @@ def tar() -> bytes:
 def scripted() -> bytes:
     file = io.BytesIO()
     torch.jit.save(torch.jit.script(nn.Identity()), file)
+    return file.getvalue()
+
+
+def saved(protocol: int) -> bytes:
+    file = io.BytesIO()
+    torch.save({"a": [1, {}], "b": "c"}, file, pickle_protocol=protocol)
     return file.getvalue()
 
 
@@ -152,6 +210,12 @@ OTHERS = {
     ),
     "JSON, not a file of weights": lambda: b'{"error": "not found"}',
     "a pickle that torch.save did not write": lambda: pickle.dumps({"a": 1}, protocol=4),
+    "git lfs pull`": lambda: b"\xef\xbb\xbf\nversion https://hawser.github.com/spec/v1\noid sha256:00\n",
+    "an HTML or XML page, not": lambda: b"<!-- a comment --><html></html>",
+    "an HTML or XML page, not the": lambda: "<html></html>".encode("utf-16"),
+    r"but text \('404: Not Found'\): download it again": lambda: b"404: Not Found",
+    "full of zeros": lambda: bytes(1000),
+    "a pickle protocol above 2": lambda: saved(protocol=4),
     "an HDF5 file": lambda: b"\x89HDF\r\n\x1a\n" + bytes(100),
 }
 
@@ -186,17 +250,17 @@ def test_cut_off_files(tmp_path: Path, state: dict[str, Tensor], kind: str, kept
 
 def test_tensors_that_are_no_plain_ones(state: dict[str, Tensor]) -> None:
     quantised = torch.quantize_per_tensor(state["head.weight"], 0.1, 0, torch.qint8)
-    for tensor, kind in ((quantised, "quantised"), (state["head.weight"].to_sparse(), "Tensor")):
-        with pytest.raises(CheckpointError, match=f"head.weight is {kind}, allowed are plain dense tensors"):
+    for tensor, kind in ((quantised, "quantised"), (state["head.weight"].to_sparse(), "Tensor in torch.sparse_coo")):
+        with pytest.raises(CheckpointError, match=f"head.weight is {kind}, allowed are ordinary dense tensors"):
             load_checkpoint(small(), state | {"head.weight": tensor})
 
 
 def test_sources_of_other_kinds(tmp_path: Path) -> None:
-    for source in (small(), None, b"bytes"):
-        with pytest.raises(TypeError, match="source: got .*allowed is a path or a state dict"):
+    for source in (3, None, b"bytes"):
+        with pytest.raises(TypeError, match="source: got .*allowed is a path, a state dict or a module"):
             load_checkpoint(small(), source)  # type: ignore[arg-type]
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(CheckpointError, match=r"list.pth: got a list, allowed is a state dict"):
+    torch.save(3, tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match=r"list.pth: got a int, allowed is a state dict"):
         load_checkpoint(small(), tmp_path / "list.pth")
     torch.save({"epoch": 1, "when": datetime.date(2026, 1, 1)}, tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match=r"it holds no tensors.*'epoch' \(int\), 'when' \(record\)"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import multiprocessing
 import os
 import resource
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -171,3 +174,17 @@ def test_the_stand_in_for_a_full_disk_ends(tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(MANY)
     assert (tmp_path / "file").stat().st_size == 10
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == before
+
+
+def test_a_complete_line_without_its_end_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"a": 1}\n{"b": 2}')  # as an editor leaves it
+    append_lines(path, ['{"c": 3}'])
+    assert path.read_text().splitlines() == ['{"a": 1}', '{"b": 2}', '{"c": 3}']
+
+
+def test_processes_wait_for_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as pool:
+        list(pool.map(append_lines, [path] * 100, [[f'{{"n": {n}, "x": "{"x" * 5000}"}}'] for n in range(100)]))
+    assert sorted(json.loads(line)["n"] for line in path.read_text().splitlines()) == list(range(100))

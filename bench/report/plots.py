@@ -151,14 +151,14 @@ def speedup(comparisons: Sequence[Comparison], title: str) -> Figure | None:
                    edgecolor="white")  # fmt: skip
         panel.text(max(length, 1) + 0.015 * reach, row, times(ratio) or "not run", va="center", weight="bold")
         name = baseline.provider if baseline else "no baseline"
-        panel.text(1.02, row, f"{name}\nerror of ours {worst_error([one.ours])}, its {worst_error([baseline])}",
+        panel.text(1.02, row, f"{name}\nerror: effformer {worst_error([one.ours])}, baseline {worst_error([baseline])}",
                    transform=across, va="center", fontsize=7, color="#444444", linespacing=1.05)  # fmt: skip
     panel.axvline(1, color="black", linewidth=1)
     panel.set(xlim=(0, 1.45 * reach), ylim=(len(rows) - 0.4, -0.6))
     panel.set_yticks(range(len(rows)), [f"{one.name}, batch {one.batch}" for one in comparisons])
     panel.tick_params(axis="y", length=0)
     panel.grid(axis="x")
-    panel.set_xlabel("images / s of ours frozen over those of the baseline, which stands on the right", loc="left")
+    panel.set_xlabel("images / s of effformer, frozen, over those of the baseline (on the right)", loc="left")
     _finish(figure, comparisons, title)
     figure.subplots_adjust(left=0.14, right=0.58, bottom=0.78 / height, top=1 - 0.36 / height)
     return figure

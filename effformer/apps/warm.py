@@ -31,8 +31,8 @@ def warm(model: EfficientFormer | Backbone, *shapes: tuple[int, int, int], dtype
     network = network_within(model)
     weight = next(network.parameters())
     dtype = weight.dtype if dtype is None else dtype
-    check_shapes(shapes)
-    if not shapes:
+    sizes = check_shapes(shapes)
+    if not sizes:
         raise ValueError("shapes: got none, allowed is (batch, height, width), one or more")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, allowed is a floating one")
@@ -43,7 +43,7 @@ def warm(model: EfficientFormer | Backbone, *shapes: tuple[int, int, int], dtype
         return
     from ..kernels.launch import compile_within
 
-    for batch, height, width in shapes:
+    for batch, height, width in sizes:
         x = torch.zeros(batch, network.in_chans, height, width, dtype=dtype, device=weight.device)
         with torch.no_grad():
             with compile_within():

@@ -137,7 +137,8 @@ def _check_model(model: nn.Module) -> None:
         place = path or "it"
         hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
         if hooks or module._backward_pre_hooks or is_parametrized(module) or "forward" in module.__dict__:
-            allowed = f"allowed are none{remedy(module)}"
+            inner = ": put its part '_orig_mod' in its place" if "_orig_mod" in module._modules else ""
+            allowed = f"allowed are none{remedy(module) or inner}"
             raise ValueError(f"model: {place} has hooks, parametrisations or another forward, {allowed}")
         if isinstance(module, _BatchNorm) and type(module) not in BATCH_NORMS:
             raise ValueError(f"model: {place} is a {class_of(module)}, allowed is BatchNorm2d{remedy(module)}")

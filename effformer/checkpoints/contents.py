@@ -8,18 +8,19 @@ EfficientFormer begins.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 # The first convolution of the stem, in the three namings.
 TIMM, ORIGINAL, NETSPRESSO = "stem.conv1.weight", "patch_embed.0.weight", "patch_embed.stem.0.block.conv.weight"
 _ANCHORS = (TIMM, ORIGINAL, NETSPRESSO)
 # Wrappers of single modules, anywhere in a name: of torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_AVERAGED = re.compile(r"(^|[._-])(ema|swa|avg|average|averaged)\d*($|[._-])")
-_DEPTH = 4  # of entries in entries
+_AVERAGED = re.compile(r"(?:^|[._-]|(?<=[a-z])(?=[A-Z]))(?:ema|swa|avg|averaged?)\d*(?:$|[._-])", re.IGNORECASE)
+_DEPTH, _LISTED = 4, 64  # of entries in entries; longer lists are records
 
 
 class CheckpointError(RuntimeError):
@@ -50,6 +51,17 @@ class Weights(NamedTuple):
         """Whether `which` is its name, or consecutive parts of it."""
         return f".{which}." in f".{self.name}."
 
+    @property
+    def rank(self) -> int:
+        """0 for averaged weights, 1 for others.
+
+        MMEngine's EMAHook swaps both when it saves: its `ema_state_dict` holds the weights as trained, and a count of
+        steps, 2.
+        """
+        if self.container == "ema_state_dict" and "steps" in self.beside:
+            return 2
+        return 0 if _AVERAGED.search(self.name) else 1
+
 
 def find_weights(content: Mapping[Any, Any]) -> list[Weights]:
     """All EfficientFormers' weights in a state dict or in a file's content, in its order."""
@@ -57,29 +69,69 @@ def find_weights(content: Mapping[Any, Any]) -> list[Weights]:
 
 
 def choose(found: list[Weights], which: str | None = None) -> Weights:
-    """The weights to load: those that `which` names, averaged ones before others, then in the file's order.
+    """The weights to load: averaged ones before others, then the first of the file.
+
+    `which` names them; of several with such a part in their names, the shortest name counts first.
 
     Raises:
         CheckpointError: where `which` names none of them.
     """
-    named = [one for one in found if which is None or one.named(which)]
+    if which is None:
+        return min(found, key=lambda one: one.rank)
+    named = [one for one in found if one.named(which)]
     if not named:
         raise CheckpointError(f"which: got {which!r}, allowed are {listed(found)}")
-    return min(named, key=lambda one: _AVERAGED.search(one.name.lower()) is None)
+    return min(named, key=lambda one: (one.name.count("."), one.rank))
 
 
 def listed(found: list[Weights]) -> str:
     return ", ".join(repr(one.name) for one in found)
 
 
+def no_network(keys: Iterable[object]) -> str:
+    """Say that these are names of no EfficientFormer that is read here."""
+    some = list(map(str, keys))
+    for naming, part in _UNREAD.items():
+        if any(part in key for key in some):
+            return (
+                f"the keys are an EfficientFormer's in the naming of {naming}, which is not read: allowed are files "
+                "of timm, the original repository and NetsPresso Trainer"
+            )
+    return f"the keys belong to no known EfficientFormer (timm, original, NetsPresso): {', '.join(some[:5])}, ..."
+
+
+# Names of the first convolution elsewhere.
+_UNREAD = {"MMPretrain": "patch_embed.0.conv.weight", "transformers": "patch_embed.convolution1.weight"}
+
+
+def as_tensor(value: object) -> Tensor | None:
+    """A tensor, also of a NumPy array of numbers; None for anything else."""
+    if isinstance(value, Tensor):
+        return value
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    return torch.as_tensor(value) if type(value).__name__ == "ndarray" and kind in "fiub" else None
+
+
+def as_mapping(value: object) -> Mapping[Any, Any] | None:
+    """An entry as a mapping: of a module its state dict, of a list its elements by number; None for anything else."""
+    if isinstance(value, nn.Module):
+        found: Mapping[Any, Any] = value.state_dict()
+        return found
+    if isinstance(value, (list, tuple)) and len(value) <= _LISTED:
+        return {str(index): one for index, one in enumerate(value)}
+    return value if isinstance(value, Mapping) else None
+
+
 def _below(content: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[Weights]:
-    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    found = {key: as_tensor(value) for key, value in content.items() if isinstance(key, str)}
+    tensors = {key: tensor for key, tensor in found.items() if tensor is not None}
     state: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        if (name := _WRAPPERS.sub("", key)) in state:
+        if (name := without_wrappers(key)) in state:
             raise CheckpointError(f"{key}: another key of the checkpoint is {name!r} too, without its wrapper")
         state[name] = value
-    others = tuple(str(key) for key in content if key not in tensors and not isinstance(content[key], Mapping))
+    entries = {key: entry for key, value in content.items() if (entry := as_mapping(value)) is not None}
+    others = tuple(str(key) for key in content if key not in tensors and key not in entries)
     prefixes = dict.fromkeys(prefix for key in state if (prefix := _prefix(key)) is not None)
     for prefix in prefixes:
         inner = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
@@ -87,10 +139,15 @@ def _below(content: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[Weight
         weights = {key.removeprefix(prefix): value for key, value in state.items() if key in mine}
         beside = (*(key for key in state if key not in mine), *others)
         yield Weights(".".join(path) or None, prefix, weights, beside)
-    for key, value in content.items():
+    for key, below in entries.items():
         # Optimizers keep averages of gradients under the weights' names.
-        if isinstance(value, Mapping) and len(path) < _DEPTH and "optim" not in str(key).lower():
-            yield from _below(value, (*path, str(key)))
+        if len(path) < _DEPTH and "optim" not in str(key).lower():
+            yield from _below(below, (*path, str(key)))
+
+
+def without_wrappers(key: str) -> str:
+    """A name without those of wrappers around single modules."""
+    return _WRAPPERS.sub("", key)
 
 
 def _prefix(key: str) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import check_choice
 from ..model.bias_buffer import is_rounded, why_unusable
 from ..reference import bias_index
-from .contents import NETSPRESSO, ORIGINAL, TIMM, choose, find_weights
+from .contents import NETSPRESSO, ORIGINAL, TIMM, choose, find_weights, no_network
 from .contents import CheckpointError as CheckpointError
 
 Format = Literal["timm", "original", "original-dense", "netspresso"]
@@ -63,8 +63,7 @@ def normalise(state: Mapping[str, Tensor]) -> Normalised:
     """
     found = find_weights(state)
     if not found:
-        some = ", ".join(map(str, list(state)[:5]))
-        raise CheckpointError(f"the keys belong to no known EfficientFormer (timm, original, NetsPresso): {some}, ...")
+        raise CheckpointError(no_network(state))
     state, ignored = choose(found)[2:]
     format = _detect(state)
     dead: list[str] = []

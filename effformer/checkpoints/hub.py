@@ -12,6 +12,7 @@ from .download import HubError, download
 # timm's conversions of the original ImageNet-1k weights.
 PRETRAINED = {f"efficientformer_{size}": f"timm/efficientformer_{size}.snap_dist_in1k" for size in ("l1", "l3", "l7")}
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+INDICES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)  # of weights in several files, in a local folder
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".tar", ".ckpt")
 _HUB_ID = re.compile(r"(?:hf[-_]hub:)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -21,7 +22,7 @@ def locate(checkpoint: str | Path, **keywords: Any) -> Path:
     """The weight file of a checkpoint, downloaded if need be.
 
     Args:
-        checkpoint: a weight file; a folder with one of `WEIGHT_FILES`; or a hub id "owner/name" or
+        checkpoint: a weight file; a folder with one of `WEIGHT_FILES` or `INDICES`; or a hub id "owner/name" or
             "owner/name@revision", with or without timm's "hf-hub:" before it. Existing paths come first.
         **keywords: of `hf_hub_download`, such as revision, token or cache_dir.
 
@@ -42,13 +43,18 @@ def locate(checkpoint: str | Path, **keywords: Any) -> Path:
             failure, keywords = failure or error, keywords | {"local_files_only": True}
     if failure is not None:
         raise failure
+    if Path(checkpoint).is_dir():
+        for name in INDICES:
+            if (Path(checkpoint) / name).is_file():
+                return Path(checkpoint) / name
+        raise FileNotFoundError(f"checkpoint: {checkpoint} {_why_no_weights(Path(checkpoint))}")
     raise FileNotFoundError(f"checkpoint: {checkpoint} has none of {', '.join(WEIGHT_FILES)}")
 
 
 def read_config(checkpoint: str | Path, **keywords: Any) -> dict[str, Any]:
     """The `config.json` of a checkpoint's folder or repository, timm's or `config_file`'s; {} without one.
 
-    Of a file named as in `WEIGHT_FILES`, its folder is looked at. `keywords` are as for `locate`.
+    Of a file named as in `WEIGHT_FILES` or `INDICES`, its folder is looked at. `keywords` are as for `locate`.
 
     Raises:
         ValueError: where it is not a JSON object.
@@ -56,7 +62,7 @@ def read_config(checkpoint: str | Path, **keywords: Any) -> dict[str, Any]:
     """
     if Path(checkpoint).is_file():
         checkpoint = Path(checkpoint)
-        if checkpoint.name not in WEIGHT_FILES:
+        if checkpoint.name not in (*WEIGHT_FILES, *INDICES):
             return {}
         checkpoint = checkpoint.absolute().parent
     if (path := _fetch(checkpoint, "config.json", keywords)) is None:
@@ -76,6 +82,17 @@ def read_config_if_there(checkpoint: str | Path) -> dict[str, Any]:
         return read_config(checkpoint)
     except OSError:
         return {}
+
+
+def _why_no_weights(folder: Path) -> str:
+    """The reason why a folder has no weights to load, and the way out."""
+    names = sorted(path.name for path in folder.iterdir())
+    if ".metadata" in names:
+        how = "torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes one file of it"
+        return f"is a checkpoint of torch.distributed.checkpoint: {how}"
+    lacks = f"has none of {', '.join((*WEIGHT_FILES, *INDICES))}"
+    found = [name for name in names if name.endswith(_WEIGHT_SUFFIXES)]
+    return f"{lacks}: name one of its files, such as {found[0]}" if found else lacks
 
 
 def _fetch(checkpoint: str | Path, name: str, keywords: dict[str, Any]) -> Path | None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from ..config import PRESETS
 from ..model.netspresso import network_within
 from ..model.network import EfficientFormer, init_linear
+from ..model.wrappers import class_of, remedy
 from . import config_file, hub
-from .contents import CheckpointError
+from .contents import CheckpointError, without_wrappers
 from .formats import Normalised, normalise
 from .read import read_weights
 
@@ -65,7 +67,7 @@ class _Comparison(NamedTuple):
 
 def load_checkpoint(
     model: nn.Module,
-    source: str | Path | Mapping[str, Any],
+    source: str | Path | Mapping[str, Any] | nn.Module,
     strict: bool = True,
     *,
     reset_head: bool = False,
@@ -78,13 +80,15 @@ def load_checkpoint(
 
     Args:
         model: an `EfficientFormer`, or a `Backbone` of `build_backbone`.
-        source: a safetensors or torch file of any trainer (read with weights_only=True), or its content: weights bare
-            or below any entries ("model", "state_dict", "ema.module"), their names with or without a prefix
-            ("module.", "model.backbone."). Other entries do not matter.
+        source: a safetensors or torch file of any trainer (read with weights_only=True), a folder with one (see
+            `hub.locate`), or a file's content: weights bare or below any entries ("model", "state_dict", "ema.module"),
+            their names with or without a prefix ("module.", "model.backbone."). Other entries do not matter. A module
+            counts as its state dict.
         strict: with False, missing and unexpected keys are reported instead of refused.
         reset_head: initialise both heads anew where the file has none, or has them for another number of classes.
         which: the weights to take where the file has several, by entry or prefix: "model", "teacher", "ema.module".
-            By default averaged weights (ema, swa, avg in the name) come before others, then the file's order counts.
+            By default averaged weights (ema, swa, avg in the name) come before others, then the file's order counts;
+            see `contents`.
 
     Returns:
         a `CheckpointReport`.
@@ -99,30 +103,37 @@ def load_checkpoint(
     if any(parameter.is_meta for parameter in network.parameters()):
         raise ValueError("model: got parameters on the meta device, allowed is a model with storage: use to_empty()")
 
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        source = hub.locate(source)
     weights, others = read_weights(source, which)
     file = normalise(weights.state)
     fresh = _fresh_modules(network, file, reset_head)
-    absent_heads = [name for name in _HEADS if isinstance(network.get_submodule(name), nn.Identity)]
+    absent_heads = [name for name in _HEADS if isinstance(getattr(network, name), (nn.Identity, NoneType))]
     homeless = [key for key in file.state if key.rpartition(".")[0] in absent_heads]
     kept = {key: value for key, value in file.state.items() if key.rpartition(".")[0] not in {*fresh, *absent_heads}}
 
     _share_one_head(network, kept)
     reinitialised = [f"{name}.{key}" for name in fresh for key, _ in network.get_submodule(name).named_parameters()]
-    comparison = _compare(kept, network.state_dict(), reinitialised)
+    # Parts of the network may be wrapped, such as by torch.compile.
+    names = {without_wrappers(key): key for key in network.state_dict()}
+    expected = {name: network.state_dict()[key] for name, key in names.items()}
+    comparison = _compare(kept, expected, reinitialised)
     if comparison.mismatched or (strict and (comparison.missing or comparison.unexpected)):
-        complaint = _complaint(file.format, comparison, strict)
+        complaint = _complaint(file.format, comparison, strict, network)
         if others:
             taken = f"{weights.name!r} was taken" if weights.name else "the file's own weights were taken"
             complaint += f"\n{taken}; which= takes one of {', '.join(map(repr, others))}"
         raise CheckpointError(complaint)
 
-    known = {key: value for key, value in kept.items() if key not in comparison.unexpected}
+    # Counters of a norm that the network does not have as BatchNorm, such as a frozen one.
+    unused = [key for key in kept if key not in names and key.endswith(_OPTIONAL)]
+    known = {names[key]: value for key, value in kept.items() if key in names}
     network.load_state_dict(known, strict=False)
     for module in fresh.values():
         init_linear(module) if isinstance(module, nn.Linear) else module.reset_parameters()  # type: ignore[operator]
     return CheckpointReport(
         format=file.format,
-        ignored=(*weights.beside, *file.ignored, *homeless),
+        ignored=(*weights.beside, *file.ignored, *homeless, *unused),
         reinitialised=tuple(reinitialised),
         missing=tuple(comparison.missing),
         unexpected=tuple(comparison.unexpected),
@@ -195,7 +206,7 @@ def _fresh_modules(network: EfficientFormer, file: Normalised, reset_head: bool)
     has_norm = any(key.startswith("norm.") for key in file.state)
     if file.format == "original-dense" and not has_norm and isinstance(network.norm, nn.LayerNorm):
         fresh["norm"] = network.norm
-    heads = {name: head for name in _HEADS if isinstance(head := network.get_submodule(name), nn.Linear)}
+    heads = {name: head for name in _HEADS if isinstance(head := getattr(network, name), nn.Linear)}
     shapes = [(name, file.state.get(f"{name}.weight")) for name in heads]
     fits = all(weight is not None and weight.shape == heads[name].weight.shape for name, weight in shapes)
     if reset_head and not fits:
@@ -224,7 +235,7 @@ def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fresh:
     result = _Comparison(missing, [], [], set())
     for key, value in state.items():
         if key not in expected:
-            result.unexpected.append(key)
+            result.unexpected.extend([] if key.endswith(_OPTIONAL) else [key])
             continue
         target = expected[key]
         if value.shape != target.shape:
@@ -236,7 +247,7 @@ def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], fresh:
     return result
 
 
-def _complaint(format: str, comparison: _Comparison, strict: bool) -> str:
+def _complaint(format: str, comparison: _Comparison, strict: bool, network: nn.Module) -> str:
     lines = [f"the {format} checkpoint does not fit the network"]
     parts = {"mis-shaped": comparison.mismatched}
     if strict:
@@ -245,6 +256,9 @@ def _complaint(format: str, comparison: _Comparison, strict: bool) -> str:
         if keys:
             lines.append(f"{title} ({len(keys)}):")
             lines += [f"  {key}" for key in keys]
+    for path, module in network.named_modules():
+        if comparison.missing and (how := remedy(module)):
+            lines.append(f"the network's {path or 'own class'} is a {class_of(module)}{how}")
     everything = " ".join(comparison.mismatched + comparison.missing)
     if "head." in everything or "head_dist." in everything:
         lines.append("reset_head=True initialises both heads anew; num_classes=0 builds a network without heads")

@@ -7,27 +7,31 @@ refused.
 
 from __future__ import annotations
 
+import json
 import pickle
 import pickletools
 import re
 import struct
+import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .contents import CheckpointError, Weights, choose, find_weights
+from .causes import why_not_plain
+from .contents import CheckpointError, Weights, as_mapping, as_tensor, choose, find_weights, no_network
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number, with which torch's files before 1.6 begin
 # First bytes of files that hold no weights, what they are and the way out.
 _OTHERS = {
-    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer, not the weights: run `git lfs pull` in its clone",
+    b"version https://": "a Git LFS pointer, not the weights: run `git lfs pull` in its clone",
     b"\x1f\x8b": "compressed by gzip: unpack it first",
     b"BZh": "compressed by bzip2: unpack it first",
     b"\xfd7zXZ": "compressed by xz: unpack it first",
@@ -40,14 +44,17 @@ _OTHERS = {
 }
 # The records: modules all of whose objects hold data, and single names.
 _DATA_MODULES = re.compile(
-    r"(numpy|pathlib|datetime|zoneinfo|decimal|fractions|uuid|logging|omegaconf|yacs|ml_collections|mmengine|mmcv)\b"
+    r"(numpy|pandas|pathlib|datetime|decimal|fractions|uuid|logging|omegaconf|yacs|ml_collections|mmengine|mmcv)\b"
+    r"|torch\.(optim|amp|cuda\.amp|utils\.data|return_types|nn\.modules\.loss)\."
 )
 _DATA = {
     "_codecs.encode", "argparse.Namespace", "builtins.bool", "builtins.bytearray", "builtins.bytes", "builtins.complex",
     "builtins.dict", "builtins.float", "builtins.frozenset", "builtins.int", "builtins.list", "builtins.object",
     "builtins.range", "builtins.set", "builtins.slice", "builtins.str", "builtins.tuple", "collections.ChainMap",
     "collections.Counter", "collections.OrderedDict", "time.struct_time", "torch.torch_version.TorchVersion",
-    "types.SimpleNamespace",
+    "types.SimpleNamespace", "torch.Generator", "torch._C.Generator", "functools.partial", "random.Random",
+    "re._compile", "array.array", "array._array_reconstructor", "itertools.count", "collections.UserDict",
+    "builtins.Ellipsis",
 }  # fmt: skip
 _MAPPINGS = re.compile(
     r"collections\.defaultdict$|(addict|box|easydict|munch|yacs|mmengine|mmcv|detectron2|fvcore)\..*(Dict|Box|Munch|Node)$"
@@ -55,11 +62,13 @@ _MAPPINGS = re.compile(
 )
 
 
-def read_weights(source: str | Path | Mapping[str, Any], which: str | None = None) -> tuple[Weights, tuple[str, ...]]:
+def read_weights(
+    source: str | Path | Mapping[str, Any] | nn.Module, which: str | None = None
+) -> tuple[Weights, tuple[str, ...]]:
     """The weights of a file or of its content, and the names of others that it holds.
 
     Args:
-        source: a file, or a mapping, as `load_checkpoint` takes them.
+        source: a file, a mapping or a module, as `load_checkpoint` takes them.
         which: the name of the weights, see `choose`.
 
     Raises:
@@ -67,23 +76,23 @@ def read_weights(source: str | Path | Mapping[str, Any], which: str | None = Non
         TypeError: for another source.
         OSError: where the file cannot be read.
     """
-    if not isinstance(source, (str, Path, Mapping)):
-        raise TypeError(f"source: got {type(source).__name__}, allowed is a path or a state dict")
-    where = "source" if isinstance(source, Mapping) else str(source)
-    content = source if isinstance(source, Mapping) else read_file(Path(source))
-    found = find_weights(content)
-    if not found:
-        raise CheckpointError(f"{where}: {_why_no_weights(content)}")
-    chosen = choose(found, which)
-    for key, value in chosen.state.items():
-        if value.is_quantized or value.layout != torch.strided or hasattr(value, "full_tensor"):
-            kind = "quantised" if value.is_quantized else type(value).__name__
-            raise CheckpointError(f"{where}: {key} is {kind}, allowed are plain dense tensors: convert it first")
+    if not isinstance(source, (str, Path, Mapping, nn.Module)):
+        raise TypeError(f"source: got {type(source).__name__}, allowed is a path, a state dict or a module")
+    where = str(source) if isinstance(source, (str, Path)) else "source"
+    content = read_file(Path(source)) if isinstance(source, (str, Path)) else as_mapping(source) or {}
+    try:
+        found = find_weights(content)
+        chosen = choose(found, which) if found else None
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    problem = _why_no_weights(content) if chosen is None else why_not_plain(chosen.state)
+    if problem or chosen is None:
+        raise CheckpointError(f"{where}: {problem}")
     return chosen, tuple(one.name for one in found if one is not chosen)
 
 
 def read_file(path: Path) -> Mapping[Any, Any]:
-    """The content of a safetensors or torch file, whatever its suffix.
+    """The content of a safetensors or torch file, whatever its suffix, or of the index of several.
 
     Raises:
         CheckpointError: for other and damaged files, naming the kind and the way out.
@@ -91,26 +100,44 @@ def read_file(path: Path) -> Mapping[Any, Any]:
     """
     with path.open("rb") as file:
         head = file.read(512)
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
     content = _read_safetensors(path) if _is_safetensors(head, path) else _read_torch(path, head)
-    if isinstance(content, Tensor):
-        raise CheckpointError(f"{path}: got a single tensor, allowed is a state dict")
-    if not isinstance(content, Mapping):
+    if (found := as_mapping(content)) is None:
         kind = _StandIn.describe(content)
         raise CheckpointError(f"{path}: got a {kind}, allowed is a state dict, or a mapping with one")
-    return content
+    return found
+
+
+def _read_shards(path: Path) -> dict[str, Any]:
+    """The content of all files that an index of Hugging Face's libraries names, which lie beside it."""
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no index of a checkpoint in several files") from error
+    if strange := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{path}: got the file {strange[0]!r}, allowed are files beside the index")
+    return {key: value for name in names for key, value in read_file(path.with_name(name)).items()}
 
 
 def _why_no_weights(content: Mapping[Any, Any]) -> str:
     """The reason why nothing was found in it, and the way out."""
     if not content:
         return "got an empty mapping, allowed is a state dict with at least one key"
+    tensors = dict(_tensors(content))
+    if tensors:
+        return why_not_plain(tensors) or no_network(tensors)
     some = ", ".join(f"{key!r} ({_StandIn.describe(value)})" for key, value in list(content.items())[:5])
-    if any(isinstance(value, Tensor) for value in content.values()) or any(
-        isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values())
-        for value in content.values()
-    ):
-        return f"the keys belong to no known EfficientFormer (timm, original, NetsPresso): {some}, ..."
     return f"it holds no tensors, allowed is a state dict, bare or below an entry: got {some}"
+
+
+def _tensors(content: Mapping[Any, Any], depth: int = 4) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, at any place in the content."""
+    for key, value in content.items():
+        if (tensor := as_tensor(value)) is not None:
+            yield str(key), tensor
+        elif depth and (entry := as_mapping(value)) is not None:
+            yield from _tensors(entry, depth - 1)
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------
@@ -141,22 +168,42 @@ def _read_torch(path: Path, head: bytes) -> Any:
     if problem := _why_no_torch_file(path, head):
         raise CheckpointError(f"{path} is {problem}")
     names = _pickled_names(path, head)
-    strangers = sorted(name for name in names if not _is_data(name) and not name.startswith("torch."))
+    strangers = sorted(name for name in names if not _is_data(name) and not _OF_TENSORS.match(name))
     if strangers:
         raise _unsafe(path, strangers)
-    allowed: list[Any] = [(_stand_in(name), name) for name in names if _is_data(name)]
     try:
         # Opened here: of a path, torch.load would look at the suffix.
-        with torch.serialization.safe_globals(allowed), path.open("rb") as file:
+        with _allowing({name: _stand_in(name) for name in names if _is_data(name)}), path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except pickle.UnpicklingError as error:
-        if objects := sorted(name for name in names if re.match(r"torch\.(nn|optim|fx|jit|ao|distributed)\.", name)):
-            raise _unsafe(path, objects) from error
+        if "Unsupported operand" in str(error):  # of a newer pickle protocol
+            problem = "is a torch file of a pickle protocol above 2, or damaged: save it without pickle_protocol"
+            raise CheckpointError(f"{path} {problem}, or load it yourself. {_WAY_OUT}") from error
         raise CheckpointError(f"{path} is no torch file that can be read safely, or damaged. {_WAY_OUT}") from error
     except Exception as error:  # a damaged file may raise anything
         raise CheckpointError(f"{path} is a damaged or cut-off torch file: copy or download it again") from error
+
+
+_lock = threading.Lock()
+
+
+@contextmanager
+def _allowing(stand_ins: Mapping[str, type]) -> Iterator[None]:
+    """Let torch.load put these in place of the objects of these names, and of no others.
+
+    torch keeps one list for the whole process. What the caller allowed there would be called with our stand-ins.
+    """
+    allowed: list[Any] = [(stand_in, name) for name, stand_in in stand_ins.items()]
+    with _lock:
+        before = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        try:
+            with torch.serialization.safe_globals(allowed):
+                yield
+        finally:
+            torch.serialization.add_safe_globals(before)
 
 
 _WAY_OUT = "If you trust its author, load it yourself: load_checkpoint(model, torch.load(path, weights_only=False))"
@@ -174,15 +221,18 @@ def _why_no_torch_file(path: Path, head: bytes) -> str | None:
     """The kind of a file that torch cannot have written, or that holds more than weights, and the way out."""
     if not head:
         return "empty (0 bytes): copy or download it again"
+    text = _text(head)
     for start, kind in _OTHERS.items():
-        if head.startswith(start):
+        if text.startswith(start):
             return kind
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body", b"<error")):
+    if not head.strip(b"\0"):
+        return "full of zeros, as an interrupted download leaves it: download it again"
+    if text.startswith(b"<"):
         return "an HTML or XML page, not the weights, perhaps of a log-in or an error: download it again"
-    if text.startswith((b"{", b"[")):
+    if text.startswith((b"{", b"[{")):
         shards = b'"weight_map"' in path.read_bytes()
-        return "the index of a checkpoint in several files: load those" if shards else "JSON, not a file of weights"
+        index = "the index of a checkpoint in several files: give it a name that ends in .index.json"
+        return index if shards else "JSON, not a file of weights"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it first"
     if head.startswith(_ZIP):
@@ -194,9 +244,19 @@ def _why_no_torch_file(path: Path, head: bytes) -> str | None:
             "a damaged torch file, or a pickle that torch.save did not write. If you trust its author, load it "
             "yourself: load_checkpoint(model, pickle.load(open(path, 'rb')))"
         )
-    if path.suffix == ".safetensors":
-        return "not a safetensors file, or a damaged one: copy or download it again"
-    return "not a torch or safetensors file, or a damaged one"
+    if head[8:9] == b"{" and head[5:8] == bytes(3):
+        return "a cut-off safetensors file: copy or download it again"
+    if text[:1].isascii() and text[:64].decode("ascii", "replace").isprintable():
+        said = text[:64].decode().strip()
+        return f"not a torch or safetensors file, but text ({said!r}): download it again"
+    return "not a torch or safetensors file, or a damaged one: copy or download it again"
+
+
+def _text(head: bytes) -> bytes:
+    """The beginning of a file without byte order mark and blanks, UTF-16 as ASCII."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        head = head[2:].replace(b"\0", b"")
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
 
 
 def _why_other_archive(path: Path) -> str | None:
@@ -238,6 +298,11 @@ def _names(file: IO[bytes]) -> Iterator[str]:
             module, _, name = str(argument).partition(" ")
             yield f"{_PYTHON3.get(module, module)}.{_RENAMED.get(name, name)}"
 
+
+# Of these, torch.load knows which are safe.
+_OF_TENSORS = re.compile(
+    r"torch\.((_utils|_tensor|storage|serialization|nn\.parameter|sparse|cuda|cuda\.sparse)\.)?\w+$"
+)
 
 # As torch spells names of Python 2, which pickles of protocol 2 hold.
 _PYTHON3 = {"__builtin__": "builtins", "copy_reg": "copyreg"}

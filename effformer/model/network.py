@@ -208,8 +208,10 @@ class EfficientFormer(nn.Module):
         """Mean of both heads' logits [B, num_classes] of pooled features [B, C].
 
         Raises:
-            ValueError: where the heads return two shapes.
+            ValueError: where the heads return two shapes, or one was taken away.
         """
+        if self.head is None or self.head_dist is None:
+            raise ValueError("head, head_dist: got None, allowed are modules: reset_classifier(0) takes both away")
         return mean_of_heads(self.head(pooled), self.head_dist(pooled))
 
     @overload
