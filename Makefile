@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 
 .NOTPARALLEL:
-.PHONY: demo test test-part gpu bench host first-call mutants audit prove planted audit-part triton lint format types docs dist hub-kernels clean help
+.PHONY: demo test test-part gpu bench host first-call mutants audit prove planted audit-part triton trainer lint format types docs dist hub-kernels clean help
 
 help:
 	@echo "make demo    features of a photograph, in an environment made for it"
@@ -20,6 +20,7 @@ help:
 	@echo "make planted faults planted in compiled kernels, each of which must be seen (ten minutes)"
 	@echo "make audit-part TRITON=3.9.0   a part of the audit with another Triton (20 minutes)"
 	@echo "make test-part TRITON=3.9.0    the kernels' tests with another Triton (three to seven minutes)"
+	@echo "make trainer training with NetsPresso Trainer's own package, in two processes on the CPU (two to four minutes)"
 	@echo "make docs    the documentation as a site in build/site"
 	@echo "make dist    source distribution and wheel in dist/, checked"
 	@echo "make hub-kernels   the kernels in the layout of Hugging Face's kernels hub, in hub-kernels/, which make clean keeps"
@@ -54,8 +55,9 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/dev.stamp
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal -m "not gpu"
 
-# Nothing is downloaded, built or installed into PYTHON: a machine with a GPU has its own torch and triton, and may have
-# no network, setuptools or wheel. The package is copied to build/gpu; first, one line says what PYTHON lacks.
+# PYTHON's environment stays as it is, without downloads, builds or installs: a machine with a GPU has its own torch and
+# triton, and may lack a network, setuptools or wheel. The package is copied to build/gpu; first, one line says what
+# PYTHON lacks.
 NEEDED := torch triton yaml safetensors numpy
 
 # LIMIT is in seconds, SUITE holds further arguments of tests/gpu/suite.py. Without a GPU the suite itself is checked.
@@ -107,6 +109,20 @@ test-part: triton
 audit-part: triton
 	PYTHONPATH=$(OTHER) $(BIN)/python -m effformer.bench.offline.audit --part --dtypes bfloat16 float32 \
 		--output bench/results/audit-$(TRITON).jsonl $(AUDIT)
+
+# NetsPresso Trainer asks for an older Pillow than the extras, and for packages that training does not import. So it and
+# its imports get a folder of their own, without dependencies, in front of .venv. A missing package fails the test.
+TRAINER := build/trainer
+TRAINER_NEEDS := netspresso-trainer absl-py fvcore grpcio iopath loguru markdown opencv-python-headless pandas portalocker \
+	tabulate tensorboard termcolor werkzeug yacs
+$(TRAINER)/stamp: constraints.txt $(VENV)/dev.stamp
+	rm -rf $(TRAINER)
+	$(PIP) --no-deps --target $(TRAINER) $(TRAINER_NEEDS)
+	touch $@
+
+trainer: $(TRAINER)/stamp
+	PYTHONPATH=$(CURDIR)/$(TRAINER) EFFFORMER_TRAINER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+		tests/test_netspresso_train.py::test_the_real_trainer_trains_ours_in_two_processes
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

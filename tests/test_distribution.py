@@ -19,6 +19,7 @@ from typing import NamedTuple
 import plain
 import pytest
 import release_version
+import yaml
 
 from effformer import __version__
 
@@ -189,6 +190,21 @@ def test_a_tag_of_another_version_is_not_released(
     found = release_version.disagreements(tmp_path, tag)
     assert len(found) == bool(named)
     assert "\n".join(found).startswith(named)
+
+
+def test_a_release_waits_for_the_checks() -> None:
+    """Each job that may publish needs the whole of CI on the commit that the tag names."""
+    workflows = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").iterdir()}
+    jobs = workflows["release.yml"]["jobs"]
+    publishing = {name: job for name, job in jobs.items() if "id-token" in job.get("permissions", {})}
+    assert {*publishing} == {"publish"}
+    for job in publishing.values():
+        called = {jobs[name].get("uses", "").removeprefix("./.github/workflows/") for name in job["needs"]}
+        assert "ci.yml" in called
+        assert "if" not in job  # such as always()
+    ci = workflows["ci.yml"]
+    assert "workflow_call" in ci[True]  # YAML reads the key `on` as a boolean
+    assert {"run": "bash .ci/run"} in ci["jobs"]["check"]["steps"]
 
 
 def test_lower_bounds_are_below_the_pins() -> None:

@@ -13,6 +13,7 @@ ones.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -225,9 +226,37 @@ def test_links_lead_somewhere(page: str) -> None:
         assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
 
 
+def public_names_of_ops() -> set[str]:
+    """Functions, constants, and names imported as themselves, which is how a module says that it offers them."""
+    found = set()
+    for node in ast.parse((ROOT / "effformer" / "ops.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.name for alias in node.names if alias.name == alias.asname}
+    return {name for name in found if not name.startswith("_")}
+
+
+def public_errors() -> set[str]:
+    """Errors defined in effformer that a docstring says are raised."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "effformer").rglob("*.py"))
+    defined = re.findall(r"^class ([A-Z]\w*Error)\b", source, re.MULTILINE)
+    return {name for name in defined if re.search(rf"^ +(?:\w+, )*{name}(?:, \w+)*: ", source, re.MULTILINE)}
+
+
 def test_every_public_name_is_in_the_api() -> None:
     """`make docs` fails for a name that does not exist, and here one that is missing does."""
     pages = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in API)
-    documented = set(re.findall(r"^::: effformer\.(.+)$", pages, re.MULTILINE))
+    entries = re.findall(r"^::: effformer\.(.+)$", pages, re.MULTILINE)
     adapters = {"timm", "huggingface", "netspresso", "torchvision", "detectron2", "openmm"}
-    assert {*effformer.__all__} - {"__version__"} | adapters <= documented
+    assert {*effformer.__all__} - {"__version__"} | adapters <= {*entries}
+
+    rows = re.findall(r"^\| \[`(.+?)`\]", pages, re.MULTILINE)
+    assert {*entries} <= {*rows}  # in plain Markdown, too
+    operations, errors = public_names_of_ops(), public_errors()
+    assert {"meta4d", "fold_batch_norm", "UnsupportedError", "PIXEL_OFFSET"} <= operations
+    assert {"AccelerationError", "CheckpointError", "ConfigError", "ExportError", "HubError"} <= errors
+    constants = re.findall(r"`ops\.(\w+)`", pages)
+    assert operations | errors <= {name.rpartition(".")[2] for name in rows} | {*constants}

@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("griffe", reason="the extra 'docs' is not installed")
 
-hooks = runpy.run_path(str(Path(__file__).parent.parent / "mkdocs_hooks.py"))
+ROOT = Path(__file__).parent.parent
+hooks = runpy.run_path(str(ROOT / "mkdocs_hooks.py"))
 
 
 @pytest.mark.parametrize(
@@ -46,3 +47,27 @@ Raises:
     expected = docstring.replace(before, f"    scale{after.format('')}    shift{after.format('')}")
     assert hooks["one_entry_each"](docstring) == expected
     assert hooks["one_entry_each"]("No arguments.") == "No arguments."
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "api").glob("*.md")), ids=lambda page: page.stem)
+def test_the_tables_of_the_api_are_those_of_the_docstrings(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert hooks["with_names"](text) == text, "run .venv/bin/python mkdocs_hooks.py"
+
+
+def test_a_table_names_functions_modules_members_and_reexports() -> None:
+    bare = "# A\n\n::: effformer.export\n\n::: effformer.detectron2\n"
+    text = hooks["with_names"](bare)
+    names = [line.split("`")[1] for line in text.splitlines() if line.startswith("| [")]
+    assert names == ["export", "detectron2", "detectron2.EfficientFormerBackbone"]  # ShapeSpec is not documented
+    assert "| [`export`](../../effformer/serving/export.py) | Write `model` to a file, load it again, and" in text
+    assert text.endswith(bare.removeprefix("# A\n"))
+    assert hooks["with_names"](text) == text
+
+
+def test_the_site_is_not_built_with_an_old_table() -> None:
+    place = SimpleNamespace(file=SimpleNamespace(src_uri="api/a.md"))
+    text = hooks["with_names"]("# A\n\n::: effformer.warm\n")
+    hooks["on_page_markdown"](text, place, SimpleNamespace(repo_url=None))
+    with pytest.raises(hooks["PluginError"], match=r"api/a\.md: its table of names is old; run "):
+        hooks["on_page_markdown"](text.replace("Compile", "Make"), place, SimpleNamespace(repo_url=None))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from effformer.bench.release import hub_kernels
 from effformer.kernels import operators
+from full_disk import full_disk
 
 from effformer import ops
 from effformer.version import __version__
@@ -197,6 +198,32 @@ def test_a_new_build_replaces_the_older_one_alone(tmp_path: Path) -> None:
     assert not stale.exists()
     assert other.exists()
     assert metadata_of(tmp_path) == json.loads(hub_kernels.build("cpu", hub_kernels.sources())["metadata.json"])
+
+
+@pytest.mark.parametrize(
+    "readme",
+    ["# A project\n\nlibrary_name: kernels\n", "---\nlibrary_name: timm\n---\nlibrary_name: kernels\n", "", None],
+    ids=["text", "another library", "empty", "none"],
+)
+def test_another_projects_files_stay(readme: str | None, tmp_path: Path) -> None:
+    files = {"LICENSE": "theirs"} if readme is None else {"README.md": readme, "LICENSE": "theirs"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    named = f"out: got {re.escape(str(tmp_path))}, where {next(iter(files))} belongs to another project, allowed is"
+    with pytest.raises(SystemExit, match=named):
+        hub_kernels.main(["--out", str(tmp_path)])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize("share", [0.1, 0.99])
+def test_a_full_disk_leaves_the_older_build(share: float, tmp_path: Path) -> None:
+    """Also where it is the largest file alone that finds no room."""
+    hub_kernels.write(tmp_path, "0.0.1")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    room = int(share * max(map(len, before.values())))
+    with full_disk(room), pytest.raises(OSError, match="cannot be written: File too large"):
+        hub_kernels.write(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_line_that_moved_is_an_error() -> None:

@@ -1,10 +1,8 @@
 """NetsPresso Trainer with our backbone, in one process and in two, by its own launchers.
 
 The trainer cannot be installed beside the other extras: it asks for an older Pillow. Its launchers are quoted in
-netspresso/trainer, around a stand-in for the rest. Where the real package is there, the last test trains with it:
-
-    pip install --no-deps netspresso-trainer==1.4.1
-    pip install loguru opencv-python-headless tensorboard pandas fvcore -c constraints.txt
+netspresso/trainer, around a stand-in for the rest. `make trainer` installs the real package into a folder of its own,
+and the last test trains with it.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ def start(*arguments: str, path: Path = TESTS / "netspresso" / "trainer") -> sub
     # The trainer starts `python`, by that name.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -150,8 +148,20 @@ def test_known_launchers_need_no_warning_and_unknown_ones_get_one(trainer: Any) 
     assert trainer.run_distributed_training_script is run_distributed_training_script
 
 
+def test_ci_trains_with_the_real_trainer() -> None:
+    """By a target that fails where the package is missing."""
+    root = TESTS.parent
+    command = ["make", "--dry-run", "trainer"]
+    recipe = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "EFFFORMER_TRAINER=1" in recipe[-2]
+    name = test_the_real_trainer_trains_ours_in_two_processes.__name__
+    assert recipe[-1].strip() == f"tests/test_netspresso_train.py::{name}"
+    assert "make trainer" in (root / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
 @pytest.mark.skipif(
-    importlib.util.find_spec("netspresso_trainer") is None, reason="NetsPresso Trainer is not installed"
+    importlib.util.find_spec("netspresso_trainer") is None and "EFFFORMER_TRAINER" not in os.environ,
+    reason="NetsPresso Trainer is not installed: see make trainer",
 )
 def test_the_real_trainer_trains_ours_in_two_processes(tmp_path: Path) -> None:
     run = start(*TRAIN, *write_project(tmp_path), "--gpus", "0,1", path=TESTS / "netspresso" / "on_cpu")

@@ -158,7 +158,7 @@ def test_command_writes_a_table(on_h200: list[Tuned | None], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cpu"], "--device: got cpu, allowed is a GPU that the kernels run on (it is no GPU)"),
+        (["--device", "cpu"], "--device: got cpu, allowed is a GPU that the kernels run on (it is not a GPU)"),
         (["--minutes", "0"], "argument --minutes: got '0', allowed is a number of minutes above 0"),
         (["--minutes", "x"], "argument --minutes: got 'x'"),
         (["--batch-size", "0"], "got '0', allowed is a whole number of 1 or more"),

@@ -12,15 +12,15 @@ import base64
 import hashlib
 import importlib.util
 import json
-import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import effformer
 
-from ...files import write_whole
+from ...files import write_together, write_whole
 from ...version import __version__
 
 NAME = "effformer"
@@ -28,7 +28,7 @@ LICENCE = "apache-2.0"  # as the hub writes it
 BACKENDS = ("cpu", "cuda")
 MODULES = ("attention_bias.py", "backend.py", "checks.py", "config.py", "ops.py", "reference.py")
 
-# What a build offers, from `effformer.ops`.
+# The public names of a build, from `effformer.ops`.
 PUBLIC = (
     "ACTIVATIONS",
     "BACKENDS",
@@ -75,8 +75,9 @@ __all__ = [
 ]
 '''
 
+_LIBRARY = "library_name: kernels"  # the hub knows its kernels by it
 _CARD = """---
-library_name: kernels
+{library}
 license: {licence}
 tags:
   - kernels
@@ -186,31 +187,53 @@ def _major(version: str) -> int:
 def card(version: str = __version__) -> str:
     """The README of the hub's repository."""
     functions = "\n".join(f"- `{name}`" for name in PUBLIC if name.islower())
-    return _CARD.format(name=NAME, version=version, major=_major(version), licence=LICENCE, functions=functions)
+    major = _major(version)
+    return _CARD.format(library=_LIBRARY, name=NAME, version=version, major=major, licence=LICENCE, functions=functions)
 
 
-def write(folder: Path, version: str = __version__, files: Mapping[str, str] | None = None) -> None:
+def write(out: Path, version: str = __version__, files: Mapping[str, str] | None = None) -> None:
     """Write the hub's repository: README.md, LICENSE, and a folder for each backend, which replaces an older one.
 
+    No older file is replaced before all new builds are complete.
+
     Args:
-        folder: the repository; it may exist.
+        out: the repository's folder; it may exist.
         version: of effformer.
         files: the sources; `sources` by default.
 
     Raises:
         OSError: naming a file that cannot be written.
-        ValueError: as `build`.
+        ValueError: as `build`, or where `out` holds another project's files.
     """
     files = sources() if files is None else files
     builds = {backend: build(backend, files, version) for backend in BACKENDS}
-    for backend, made in builds.items():
-        target = folder / "build" / f"torch-{backend}"
-        if target.exists():
-            shutil.rmtree(target)
-        for name, text in made.items():
-            write_whole(target / name, text)
-    write_whole(folder / "README.md", card(version))
-    write_whole(folder / "LICENSE", _licence())
+    targets = {backend: out / "build" / f"torch-{backend}" for backend in BACKENDS}
+    replaced = [path for path in (out / "README.md", out / "LICENSE", *targets.values()) if path.exists()]
+    if replaced and not _is_card(out / "README.md"):
+        raise ValueError(
+            f"out: got {out}, where {replaced[0].name} belongs to another project, allowed is an empty folder, "
+            f"or one whose README.md has `{_LIBRARY}`"
+        )
+    (out / "build").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".effformer-", dir=out / "build", ignore_cleanup_errors=True) as beside:
+        new, old = Path(beside, "new"), Path(beside, "old")
+        for backend, made in builds.items():
+            for name, text in made.items():
+                write_whole(new / backend / name, text)
+        write_together({out / "README.md": card(version), out / "LICENSE": _licence()})
+        old.mkdir()
+        for backend, target in targets.items():
+            if target.exists():
+                target.rename(old / backend)
+            (new / backend).rename(target)
+
+
+def _is_card(path: Path) -> bool:
+    """Whether a file is a README of the kernels hub: its metadata stand between two lines of dashes."""
+    if not path.is_file():
+        return False
+    first, *lines = [line.rstrip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()] or [""]
+    return first == "---" and _LIBRARY in lines[: lines.index("---") if "---" in lines else 0]
 
 
 def _licence() -> str:
@@ -227,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         write(options.out)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     print(f"wrote {', '.join(f'torch-{backend}' for backend in BACKENDS)} to {options.out / 'build'}")
 

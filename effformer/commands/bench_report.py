@@ -2,8 +2,8 @@
 
 Write report/README.md and its pictures for each GPU that has results of `effformer bench` and
 `effformer bench kernels`: ours beside the fastest other, errors beside speeds, and the reasons of
-measurements that were not run. Nothing is measured. --readme also writes the table between a README's
-markers <!-- benchmark --> and <!-- /benchmark -->. With --check nothing is written, and the exit status
+measurements that were not run. It runs no measurement. --readme also writes the table between a README's
+markers <!-- benchmark --> and <!-- /benchmark -->. With --check no file is written, and the exit status
 is 1 if that table differs.
 
 For example:

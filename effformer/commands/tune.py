@@ -49,7 +49,7 @@ def main(arguments: argparse.Namespace) -> int:
     from ..workload import OPERATIONS
 
     device = common.torch_device(arguments.device)
-    reason = why_not_verified(device) if device.type == "cuda" else "it is no GPU"
+    reason = why_not_verified(device) if device.type == "cuda" else "it is not a GPU"
     if reason:
         raise ValueError(f"--device: got {device}, allowed is a GPU that the kernels run on ({reason})")
     from ..bench.offline.tune import DeviceLostError, State, merged, tune, write_user_entries
