@@ -21,6 +21,7 @@ from .commands import (
     tune,
     verify,
 )
+from .commands.common import NOT_WRITTEN
 from .version import __version__
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell has it
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after --help and --version (0), and for a wrong call (2).
     """
-    arguments = argparse.Namespace(kept="nothing was written")
+    arguments = argparse.Namespace(kept=NOT_WRITTEN)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be text
     try:

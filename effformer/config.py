@@ -22,6 +22,9 @@ DENSE_TASKS = TASKS[1:]
 ACTIVATIONS = ("gelu", "relu", "silu", "swish", "hard_swish", "relu6", "leaky_relu", "prelu")
 
 
+LEAST_SIDE = 32  # of images: one pixel of the last feature map
+
+
 class ConfigError(ValueError):
     """One or more fields are wrong. `problems` holds a line for each: field, value, allowed values."""
 

@@ -103,7 +103,7 @@ def _written_beside(path: str | Path, content: Content, stack: contextlib.ExitSt
         if target.is_symlink():
             raise OSError("it is a symbolic link in a circle")
         if target.exists() and not target.is_file():
-            raise OSError("it is no regular file")
+            raise OSError("it is not a regular file")
         if target.exists() and not os.access(target, os.W_OK):
             raise PermissionError("it is read-only")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,7 @@ def test_errors_are_one_line_and_status_1(
         ("", "required: COMMAND"),
         ("run", "required: PATH"),
         ("run x --size 0x5", "--size: got '0x5', allowed is HxW, or one side, of 32 pixels or more"),
+        ("run x --size 224x", "--size: got '224x', allowed is HxW, or one side, of 32 pixels or more"),
         ("run x --size 16", "--size: got '16', allowed is HxW, or one side, of 32 pixels or more"),
         *(
             (f"{call} --size 224x31", "--size: got '224x31'")
@@ -164,7 +165,7 @@ def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatc
 
     for module, call, kept in (
         ("bench_kernels", "bench kernels", "finished measurements are kept, the same command goes on"),
-        ("evaluate", "eval x --checkpoint y", "nothing was written"),
+        ("evaluate", "eval x --checkpoint y", "no file was written"),
         ("export", "export x.pt2 --checkpoint y", "TARGET is as it was"),
     ):
         monkeypatch.setattr(f"effformer.commands.{module}.main", interrupted)

@@ -15,8 +15,9 @@ from labelled_photos import DEVICE, SMALL, SYNSETS, count, inputs, logits_of, sp
 from PIL import Image
 
 from effformer import EfficientFormer, freeze
+from effformer.apps.batches import read_batches
 from effformer.apps.evaluate import evaluate, find_labelled
-from effformer.apps.images import Preprocessing, read_batches
+from effformer.apps.images import Preprocessing
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 

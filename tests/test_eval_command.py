@@ -168,9 +168,9 @@ def test_a_subset_of_the_classes_and_the_checkpoints_preprocessing(
         (
             ["a/1.jpg", "b/1.jpg", "c/1.jpg"],
             None,
-            "got 3 class folders in {}, allowed are the network's 2 classes; with --c",
+            "got 3 class folders in {} (a, b, c), allowed are the network's 2 classes; with --c",
         ),
-        (["a/1.jpg"], None, "got 1 class folders in {}, allowed are the network's 2 classes; with --classes"),
+        (["a/1.jpg"], None, "got 1 class folders in {} (a), allowed are the network's 2 classes; with --classes"),
         (["a/1.jpg", "b/1.jpg", "1.png"], None, "DIR: got {}/1.png outside the class folders"),
         (["a/1.jpg", "b/1.csv"], None, "DIR: got no image in {}/b, allowed are class folders with images"),
         (["a/1.jpg"], "a\nb\nc\n", "--classes: got 3 names, allowed are the network's 2 classes"),

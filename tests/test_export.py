@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import run
 from full_disk import full_disk
 from torch import Tensor
 from torch._inductor import config as inductor
@@ -156,7 +157,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "l1.pt2, allowed is *.onnx with format='onnx'" in capsys.readouterr().err
     arguments[1] = str(tmp_path / "l1.bin")
     assert main(arguments) == 1
-    assert "l1.bin, allowed is *.pt2 with format='pt2'" in capsys.readouterr().err
+    assert "l1.bin, allowed are *.pt2 and *.onnx" in capsys.readouterr().err
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["l1.pt2"]
 
@@ -198,6 +199,7 @@ def test_the_suffix_is_the_format_and_json_is_alone(tmp_path: Path, capsys: pyte
         ({"format": "onnx", "path": "n.onnx", "backend": "triton"}, ValueError, "ONNX has no such operators"),
         ({"size": 224}, ValueError, r"size: got 224, allowed is \(height, width\)"),
         ({"size": (0, 32)}, ValueError, "size: got 0"),
+        ({"size": (64, 31)}, ValueError, r"size: got 31 \(int\), allowed is an integer of 32 or more"),
         ({"size": (32, 64), "dynamic_size": True}, ValueError, r"got \[32, 64\], .* are sides of 33 or more"),
         ({"path": "nowhere/n.pt2"}, FileNotFoundError, "nowhere"),
     ],
@@ -212,6 +214,26 @@ def test_refusals(
         effformer.export(narrow(dtype=torch.float32), path, **arguments)
     assert "\n" not in str(raised.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_targets_are_known_by_their_suffix_in_any_case(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built(*arguments: object) -> None:
+        raise OSError("the network is built")
+
+    monkeypatch.setattr("effformer.commands.common.load_network", built)
+    for target, format, message in (
+        ("x.ONNX", None, "the network is built"),
+        ("x.Pt2", None, "the network is built"),
+        ("x.Pt2", "aoti", "the network is built"),
+        ("x.bin", None, f"TARGET: got {tmp_path}/x.bin, allowed are *.pt2 and *.onnx"),
+        ("x", None, f"TARGET: got {tmp_path}/x, allowed are *.pt2 and *.onnx"),
+        ("x.onnx", "pt2", f"TARGET: got {tmp_path}/x.onnx, allowed is *.pt2 with format='pt2'"),
+    ):
+        option = ("--format", format) if format else ()
+        status, _, err = run(capsys, "export", tmp_path / target, "--checkpoint", "none", *option)
+        assert (status, err) == (1, f"effformer: error: {message}\n")
 
 
 def test_models_that_are_no_list_of_operations(narrow: Narrow, tmp_path: Path) -> None:

@@ -103,8 +103,8 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "circle").symlink_to("circle")
     os.mkfifo(tmp_path / "pipe")
     for path, reason in (
-        (tmp_path, "it is no regular file"),
-        (tmp_path / "pipe", "it is no regular file"),
+        (tmp_path, "it is not a regular file"),
+        (tmp_path / "pipe", "it is not a regular file"),
         (tmp_path / "circle", "it is a symbolic link in a circle"),
         (tmp_path / "file" / "below", "(File exists|Not a directory)"),
     ):

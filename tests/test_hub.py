@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from command_line import run
 from fake_hub import REVISION, response, serve
 
-from effformer.checkpoints import download, hub
+from effformer.checkpoints import download, download_errors, hub
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -28,7 +30,8 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture
 def new_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """No proxy, token or endpoint of this machine, and no connection or failure of an earlier test."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_ETAG_TIMEOUT"):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_ETAG_TIMEOUT",
+                 "HF_HUB_DOWNLOAD_TIMEOUT"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setenv("NO_PROXY", "")
@@ -131,17 +134,25 @@ def test_names_and_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with serve(say(FOUND)) as endpoint:
         assert "TLS fails" in (message := failure(tmp_path, endpoint.replace("http", "https")))
         assert "SSL_CERT_FILE" in message
-    assert "no connection" in failure(tmp_path, endpoint)
-    assert "is no URL" in failure(tmp_path, "huggingface.co")
-    assert "is no URL" in failure(tmp_path, "ftp://huggingface.co")
+    assert "no connection to 127.0.0.1 (" in failure(tmp_path, endpoint)
+    elsewhere = f"Location: {endpoint.replace('127.0.0.1', '127.0.0.2')}/a"
+    with serve(say(response("302 Found", elsewhere, f"X-Repo-Commit: {REVISION}", 'ETag: "etag"'))) as redirecting:
+        assert "no connection to 127.0.0.2 (" in failure(tmp_path, redirecting)
+    for url in ("huggingface.co", "ftp://huggingface.co", "http://a..b", "http://x y", "https://", "http://h:port"):
+        with pytest.raises(
+            hub.HubError, match=r"^someone/network: endpoint is not a URL \(.*\): set it to https://HOST$"
+        ):
+            hub.locate("someone/network", endpoint=url, cache_dir=tmp_path)
 
     def unknown(*arguments: object, **keywords: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    assert "its name, or the proxy's, is not found" in failure(tmp_path, "https://no.such.host")
+    assert "the name of the server (no.such.host), or the proxy's, is not found" in failure(
+        tmp_path, "https://no.such.host"
+    )
     monkeypatch.setenv("HF_ENDPOINT", "http://[bad")  # huggingface_hub could not be imported
-    with pytest.raises(hub.HubError, match="HF_ENDPOINT is no URL"):
+    with pytest.raises(hub.HubError, match="HF_ENDPOINT is not a URL"):
         hub.locate("someone/network")
 
 
@@ -153,8 +164,113 @@ def test_proxies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     huggingface_hub.close_session()
     monkeypatch.setenv("HTTPS_PROXY", "gopher://user:secret@proxy:1")
     assert "secret" not in (message := failure(tmp_path, "https://hub.example"))
-    assert "the proxy is no URL" in message
-    assert download._line("\n GET http://user:secret@proxy:1/x failed.\nmore") == "GET http://***@proxy:1/x failed"
+    assert "the proxy is not a URL" in message
+    huggingface_hub.close_session()
+    monkeypatch.delenv("HTTPS_PROXY")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setitem(sys.modules, "socks", None)
+    message = failure(tmp_path, "https://hub.example")
+    assert re.search("ALL_PROXY names a SOCKS proxy.*: pip install (socksio|pysocks), or unset ALL_PROXY$", message)
+    assert (
+        download_errors.line_of("\n GET http://user:secret@proxy:1/x failed.\nmore")
+        == "GET http://***@proxy:1/x failed"
+    )
+
+
+@pytest.mark.parametrize("token", [None, "hf_\0secret"])
+def test_tokens_that_cannot_be_sent(tmp_path: Path, token: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_\xe9t\xe9")
+    with serve(say(FOUND)) as endpoint:
+        message = failure(tmp_path, endpoint, token=token)
+    assert "HF_TOKEN, or another header, " in message
+    assert "set HF_TOKEN as " in message
+    assert "secret" not in message
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"])
+@pytest.mark.parametrize("value", ["2.5", "abc", "", "0", "-1"])
+def test_timeouts_that_the_hub_library_cannot_read(
+    tmp_path: Path, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(hub.HubError, match=f"{variable}: got '{value}', allowed is a whole number of seconds"):
+        hub.locate("someone/network", cache_dir=tmp_path)
+
+
+def test_a_slow_refusal_of_one_file_is_not_that_of_another(tmp_path: Path) -> None:
+    repository = fake_hub.repository({"pytorch_model.bin": b"weights"})
+
+    def slow_to_answer(connection: socket.socket, request: bytes) -> None:
+        time.sleep(1.2 if WEIGHTS.encode() in request else 0)
+        repository(connection, request)
+
+    with serve(slow_to_answer) as endpoint:
+        assert hub.locate("someone/network", endpoint=endpoint, cache_dir=tmp_path).name == "pytorch_model.bin"
+        assert hub.locate("someone/other", endpoint=endpoint, cache_dir=tmp_path).name == "pytorch_model.bin"
+
+
+def stalling(after: int) -> Answer:
+    """The first byte comes, as the probe wants it; the download gets the beginning of the content and then silence."""
+
+    def answer(connection: socket.socket, request: bytes) -> None:
+        if b"bytes=0-0" in request:
+            connection.sendall(FOUND)
+            return
+        connection.sendall(FOUND[: FOUND.index(b"\r\n\r\n") + 4 + after] if after else b"")
+        time.sleep(8)
+
+    return to_get(answer)
+
+
+@pytest.mark.parametrize("after", [0, 500])
+def test_a_download_that_stands_still_is_given_up(tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "WAIT", 1.2)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
+    with serve(stalling(after)) as endpoint:
+        start = time.monotonic()
+        assert "no data for 1.2 s: check HF_ENDPOINT" in (message := failure(tmp_path, endpoint))
+        assert message.endswith("HF_HUB_DOWNLOAD_TIMEOUT=60 waits for 60 s")
+        assert time.monotonic() - start < 3.5
+        time.sleep(2)
+    assert not list(tmp_path.rglob("*.incomplete"))  # the thread ended with the library's own timeout
+
+
+def test_a_slow_download_that_goes_on_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "WAIT", 1.0)
+    content = bytes(8 * download._CHUNK)
+    found = response("200 OK", f"X-Repo-Commit: {REVISION}", 'ETag: "etag"', body=content)
+
+    def drip(connection: socket.socket, request: bytes) -> None:
+        end = found.index(b"\r\n\r\n") + 4
+        connection.sendall(found[:end])
+        for place in range(0, len(content) if request.startswith(b"GET") else 0, download._CHUNK):
+            connection.sendall(content[place : place + download._CHUNK])
+            time.sleep(0.4)
+
+    with serve(drip) as endpoint:
+        start = time.monotonic()
+        assert hub.locate("someone/network", endpoint=endpoint, cache_dir=tmp_path).read_bytes() == content
+        assert time.monotonic() - start > 2
+
+
+def test_files_of_xet_come_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_wanted(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("xet")
+
+    monkeypatch.setattr("huggingface_hub.file_download.xet_get", not_wanted)
+    pytest.importorskip("hf_xet")
+    before = constants.HF_HUB_DISABLE_XET, constants.DOWNLOAD_CHUNK_SIZE
+
+    def answer(connection: socket.socket, request: bytes) -> None:
+        link = f'Link: <{endpoint}/token>; rel="xet-auth"'
+        headers = (f"X-Repo-Commit: {REVISION}", 'ETag: "etag"', f"X-Xet-Hash: {'a' * 64}", link)
+        found = response("200 OK", *headers, body=b"weights")
+        connection.sendall(found[: found.index(b"\r\n\r\n") + 4] if request.startswith(b"HEAD") else found)
+
+    with serve(answer) as endpoint:
+        assert hub.locate("someone/network", endpoint=endpoint, cache_dir=tmp_path).read_bytes() == b"weights"
+    assert before == (constants.HF_HUB_DISABLE_XET, constants.DOWNLOAD_CHUNK_SIZE)
 
 
 def test_wrong_calls_are_not_the_hubs_fault(tmp_path: Path) -> None:

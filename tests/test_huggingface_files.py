@@ -42,7 +42,7 @@ def test_a_config_that_cannot_be_replaced_keeps_the_old_weights(narrow: Narrow, 
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
     before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(OSError, match=f"^{tmp_path}/config.json cannot be written: it is no regular file$"):
+    with pytest.raises(OSError, match=f"^{tmp_path}/config.json cannot be written: it is not a regular file$"):
         EfficientFormer.from_network(narrow(num_classes=4)).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from effformer.apps.images import Preprocessing, draw_features, find_images, open_image
+from effformer.apps.images import Preprocessing, find_images, open_image
+from effformer.apps.pictures import draw_features
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
 
@@ -39,8 +40,9 @@ def test_preprocessing_is_timms(timm: Any, size: tuple[int, int], shape: tuple[i
         ({"input_size": 224}, "input_size: got 224"),
         (
             {"input_size": [3, 0, 224]},
-            r"size: got \(0, 224\) \(tuple\), allowed is a sequence of 2, each an integer of 1",
+            r"size: got \(0, 224\) \(tuple\), allowed is a sequence of 2, each an integer of 32",
         ),
+        ({"input_size": [3, 31, 224]}, r"size: got \(31, 224\) .* each an integer of 32 or more"),
         ({"mean": [0.5]}, r"mean: got \(0.5,\) \(tuple\), allowed is a sequence of 3, each a finite number"),
         ({"mean": 0.5}, "mean: got 0.5"),
         ({"std": [0, 0, 0]}, r"std: got \(0, 0, 0\) \(tuple\), allowed is a sequence of 3, each a number above"),
@@ -53,6 +55,33 @@ def test_preprocessing_is_timms(timm: Any, size: tuple[int, int], shape: tuple[i
 def test_preprocessing_refuses(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Preprocessing.from_config({"pretrained_cfg": config})
+
+
+def test_preprocessing_takes_lists_arrays_and_numpys_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    wanted = Preprocessing((64, 48), (0.5, 0.25, 0.5), (1, 2, 1))
+    for sequence in (list, numpy.array, lambda values: tuple(numpy.array(values)), torch.tensor):
+        given = Preprocessing(sequence([64, 48]), sequence([0.5, 0.25, 0.5]), sequence([1, 2, 1]))
+        assert (given, repr(given)) == (wanted, repr(wanted))
+    with pytest.raises(ValueError, match=r"size: got \(16, 16\) \(tuple\), allowed is .* of 32 or more"):
+        Preprocessing((16, 16))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.new("RGBA", (40, 40)), r"image: got a PIL image of mode RGBA, allowed is RGB: image.convert\('RGB'\)"),
+        (Image.new("L", (40, 40)), "image: got a PIL image of mode L, allowed is RGB"),
+        ("photo.jpg", r"image: got str, allowed is a PIL image of mode RGB: Image.open\(path\).convert\('RGB'\)"),
+        (torch.zeros(40, 40, 3), r"image: got Tensor, allowed is a PIL image of mode RGB: Image.fromarray"),
+    ],
+)
+def test_only_rgb_images_are_prepared(image: Any, message: str) -> None:
+    for call in (Preprocessing(), Preprocessing().crop, Preprocessing().normalise):
+        with pytest.raises(TypeError, match=message):
+            call(image)
+    with pytest.raises(ValueError, match=r"image: got one of 40x30 \(height x width\), allowed is 224x224"):
+        Preprocessing().normalise(Image.new("RGB", (30, 40)))
 
 
 def test_images_are_turned_upright(tmp_path: Path) -> None:

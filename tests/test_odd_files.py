@@ -6,6 +6,7 @@ import codecs
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 from command_line import run
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
+from effformer.apps.batches import KILLED, read_batches
 from effformer.apps.evaluate import find_labelled
-from effformer.apps.images import Preprocessing, find_images, open_image, read_batches
+from effformer.apps.images import Preprocessing, find_images, open_image
 from effformer.commands.common import printable, read_lines, without_blank_end
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -57,10 +59,14 @@ HIDDEN = (
     "__MACOSX/a.png",
     "__MACOSX/cat/._a.png",
     ".git/x.png",
+    "@eaDir/a.png",
+    "lost+found/a.png",
+    "$RECYCLE.BIN/a.png",
+    "System Volume Information/a.png",
 )
 
 
-def test_hidden_files_and_folders_are_no_images_unless_named(tmp_path: Path) -> None:
+def test_hidden_files_and_folders_do_not_count_unless_named(tmp_path: Path) -> None:
     for name in ("a.png", "b/a.png", *HIDDEN, *(f"b/{name}" for name in HIDDEN)):
         draw(tmp_path / name)
     assert find_images([tmp_path]) == [tmp_path / "a.png", tmp_path / "b/a.png"]
@@ -68,13 +74,13 @@ def test_hidden_files_and_folders_are_no_images_unless_named(tmp_path: Path) -> 
     assert len(find_images([tmp_path / ".git"])) == 1
 
 
-def test_hidden_files_and_folders_are_no_labelled_images_and_no_classes(tmp_path: Path) -> None:
+def test_hidden_files_and_folders_are_neither_labelled_images_nor_classes(tmp_path: Path) -> None:
     for name in ("cat/a.png", "dog/a.png", *HIDDEN, *(f"cat/{name}" for name in HIDDEN)):
         draw(tmp_path / name)
     found = find_labelled(tmp_path, 2)
     assert (found.paths, found.targets) == ((tmp_path / "cat/a.png", tmp_path / "dog/a.png"), (0, 1))
     hidden = {*(tmp_path / name for name in HIDDEN[:2]), *(tmp_path / f"cat/{name}" for name in HIDDEN)}
-    folders = {tmp_path / name for name in (".ipynb_checkpoints", "__MACOSX", ".git")}
+    folders = {tmp_path / name.split("/")[0] for name in HIDDEN if "/" in name}
     assert set(found.ignored) == hidden | folders
 
 
@@ -112,7 +118,7 @@ def odd(tmp_path: Path) -> Iterator[dict[str, str]]:
         listener.bind("socket.png")
         os.chdir(place)
         yield {
-            "pipe.png": "no regular file", "device.png": "no regular file", "socket.png": "no regular file",
+            "pipe.png": "not a regular file", "device.png": "not a regular file", "socket.png": "not a regular file",
             "nowhere.png": "No such file", "circle.png": "Too many levels", "empty.jpg": "not an image",
             "cut.jpg": "truncated", "bomb.ppm": "DecompressionBombError",
         }  # fmt: skip
@@ -168,6 +174,31 @@ def test_an_image_that_does_not_fit_into_memory(tmp_path: Path, monkeypatch: pyt
     assert (indices, failures) == ([1], {0: "it does not fit into memory"})
     assert batch is not None
     assert batch.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("deadly", [("3.png",), ("0.png", "3.png", "5.png")])
+def test_a_decoding_process_that_is_killed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, deadly: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        draw(tmp_path / f"{number}.png")
+    read, own = Preprocessing.read, os.getpid()
+
+    def killed(preprocessing: Preprocessing, path: Path) -> Image.Image:
+        assert os.getpid() != own
+        if path.name in deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(preprocessing, path)
+
+    monkeypatch.setattr(Preprocessing, "read", killed)
+    call = ("run", tmp_path, "--checkpoint", "none", "--size", "32", "--batch-size", "2")
+    status, out, err = run(capsys, *call)
+    assert status == 1
+    assert [name in out for name in (f"{number}.png" for number in range(6))] == [
+        f"{number}.png" not in deadly for number in range(6)
+    ]
+    assert all(f"{tmp_path / name}: {KILLED}\n" in err for name in deadly)
+    assert f"{len(deadly)} of 6 images failed" in err
 
 
 # --- large ------------------------------------------------------------------------------------------------------------
@@ -242,6 +273,36 @@ def test_a_large_jpeg_is_reduced_while_it_is_decoded(
     draw(tmp_path / "usual.jpg", (1879, 1879))
     prepare.read(tmp_path / "usual.jpg")
     assert decoded[2:] == [(1879, 1879)]  # less than 8 * 235
+
+
+@pytest.mark.parametrize(("mode", "orientation"), [("L", 1), ("P", 3), ("RGBA", 1), ("LA", 6), ("1", 1), ("RGB", 7)])
+def test_an_image_of_another_mode_is_reduced_before_it_is_copied(
+    tmp_path: Path, mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sklearn.datasets import load_sample_image
+
+    large = Image.fromarray(load_sample_image("china.jpg")).convert(mode)
+    exif = large.getexif()
+    exif[0x0112] = orientation
+    large.save(tmp_path / "large.png", exif=exif)
+    prepare, sizes = Preprocessing((64, 48)), []
+    whole = prepare.normalise(prepare.crop(open_image(tmp_path / "large.png")))
+
+    def noted(original: Any) -> Any:
+        def call(image: Image.Image, *arguments: Any, **keywords: Any) -> Any:
+            sizes.append(image.size)
+            return original(image, *arguments, **keywords)
+
+        return call
+
+    monkeypatch.setattr(Image.Image, "convert", noted(Image.Image.convert))
+    monkeypatch.setattr(ImageOps, "exif_transpose", noted(ImageOps.exif_transpose))
+    monkeypatch.setattr("effformer.apps.images.REDUCING_GAP", 2)  # 2 * 67 pixels: a third of 640 x 427
+    monkeypatch.setattr("effformer.apps.images._STRIP", 16)
+    error = (prepare.normalise(prepare.read(tmp_path / "large.png")) - whole).abs() * 255 * 0.226
+    assert 214 * 143 <= max(width * height for width, height in sizes) < 640 * 427 / 8
+    assert error.mean() < 4
+    assert error.max() < 40
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

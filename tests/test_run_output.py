@@ -12,7 +12,7 @@ from command_line import run
 from PIL import Image
 
 from effformer import create_model
-from effformer.apps.images import LABEL_HEIGHT, draw_features
+from effformer.apps.pictures import LABEL_HEIGHT, draw_features
 from effformer.testing import randomise
 
 pytestmark = pytest.mark.usefixtures("no_gpu")

@@ -15,7 +15,8 @@ from ..bench.measure.timing import Timing, measure
 from ..model.network import EfficientFormer, set_backend
 from ..serving.frozen import freeze
 from ..testing import float32_as_such
-from .images import Preprocessing, find_images, is_hidden, is_image, read_batches
+from .batches import read_batches
+from .images import Preprocessing, find_images, is_hidden, is_image
 
 TIMED = "one forward of a batch that lies on the device, from an idle device to an idle one; float32 without TF32"
 NOT_FINITE = -1
@@ -28,7 +29,7 @@ class LabelledImages:
     Attributes:
         paths: the images.
         targets: the class of each, 0 for the network's first.
-        ignored: files below DIR that have no image's suffix, are hidden, or were written by `effformer run`; of DIR,
+        ignored: files below DIR without an image's suffix, hidden ones, and those that `effformer run` wrote; of DIR,
             hidden folders, too.
     """
 
@@ -131,7 +132,7 @@ class Evaluation:
 
 
 def find_labelled(folder: Path, num_classes: int, classes: Sequence[str] | None = None) -> LabelledImages:
-    """The images of `folder`/class/, recursive in each class; hidden folders and files are neither.
+    """The images of `folder`/class/, recursive in each class, without hidden folders and files.
 
     Args:
         folder: holds a folder for each class.
@@ -169,7 +170,8 @@ def _class_indices(
     if classes is None:
         if len(folders) != num_classes:
             raise ValueError(
-                f"DIR: got {len(folders)} class folders in {folder}, allowed are the network's {num_classes} classes; "
+                f"DIR: got {len(folders)} class folders in {folder} ({_listed(folders)}), "
+                f"allowed are the network's {num_classes} classes; "
                 "with --classes, the folder name of each, some may be absent"
             )
         return {name: index for index, name in enumerate(folders)}

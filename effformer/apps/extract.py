@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..files import write_together
 from ..model.network import EfficientFormer
-from .images import PICTURE_SUFFIX, Preprocessing, draw_features, read_batches
+from .batches import read_batches
+from .images import PICTURE_SUFFIX, Preprocessing
+from .pictures import draw_features
 
 
 @dataclass(frozen=True)

@@ -1,52 +1,51 @@
-"""Images in, pictures of feature maps out (extra `image`)."""
+"""Find image files, and turn them into a network's input (extra `image`)."""
 
 from __future__ import annotations
 
 import math
 import os
 import stat
-import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ..checks import FINITE, POSITIVE, POSITIVE_INT, Rule, check, is_number, one_of
-from ..config import PUBLISHED_INPUT
+from ..checks import FINITE, POSITIVE, Rule, check, is_int, is_number, one_of
+from ..config import LEAST_SIDE, PUBLISHED_INPUT
 
 if TYPE_CHECKING:
     from PIL import Image
 
 # `effformer run` writes these; they must not be inputs of the next run.
 PICTURE_SUFFIX = ".features.png"
-# A JPEG file is decoded at a fraction of its size that leaves at least so many times the resized image's sides. Crops
-# then differ from those of the whole image by some levels of 255 at sharp edges, and by a fraction of one on average.
+# A JPEG file is decoded at a fraction of its size that leaves at least so many times the resized image's sides. Others
+# are reduced to one instead of being copied whole. Crops then differ from those of the whole image by some levels of
+# 255 at sharp edges, and by a fraction of one on average.
 REDUCING_GAP = 4
-LABEL_HEIGHT = 30  # of the line below a picture of feature maps
+_STRIP = 64  # rows of a reduced image that are made at once
 WIDEST = 16  # a resized image has at most so many times the crop's pixels; of a longer strip only the crop is made
 
 IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"
 )  # fmt: skip
-WORKERS = min(8, os.cpu_count() or 1)  # processes that decode
+_BESIDE = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
 def _each(rule: Rule, count: int) -> Rule:
     return Rule(
         f"a sequence of {count}, each {rule.allowed}",
-        lambda values: isinstance(values, Sequence) and len(values) == count and all(map(rule.holds, values)),
+        lambda values: isinstance(values, tuple) and len(values) == count and all(map(rule.holds, values)),
     )
 
 
+_SIDE = Rule(f"an integer of {LEAST_SIDE} or more", lambda value: is_int(value) and value >= LEAST_SIDE)
 _RULES = {
-    "size": _each(POSITIVE_INT, 2),
+    "size": _each(_SIDE, 2),
     "mean": _each(FINITE, 3),
     "std": _each(POSITIVE, 3),
     "interpolation": one_of(("nearest", "bilinear", "bicubic", "lanczos")),
@@ -59,7 +58,7 @@ class Preprocessing:
     """Turns an image into a network's input; the defaults are those of the published ImageNet weights.
 
     Attributes:
-        size: (height, width) of the input.
+        size: (height, width) of the input, 32 or more each.
         mean, std: of the training images, for each channel, after scaling to 0..1.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
         crop_pct: share of the resized image's side that the centre crop keeps.
@@ -76,7 +75,10 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         for name, rule in _RULES.items():
-            check(name, getattr(self, name), rule)
+            value = getattr(self, name)
+            if isinstance(value, list) or getattr(value, "ndim", 0) == 1:  # an array
+                value = tuple(value)
+            object.__setattr__(self, name, check(name, value, rule))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Preprocessing:
@@ -96,11 +98,15 @@ class Preprocessing:
             if not isinstance(size, Sequence) or len(size) != 3 or size[0] != 3:
                 raise ValueError(f"input_size: got {size!r}, allowed is [3, height, width]")
             fields["size"] = tuple(size[1:])
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
         return cls(**fields)
 
     def crop(self, image: Image.Image) -> Image.Image:
-        """An RGB image, resized and cropped around its centre to `size`, as timm's evaluation does."""
+        """An RGB image, resized and cropped around its centre to `size`, as timm's evaluation does.
+
+        Raises:
+            TypeError: for other values than a PIL image of mode RGB.
+        """
+        _check_rgb(image)
         return self._crop(image, image.size, (0, 0, *image.size))
 
     def _crop(
@@ -139,7 +145,16 @@ class Preprocessing:
             return self.crop(image) if image.size == whole else self._crop(image, whole, within)
 
     def normalise(self, image: Image.Image) -> Tensor:
-        """An RGB image of `size` as a network's input, float32 [3, H, W]."""
+        """An RGB image of `size` as a network's input, float32 [3, H, W].
+
+        Raises:
+            TypeError: for other values than a PIL image of mode RGB.
+            ValueError: for an image of another size.
+        """
+        _check_rgb(image)
+        if image.size != self.size[::-1]:
+            (height, width), found = self.size, f"{image.height}x{image.width} (height x width)"
+            raise ValueError(f"image: got one of {found}, allowed is {height}x{width}, as `crop` makes it")
         return self._batch(image.tobytes())[0]
 
     def picture(self, x: Tensor) -> Image.Image:
@@ -157,8 +172,24 @@ class Preprocessing:
         return (images - images.new_tensor(self.mean)[:, None, None]) / images.new_tensor(self.std)[:, None, None]
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """An RGB image as a network's input, float32 [3, H, W]."""
+        """An RGB image as a network's input, float32 [3, H, W].
+
+        Raises:
+            TypeError: for other values than a PIL image of mode RGB.
+        """
         return self.normalise(self.crop(image))
+
+
+def _check_rgb(image: Any) -> None:
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        remedy = "Image.fromarray(image)" if hasattr(image, "__array__") else "Image.open(path)"
+        raise TypeError(
+            f"image: got {type(image).__name__}, allowed is a PIL image of mode RGB: {remedy}.convert('RGB')"
+        )
+    if image.mode != "RGB":
+        raise TypeError(f"image: got a PIL image of mode {image.mode}, allowed is RGB: image.convert('RGB')")
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -202,8 +233,8 @@ def is_image(path: Path) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder holds what systems keep beside images: copies of Jupyter, attributes of macOS, .git."""
-    return name.startswith(".") or name == "__MACOSX"
+    """Whether a name is of those that systems keep beside images: .git, attributes of macOS, thumbnails, bins."""
+    return name.startswith(".") or name in _BESIDE
 
 
 def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
@@ -247,7 +278,7 @@ def open_image(path: Path) -> Image.Image:
     """The image in a file (its first frame), upright, as RGB; 16-bit grey is scaled to 8 bits.
 
     Raises:
-        OSError: where it cannot be read, is damaged, is no regular file (reading a pipe would wait), has more pixels
+        OSError: where it cannot be read, is damaged, is not a regular file (reading a pipe would wait), has more pixels
             than Pillow allows, or has 32-bit pixels, whose range is not defined.
     """
     return _open(path)[0]
@@ -258,15 +289,16 @@ def _open(
 ) -> tuple[Image.Image, tuple[int, int], tuple[float, float, float, float]]:
     """`open_image`, the (width, height) of the whole image, and the box that holds it.
 
-    With `least`, a JPEG file is decoded at 1/2, 1/4 or 1/8 of its size, if both sides keep so many pixels. Its last
-    column and row may then be fractions of pixels; they lie where turning the image puts them.
+    With `least`, a JPEG file is decoded at 1/2, 1/4 or 1/8 of its size, if both sides keep so many pixels. An image
+    that has to be turned, or is not RGB, is then reduced by the whole number that leaves as many. The last column and
+    row may then be fractions of pixels; they lie where turning the image puts them.
     """
     from PIL import ExifTags, Image, ImageOps
 
     with _as_os_error(), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # at half of the pixels that are allowed
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(f"no regular file, but {'a folder' if path.is_dir() else 'a pipe, a socket or a device'}")
+            raise OSError(f"not a regular file, but {'a folder' if path.is_dir() else 'a pipe, a socket or a device'}")
         with Image.open(path) as image:
             stored = image.size
             if least is not None:
@@ -274,101 +306,33 @@ def _open(
             image.load()
             reduction = round(stored[0] / image.width)
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            ImageOps.exif_transpose(image, in_place=True)
+            upright: Image.Image = image
+            factor = 1 if least is None else min(image.size) // least
+            if factor > 1 and (image.mode != "RGB" or orientation != 1):
+                upright, reduction = _reduced(image, factor), reduction * factor
+                upright.getexif()[ExifTags.Base.Orientation] = orientation
+            ImageOps.exif_transpose(upright, in_place=True)
             whole = stored[::-1] if orientation in (5, 6, 7, 8) else stored
             width, height = whole[0] / reduction, whole[1] / reduction
-            left = image.width - width if orientation in (2, 3, 6, 7) else 0
-            top = image.height - height if orientation in (3, 4, 7, 8) else 0
-            if image.mode in ("I", "F"):
-                raise OSError(f"32-bit pixels (mode {image.mode}) have no defined range")
-            if image.mode.startswith("I;16"):
-                image = image.point(lambda value: value * (1 / 257)).convert("L")  # type: ignore[assignment]
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
-            return rgb, whole, (left, top, left + width, top + height)
+            left = upright.width - width if orientation in (2, 3, 6, 7) else 0
+            top = upright.height - height if orientation in (3, 4, 7, 8) else 0
+            return _rgb(upright), whole, (left, top, left + width, top + height)
 
 
-def _crops(preprocessing: Preprocessing, paths: Iterable[Path]) -> list[bytes | str]:
-    """The pixels of each image's crop, RGB after RGB; for an image that cannot be read, the reason."""
-    crops: list[bytes | str] = []
-    for path in paths:
-        try:
-            crops.append(preprocessing.read(path).tobytes())
-        except OSError as error:
-            crops.append(str(error))
-    return crops
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise OSError(f"32-bit pixels (mode {image.mode}) have no defined range")
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value * (1 / 257)).convert("L")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_batches(
-    paths: Sequence[Path], preprocessing: Preprocessing, batch_size: int, workers: int = WORKERS
-) -> Iterator[tuple[list[int], Tensor | None, dict[int, str]]]:
-    """Images as a network's input, decoded by `workers` processes, each one batch ahead of the caller.
-
-    Yields:
-        for each `batch_size` paths, in their order: (indices of the images that could be read, batch [B, 3, H, W] or
-        None if none could, index -> reason of those that could not).
-    """
-    starts = range(0, len(paths), batch_size)
-    workers = min(workers, len(starts)) if len(starts) > 1 else 0  # one batch takes no longer than starting a process
-    # Bytes go through a pipe. Tensors would need shared memory, of which containers have little.
-    batches: Iterable[list[bytes | str]] = DataLoader(
-        paths,  # type: ignore[arg-type]  # a sequence will do
-        batch_size,
-        num_workers=workers,
-        prefetch_factor=1 if workers else None,
-        collate_fn=partial(_crops, preprocessing),
-    )
-    for start, items in zip(starts, batches, strict=True):
-        crops = {start + offset: item for offset, item in enumerate(items) if isinstance(item, bytes)}
-        failures = {start + offset: item for offset, item in enumerate(items) if isinstance(item, str)}
-        yield list(crops), preprocessing._batch(*crops.values()) if crops else None, failures
-
-
-def draw_features(image: Image.Image, maps: Sequence[Tensor], label: str | None = None) -> Image.Image:
-    """The input and each stage's map [C, h, w] in a row: the map's three principal components as red, green, blue.
-
-    Each has a title above it. The label stands in a line below, shortened if it is wider than the picture.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    side, margin, gap, font = max(224, image.height), 18, 4, ImageFont.load_default(12)
-    width = round(image.width * side / image.height)
-    panels = [(f"input {image.height}x{image.width}", image)]
-    panels += [(f"stage {i}: {m.shape[0]}x{m.shape[1]}x{m.shape[2]}", _principal(m)) for i, m in enumerate(maps, 1)]
-    column = max(width, *(math.ceil(font.getlength(title)) + 2 * gap for title, _ in panels))
-    total = len(panels) * (column + gap) - gap
-    picture = Image.new("RGB", (total, side + margin + (LABEL_HEIGHT if label else 0)), "white")
-    draw = ImageDraw.Draw(picture)
-    for position, (title, panel) in enumerate(panels):
-        left = position * (column + gap)
-        picture.paste(panel.resize((width, side), Image.Resampling.NEAREST), (left, margin))
-        draw.text((left + 2, margin - gap), title, fill="black", font=font, anchor="ls")
-    if label:
-        font = ImageFont.load_default(18)
-        shown = _fitting(label, lambda text: font.getlength(text) <= total - 2 * gap)
-        draw.text((gap, side + margin + LABEL_HEIGHT // 2), shown, fill="black", font=font, anchor="lm")
-    return picture
-
-
-def _fitting(text: str, fits: Callable[[str], bool]) -> str:
-    """The text, or as much of its beginning as fits, in ASCII: Pillow's font has no other letters."""
-    plain = unicodedata.normalize("NFKD", text)
-    text = "".join(letter for letter in plain if not unicodedata.combining(letter)).encode("ascii", "replace").decode()
-    shorter = (f"{text[:end].rstrip()}..." for end in range(len(text), 0, -1))
-    return text if fits(text) else next(filter(fits, shorter), "...")
-
-
-def _principal(feature: Tensor) -> Image.Image:
+def _reduced(image: Image.Image, factor: int) -> Image.Image:
+    """The image as RGB, its sides divided by `factor` and rounded up, without a whole copy at its own size."""
     from PIL import Image
 
-    height, width = feature.shape[1:]
-    pixels = feature.detach().cpu().double().flatten(1).T  # [h * w, C]
-    pixels = torch.nan_to_num(pixels - pixels.mean(dim=0))
-    u, s, vh = torch.linalg.svd(pixels, full_matrices=False)
-    sign = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)).sign()[:, 0]  # a component's sign is arbitrary
-    components = torch.zeros(height * width, 3, dtype=torch.float64)
-    count = min(3, s.numel())
-    components[:, :count] = (u * s * sign)[:, :count]
-    low, high = components.quantile(0.02, dim=0), components.quantile(0.98, dim=0)
-    scaled = ((components - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    rgb = (scaled * 255).round().to(torch.uint8).contiguous()
-    return Image.frombytes("RGB", (width, height), bytes(rgb.flatten().tolist()))
+    reduced = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top in range(0, reduced.height, _STRIP):
+        bottom = min((top + _STRIP) * factor, image.height)
+        reduced.paste(_rgb(image.crop((0, top * factor, image.width, bottom))).reduce(factor), (0, top))
+    return reduced

@@ -1,59 +1,49 @@
-"""Download a file from the Hugging Face hub: bounded waiting, and errors of one line (extra `hub`)."""
+"""Download a file from the Hugging Face hub; every wait for data is bounded, errors have one line (extra `hub`)."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import inspect
 import logging
 import os
 import re
-import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
-from http import HTTPStatus
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from ..extras import install
+from .download_errors import NoDataError, explained, is_silence, line_of
 
 T = TypeVar("T")
 
 # Seconds to wait for the hub's answer and for a file's first byte, over all addresses, redirects and look-ups of names.
-# HF_HUB_ETAG_TIMEOUT overrides them.
-WAIT, WAIT_IF_CACHED = 6.0, 3.0
+# HF_HUB_ETAG_TIMEOUT overrides them. A download that began is given up when no data came for as long, or for
+# HF_HUB_DOWNLOAD_TIMEOUT.
+WAIT, WAIT_IF_CACHED = 4.0, 3.0
+_TIMEOUTS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
+_HOST = re.compile(r"\[?[0-9a-f:]+(%\w+)?\]?|[^\s./:@]+(\.[^\s./:@]+)*\.?", re.IGNORECASE)
+_CHUNK = 16384  # bytes: the library's 10 MB take longer than the wait on slow lines, and would look like silence
 _REMEMBERED = 10.0  # seconds: loading a checkpoint asks several times, and a silent hub should cost its time once
-
-_LOG_IN = "check its name; log in (`hf auth login`, or HF_TOKEN) if it is private or gated"
-_ROUTE = "check HF_ENDPOINT, the proxy and the firewall"
-_CERTIFICATES = "set SSL_CERT_FILE to a file with the certificates of the proxy or mirror"
-_REMEDIES = {
-    401: _LOG_IN,
-    403: f"{_LOG_IN}; a proxy or firewall may also refuse",
-    404: f"check its name and revision, and {_ROUTE.removeprefix('check ')}",
-    407: "give user and password: HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT",
-    408: "try again later",
-    429: "wait some minutes, or log in (`hf auth login`)",
-}
 
 
 class HubError(ConnectionError):
     """The Hugging Face hub gives no file, and the cache has none. The message names the cause and the way out."""
 
 
-class _Cause(NamedTuple):
-    cause: str
-    remedy: str
-
-
 def download(repository: str, name: str, **keywords: Any) -> Path | None:
     """A file of a hub repository, from the cache if the hub does not answer; None if the repository lacks it.
 
-    The hub is asked once, without repetition. Only a download that has begun is repeated.
+    The hub is asked once, without repetition. A download that began is repeated where it breaks off, and given up when
+    no data came for some seconds. It goes over HTTP and not over xet, whose waiting has no bounds.
 
     Args:
         repository: "owner/name".
@@ -66,10 +56,7 @@ def download(repository: str, name: str, **keywords: Any) -> Path | None:
         TypeError: for a keyword that `hf_hub_download` does not know.
         ValueError: for a name that the hub would not allow.
     """
-    try:
-        urlsplit(os.environ.get("HF_ENDPOINT", "")).port  # noqa: B018  # the import below looks at it
-    except ValueError as error:
-        raise HubError(f"{repository}: HF_ENDPOINT is no URL ({_line(error)}): set it to https://HOST") from error
+    _check_environment(repository, keywords.get("endpoint"))  # the import below looks at it
     try:
         import huggingface_hub
         from huggingface_hub import constants
@@ -83,7 +70,7 @@ def download(repository: str, name: str, **keywords: Any) -> Path | None:
     if keywords.get("force_download"):
         cached = None
     endpoint = keywords.get("endpoint") or constants.ENDPOINT
-    wait = _seconds("HF_HUB_ETAG_TIMEOUT", WAIT if cached is None else WAIT_IF_CACHED)
+    wait = _seconds(_TIMEOUTS[0], WAIT if cached is None else WAIT_IF_CACHED)
 
     def ask() -> str | None:
         """Ask for the file and for its first byte. Returns its path if the cache has this version of it."""
@@ -94,12 +81,18 @@ def download(repository: str, name: str, **keywords: Any) -> Path | None:
         _read_first_byte(repository, file, endpoint, wait, keywords)
         return None
 
+    def fetch() -> str:
+        if (found := _within(wait, ask)) is not None:
+            return found
+        with _quiet(), _bounded_library():
+            stalled = _seconds(_TIMEOUTS[1], wait)
+            folder = _folder(repository, keywords)
+            load = partial(huggingface_hub.hf_hub_download, repository, name, **keywords)
+            return str(_while_growing(stalled, folder, load))
+
     try:
         if not keywords.get("local_files_only"):
-            if (found := _remembering(endpoint, lambda: _within(wait, ask))) is not None:
-                return Path(found)
-            with _quiet():
-                return Path(huggingface_hub.hf_hub_download(repository, name, **keywords))
+            return Path(_remembering(endpoint, fetch))
         failure: Exception = FileNotFoundError("local_files_only is set")
     except HFValidationError:
         raise
@@ -109,7 +102,7 @@ def download(repository: str, name: str, **keywords: Any) -> Path | None:
         failure = error
     if cached is not None:
         return Path(cached) if isinstance(cached, str) else None  # else a mark: the repository lacks the file
-    cause, remedy = _explained(failure, wait)
+    cause, remedy = explained(failure, wait)
     host = urlsplit(endpoint).hostname or "the hub"
     raise HubError(
         f"{repository}: {file} cannot be had from {host}, and is not in the cache: {cause}: {remedy}"
@@ -153,13 +146,31 @@ def _url(repository: str, file: str, endpoint: str, keywords: dict[str, Any]) ->
     return str(hf_hub_url(repository, file, endpoint=endpoint, **named))
 
 
+def _check_environment(repository: str, endpoint: str | None) -> None:
+    """Raise a HubError for values that the hub library fails at in its own words, some of them at its import."""
+    for variable in _TIMEOUTS:
+        if (said := os.environ.get(variable)) is not None and not (said.isascii() and said.isdigit() and int(said)):
+            raise HubError(f"{repository}: {variable}: got {said!r}, allowed is a whole number of seconds, 1 or more")
+    for name, url in (("HF_ENDPOINT", os.environ.get("HF_ENDPOINT")), ("endpoint", endpoint)):
+        if not url:
+            continue
+        try:
+            address = urlsplit(url)
+            address.port  # noqa: B018  # it raises
+            reason = "" if _HOST.fullmatch(address.hostname or "") else f"{line_of(url)} has no valid host"
+            reason = reason if address.scheme in ("http", "https") else f"{line_of(url)} lacks https://"
+        except ValueError as error:
+            reason = line_of(error)
+        if reason:
+            raise HubError(f"{repository}: {name} is not a URL ({reason}): set it to https://HOST")
+
+
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
 def _seconds(variable: str, default: float) -> float:
-    """The seconds that an environment variable says, as the hub library reads it."""
-    said = os.environ.get(variable, "")
-    return float(said) if said.isascii() and said.isdigit() and int(said) else default
+    """The seconds that an environment variable says."""
+    return float(os.environ.get(variable, default))
 
 
 def _within(seconds: float, function: Callable[[], T]) -> T:
@@ -168,6 +179,71 @@ def _within(seconds: float, function: Callable[[], T]) -> T:
     Timeouts of an HTTP library do not bound the whole: each address, redirect and packet begins anew, and the look-up
     of a name has none.
     """
+    return _begun(function)[0].result(seconds)
+
+
+def _while_growing(seconds: float, folder: Path, function: Callable[[], T]) -> T:
+    """The result of `function`, which is given up once no incomplete file in `folder` changed for `seconds`.
+
+    Another process may be the one that downloads, while `function` waits for its lock.
+    """
+    future, thread = _begun(function)
+    before, since = _incomplete(folder), time.monotonic()
+    try:
+        while not wait_for([future], min(0.2, seconds)).done:
+            now = _incomplete(folder)
+            if now != before:
+                before, since = now, time.monotonic()
+            elif time.monotonic() - since > seconds:
+                raise NoDataError(f"{seconds:g}")
+        return future.result()
+    finally:
+        if not future.done():  # silence, or Ctrl-C: the library removes its incomplete file when this arrives
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(SystemExit))
+            wait_for([future], 0.3)
+
+
+def _incomplete(folder: Path) -> dict[str, int]:
+    """The sizes of the files that are being downloaded."""
+    sizes = {}
+    for path in folder.rglob("*.incomplete"):
+        with contextlib.suppress(OSError):  # it is complete now
+            sizes[str(path)] = path.stat().st_size
+    return sizes
+
+
+def _folder(repository: str, keywords: dict[str, Any]) -> Path:
+    """The folder in which the library keeps files while it downloads them."""
+    from huggingface_hub import constants, file_download
+
+    if (place := keywords.get("local_dir")) is not None:
+        return Path(place) / ".cache" / "huggingface" / "download"
+    cache = Path(keywords.get("cache_dir") or constants.HF_HUB_CACHE)
+    kind = keywords.get("repo_type") or "model"
+    return cache / file_download.repo_folder_name(repo_id=repository, repo_type=kind) / "blobs"
+
+
+@contextmanager
+def _bounded_library() -> Iterator[None]:
+    """Let the hub library download over HTTP, and write what came at once.
+
+    It has no argument for either. Downloads in other threads meanwhile do the same.
+    """
+    from huggingface_hub import constants
+
+    values = {"HF_HUB_DISABLE_XET": True, "DOWNLOAD_CHUNK_SIZE": _CHUNK}
+    before = {name: getattr(constants, name) for name in values if hasattr(constants, name)}
+    try:
+        for name in before:
+            setattr(constants, name, values[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(constants, name, value)
+
+
+def _begun(function: Callable[[], T]) -> tuple[Future[T], int]:
+    """The future of `function` in a thread that Python does not wait for at its end, and the thread's number."""
     future: Future[T] = Future()
 
     def work() -> None:
@@ -176,15 +252,16 @@ def _within(seconds: float, function: Callable[[], T]) -> T:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=work, name="effformer-hub", daemon=True).start()
-    return future.result(seconds)
+    thread = threading.Thread(target=work, name="effformer-hub", daemon=True)
+    thread.start()
+    return future, thread.ident or 0
 
 
 _failed: dict[tuple[Any, ...], tuple[float, Exception]] = {}
 
 
 def _remembering(endpoint: str, function: Callable[[], T]) -> T:
-    """The result of `function`. If it was slow to fail a moment ago, it fails at once."""
+    """The result of `function`. If its server was silent a moment ago, for any file, it fails at once."""
     key, start = (endpoint, *sorted(getproxies().items())), time.monotonic()
     until, failure = _failed.get(key, (start, None))
     if failure is not None and start < until:
@@ -192,7 +269,7 @@ def _remembering(endpoint: str, function: Callable[[], T]) -> T:
     try:
         return function()
     except Exception as error:
-        if time.monotonic() - start > 1:
+        if time.monotonic() - start > 1 and is_silence(error):
             _failed[key] = time.monotonic() + _REMEMBERED, error
         raise
 
@@ -208,71 +285,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-
-
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
-def _explained(error: BaseException, wait: float) -> _Cause:
-    """The cause of a failed request and its remedy, from the error and those that it came from.
-
-    Types are known by name: huggingface_hub used requests, then httpx, then httpx2.
-    """
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    names = {kind.__name__ for link in chain for kind in type(link).__mro__}
-    text = next((line for link in chain if (line := _line(link))), type(error).__name__)
-    status = next((code for link in chain if (code := _status(link))), None)
-    if "OfflineModeIsEnabled" in names:
-        return _Cause("HF_HUB_OFFLINE is set", "unset it, or download the file before")
-    if status is not None or "ProxyError" in names:
-        who = "the proxy" if "ProxyError" in names or status == 407 else "the server"
-        if status is None:
-            return _Cause(f"{who} refuses ({text})", _ROUTE)
-        phrase = next((known.phrase for known in HTTPStatus if known == status), "")
-        said = next((said for link in chain if (said := getattr(link, "server_message", None))), None)
-        answer = " ".join(filter(None, (f"{status} {phrase}".strip(), said and f"({_line(said)})")))
-        remedy = "try again later" if status >= 500 else _REMEDIES.get(status, _ROUTE)
-        return _Cause(f"{who} answers {answer}", remedy)
-    if "TooManyRedirects" in names:
-        return _Cause("it redirects in a circle", _ROUTE)
-    if "SSLError" in names or any(isinstance(link, ssl.SSLError) for link in chain):
-        return _Cause(f"TLS fails ({text})", f"{_CERTIFICATES}, or {_ROUTE}")
-    if names & {"UnsupportedProtocol", "InvalidURL", "MissingSchema", "InvalidSchema"} or type(error) is ValueError:
-        return _Cause(f"HF_ENDPOINT or the proxy is no URL ({text})", "set it to https://HOST")
-    if any(isinstance(link, socket.gaierror) for link in chain) or "NameResolutionError" in names:
-        return _Cause("its name, or the proxy's, is not found", "check the network, HF_ENDPOINT and the proxy")
-    if names & {"TimeoutError", "TimeoutException", "Timeout"}:
-        return _Cause(f"no answer within {wait:g} s", f"{_ROUTE}; HF_HUB_ETAG_TIMEOUT=60 waits for 60 s")
-    if "FileMetadataError" in names:
-        return _Cause("an answer came, but not from a hub", _ROUTE)
-    if names & {"RemoteProtocolError", "ReadError", "WriteError", "ChunkedEncodingError", "ConnectionResetError"}:
-        return _Cause(f"it hangs up, or its answer is damaged ({text})", f"{_ROUTE}, or try again")
-    if names & {"ConnectError", "ConnectionError"}:
-        return _Cause(f"no connection ({text})", _ROUTE)
-    if isinstance(error, FileNotFoundError) and error.errno is not None and error.filename is None:
-        return _Cause("SSL_CERT_FILE or SSL_CERT_DIR names no file", _CERTIFICATES)
-    if isinstance(error, OSError) and error.errno is not None:
-        return _Cause(
-            f"a file fails ({text})", "check the space and the rights in the cache; HF_HOME names another one"
-        )
-    if "local_files_only" in text:
-        return _Cause(text, "leave it out, or download the file before")
-    return _Cause(f"{type(error).__name__} ({text})", _ROUTE)
-
-
-def _status(error: BaseException) -> int | None:
-    """The status that a server or a proxy answered with."""
-    code = getattr(getattr(error, "response", None), "status_code", None)
-    if code is None and type(error).__name__ == "ProxyError" and (match := re.match(r"(\d{3})\b", str(error))):
-        code = int(match[1])
-    return code
-
-
-def _line(error: BaseException | str) -> str:
-    """The first line of a message, short, without the password of a proxy."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return re.sub(r"//[^/\s@]*@", "//***@", lines[0])[:150].rstrip(".") if lines else ""

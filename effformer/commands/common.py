@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..config import PRESETS
+from ..config import LEAST_SIDE, PRESETS
 from ..extras import install
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Type: TypeAlias = Callable[[str], str]
 DTYPES = {"float32": ("fp32", "float"), "bfloat16": ("bf16",), "float16": ("fp16", "half")}  # name -> short names
-LEAST_SIDE = 32  # of images: one pixel of the last feature map
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip  # in this order: the mark of UTF-32 begins with that of UTF-16
 _SHOWN = 8  # keys of a checkpoint in a line
-RESUMES = "finished measurements are kept, the same command goes on"  # said after Ctrl-C
+NOT_WRITTEN = "no file was written"  # said after Ctrl-C, as the next
+RESUMES = "finished measurements are kept, the same command goes on"
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def add_command(
     name: str,
     main: Callable[[argparse.Namespace], int],
     doc: str | None,
-    kept: str = "nothing was written",
+    kept: str = NOT_WRITTEN,
 ) -> argparse.ArgumentParser:
     """Add a command that `main` runs.
 
@@ -129,8 +129,8 @@ def or_all(kind: Type) -> Type:
 
 def size(text: str) -> tuple[int, int]:
     """An argparse type: HxW, or one side for both."""
-    height, _, width = text.partition("x")
-    sides = [int(side) if _is_number(side) else 0 for side in (height, width or height)]
+    height, cross, width = text.partition("x")
+    sides = [int(side) if _is_number(side) else 0 for side in (height, width if cross else height)]
     if min(sides) < LEAST_SIDE:
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed is HxW, or one side, of {LEAST_SIDE} pixels or more")
     return sides[0], sides[1]
@@ -193,7 +193,7 @@ def report_failures(failures: Mapping[Path, str], total: int) -> int:
 
 
 def printable(text: str | Path) -> str:
-    """A name as one line of text: control characters, and bytes of a file's name that are no UTF-8, become escapes."""
+    """A name as one line of text: control characters, and bytes of a file's name that are not UTF-8, become escapes."""
 
     def escaped(character: str) -> str:
         byte = ord(character) - 0xDC00  # as Python decodes it

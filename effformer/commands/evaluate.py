@@ -72,6 +72,6 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"images:   {result.images} of {len(found.paths)}, from {folders} class folders")
     if found.ignored:
         first = common.printable(found.ignored[0])
-        print(f"ignored:  {len(found.ignored)} files, hidden or without an image's suffix, such as {first}")
+        print(f"ignored:  {len(found.ignored)} files or folders, hidden or without an image's suffix, such as {first}")
     print(result)
     return status

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from . import common
 
@@ -41,9 +42,14 @@ def add(commands: common.Commands) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from ..serving.export import export
+    from ..serving.export import SUFFIXES, check_suffix, export
 
     target: Path = arguments.target
+    by_suffix = next((name for name, suffix in SUFFIXES.items() if suffix == target.suffix.lower()), None)
+    format: Any = arguments.format or by_suffix
+    if format is None:
+        raise ValueError(f"TARGET: got {target}, allowed are *.pt2 and *.onnx")
+    check_suffix("TARGET", target, format)
     if target.exists() and not arguments.force:
         raise FileExistsError(f"{target} exists: --force replaces it")
     device = common.torch_device(arguments.device)
@@ -54,7 +60,7 @@ def main(arguments: argparse.Namespace) -> int:
     written = export(
         network.to(device).eval(),
         target,
-        arguments.format or ("onnx" if target.suffix == ".onnx" else "pt2"),
+        format,
         output=arguments.output,
         size=arguments.size,
         dynamic_size=arguments.dynamic_size,

@@ -6,7 +6,7 @@ five likeliest classes of one image, or a line for each of several. Files are wr
   IMAGE.features.safetensors   stage1..stage4 [C, h, w], pooled [C], logits (with trained weights)
   IMAGE.features.png           the input, the maps' three principal components as colours, and the
                                likeliest class (with trained weights)
-Hidden files and folders are no images. An image that cannot be read is reported, the others are used,
+Hidden files and folders do not count. An image that cannot be read is reported, the others are used,
 and the exit status is 1.
 
 For example:
@@ -63,7 +63,7 @@ def main(arguments: argparse.Namespace) -> int:
     labels = None if arguments.labels is None else common.read_lines("--labels", arguments.labels)
     targets = _targets(places, arguments.output, beside=arguments.beside)
     if targets is None:
-        arguments.kept = "nothing was written"
+        arguments.kept = common.NOT_WRITTEN
 
     say = common.printer(arguments.json)
     network, preprocessing, facts = common.load_for_images(arguments, arguments.backend, say)
@@ -119,7 +119,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _targets(places: Mapping[Path, Path], output: Path | None, *, beside: bool) -> dict[Path, Path] | None:
-    """For each image the path that its files' names begin with; None if nothing is to be written."""
+    """For each image the path that its files' names begin with; None without an output."""
     if output is None:
         return {path: path for path in places} if beside else None
     if output.exists() and not output.is_dir():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..backend import no_autocast, refuse_triton, why_not_triton
 from ..checks import check_choice, check_count
+from ..config import LEAST_SIDE
 from ..extras import install
 from ..files import write_whole
 from ..model.netspresso import Backbone, network_within
@@ -32,7 +33,7 @@ Format = Literal["pt2", "aoti", "onnx"]
 FORMATS: tuple[str, ...] = get_args(Format)
 BACKENDS = ("eager", "triton")
 SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
-LEAST_SIDE = 33  # of a dynamic size: at 32 the last map is one pixel wide, for which other code is traced
+LEAST_FREE_SIDE = LEAST_SIDE + 1  # of a dynamic size: for a last map one pixel wide other code is traced
 OPSET = 20  # of ONNX: the first with Gelu
 
 # Not float64: files are compared with it. onnxruntime's convolutions on a CPU take no bfloat16.
@@ -142,7 +143,7 @@ def export(
             images = torch.zeros(2, network.in_chans, *size, dtype=dtype, device=device)
             content = _content(module, images, axes, format, outputs)
             run = _load(content, format)
-        shapes = [(1, *size), (3, *size)] + [(2, LEAST_SIDE, 2 * LEAST_SIDE - 1)] * dynamic_size
+        shapes = [(1, *size), (3, *size)] + [(2, LEAST_FREE_SIDE, 2 * LEAST_FREE_SIDE - 1)] * dynamic_size
         exact, eager = (_Reference(network, device, kind, output) for kind in (torch.float64, dtype))
         checks = {}
         for batch, *sides in shapes:
@@ -196,7 +197,7 @@ class _Steps(nn.Module):
 def _content(module: nn.Module, images: Tensor, axes: dict[int, str], format: str, outputs: tuple[str, ...]) -> bytes:
     """The file, made in memory: PyTorch's writers end the process where the disk is full."""
     file = io.BytesIO()
-    free = {place: torch.export.Dim(name, min=1 if place == 0 else LEAST_SIDE) for place, name in axes.items()}
+    free = {place: torch.export.Dim(name, min=1 if place == 0 else LEAST_FREE_SIDE) for place, name in axes.items()}
     program = torch.export.export(module, (images,), dynamic_shapes=(free,))
     match format:
         case "pt2":
@@ -258,8 +259,7 @@ def _check_format(path: Path, format: str, dtype: torch.dtype, backend: str) -> 
     check_choice("backend", backend, BACKENDS)
     if not path.parent.is_dir():  # found now, and not after minutes of compiling
         raise FileNotFoundError(f"path: got {path}, allowed is one in a folder that exists")
-    if path.suffix != SUFFIXES[format]:
-        raise ValueError(f"path: got {path}, allowed is *{SUFFIXES[format]} with format={format!r}")
+    check_suffix("path", path, format)
     if dtype not in DTYPES[format]:
         allowed = ", ".join(map(str, DTYPES[format]))
         raise ValueError(f"dtype: got {dtype}, allowed with format={format!r} are {allowed}")
@@ -282,12 +282,19 @@ def _check_format(path: Path, format: str, dtype: torch.dtype, backend: str) -> 
             raise ExportError(f"format='aoti': {error}: install a C++ compiler, or name one in CXX") from error
 
 
+def check_suffix(argument: str, path: Path, format: str) -> None:
+    """Raise a ValueError that names the argument unless the path has the suffix of the format, in any case."""
+    if path.suffix.lower() != SUFFIXES[format]:
+        raise ValueError(f"{argument}: got {path}, allowed is *{SUFFIXES[format]} with format={format!r}")
+
+
 def _checked_size(size: tuple[int, int], dynamic: bool) -> tuple[int, int]:
     if not isinstance(size, Sequence) or len(size) != 2:
         raise ValueError(f"size: got {size}, allowed is (height, width)")
-    height, width = (check_count("size", side, least=1) for side in size)
-    if dynamic and min(height, width) < LEAST_SIDE:
-        raise ValueError(f"size: got {_listed(size)}, allowed with dynamic_size=True are sides of {LEAST_SIDE} or more")
+    height, width = (check_count("size", side, least=LEAST_SIDE) for side in size)
+    if dynamic and min(height, width) < LEAST_FREE_SIDE:
+        allowed = f"allowed with dynamic_size=True are sides of {LEAST_FREE_SIDE} or more"
+        raise ValueError(f"size: got {_listed(size)}, {allowed}")
     return height, width
 
 
