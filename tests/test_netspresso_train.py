@@ -151,7 +151,7 @@ def test_known_launchers_need_no_warning_and_unknown_ones_get_one(trainer: Any) 
 def test_ci_trains_with_the_real_trainer() -> None:
     """By a target that fails where the package is missing."""
     root = TESTS.parent
-    command = ["make", "--dry-run", "trainer"]
+    command = ["make", "--no-print-directory", "--dry-run", "trainer"]
     recipe = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
     assert "EFFFORMER_TRAINER=1" in recipe[-2]
     name = test_the_real_trainer_trains_ours_in_two_processes.__name__
