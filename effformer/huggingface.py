@@ -21,6 +21,8 @@ try:
     from huggingface_hub import PyTorchModelHubMixin
 except ImportError as error:
     raise ImportError(f"effformer.huggingface: no huggingface_hub, or too old a one: {install('hub')}") from error
+except ValueError as error:  # of a variable that it reads, such as HF_HUB_ETAG_TIMEOUT=2.5
+    raise ImportError(f"effformer.huggingface: huggingface_hub refuses a variable HF_...: {error}") from error
 
 
 class EfficientFormer(
