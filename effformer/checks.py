@@ -25,6 +25,11 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().partition("\n")[0]
+
+
 def as_int(value: Any) -> int | None:
     """`value` as a Python integer, None where it is no integer.
 

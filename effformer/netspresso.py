@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .checkpoints.contents import NETSPRESSO
 from .checkpoints.formats import normalise
 from .config import ConfigError
 from .model.netspresso import Backbone, build_backbone
@@ -191,7 +192,7 @@ def _launcher(program: _Program, theirs: Callable[..., None]) -> Callable[..., N
 
 def _take_the_trainers_keys(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     theirs = {key.removeprefix(prefix): key for key in state if key.startswith(prefix)}
-    if "patch_embed.stem.0.block.conv.weight" in theirs:
+    if NETSPRESSO in theirs:
         ours = normalise({name: state.pop(key) for name, key in theirs.items()}).state
         state.update({f"{prefix}network.{name}": value for name, value in ours.items()})
 

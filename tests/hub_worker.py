@@ -1,4 +1,4 @@
-"""Loads builds of the kernels hub as users do, and prints what it found as one JSON object.
+"""Load builds of the kernels hub as users do, and print their names and results as one JSON object.
 
     python tests/hub_worker.py REPOSITORY REPOSITORY ...
 

@@ -1,4 +1,4 @@
-"""`attention_bias_idxs`: a buffer that other tools fill, swap, average and save, and that computes nothing."""
+"""`attention_bias_idxs` is a buffer that other tools fill, swap, average and save, and that no forward reads."""
 
 from __future__ import annotations
 

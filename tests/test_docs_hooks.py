@@ -1,4 +1,4 @@
-"""What `make docs` does with pages and docstrings before they are shown."""
+"""`make docs` prepares pages and docstrings before it shows them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds for the kernels hub: what they hold, and that the package `kernels` loads them."""
+"""`make hub-kernels` writes builds that the package `kernels` loads, side by side and beside effformer."""
 
 from __future__ import annotations
 

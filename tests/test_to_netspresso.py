@@ -71,7 +71,7 @@ def test_refusals() -> None:
         convert_state_dict(fresh(table_resolution=16).state_dict(), "netspresso")
     state = fresh().state_dict()
     del state["stages.3.blocks.4.token_mixer.qkv.bias"]
-    with pytest.raises(CheckpointError, match=r"cannot be told apart without qkv\.bias"):
+    with pytest.raises(CheckpointError, match=r"cannot be separated without qkv\.bias"):
         convert_state_dict(state, "netspresso")
 
 

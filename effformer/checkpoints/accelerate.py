@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..checks import check_choice
+from ..checks import check_choice, first_line
 from ..model.blocks import DropPath, Meta3D, Meta4D
 from ..model.fusion import BATCH_NORMS
 from ..model.netspresso import Backbone
@@ -69,14 +69,10 @@ def accelerate(model: nn.Module, *, backend: str = "auto", probe: Tensor | None 
     except (AccelerationError, CheckpointError, TypeError, ValueError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
-        raise AccelerationError(f"model: it cannot be run beside the new network: {_first_line(error)}") from error
+        raise AccelerationError(f"model: it cannot be run beside the new network: {first_line(error)}") from error
     except Exception as error:  # of parts in other places, or of another kind, than an EfficientFormer's
-        reason = f"{type(error).__name__}: {_first_line(error)}{_foreign_part(model)}"
+        reason = f"{type(error).__name__}: {first_line(error)}{_foreign_part(model)}"
         raise ValueError(f"model: it cannot be read as an EfficientFormer: {reason}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _foreign_part(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Why the weights in a file are no plain ones: the tool that left its mark on them, and the way back."""
+"""Reasons why weights are not plain tensors: the tool that left its mark on them, and the way back."""
 
 from __future__ import annotations
 

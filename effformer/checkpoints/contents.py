@@ -1,4 +1,4 @@
-"""Find the weights in what a trainer saved: entries of a file, prefixes of names, and the choice among several.
+"""Find the weights in a trainer's file: entries, prefixes of names, and the choice among several.
 
 A file may hold weights bare or below entries such as "model" and "state_dict", and several times: as trained, averaged,
 of a teacher. Names may carry prefixes of wrappers and of modules around the network. The stem's names show where an
@@ -89,7 +89,7 @@ def listed(found: list[Weights]) -> str:
 
 
 def no_network(keys: Iterable[object]) -> str:
-    """Say that these are names of no EfficientFormer that is read here."""
+    """The error for names that belong to no EfficientFormer, or to one in a naming that is not read."""
     some = list(map(str, keys))
     for naming, part in _UNREAD.items():
         if any(part in key for key in some):
@@ -143,6 +143,15 @@ def _below(content: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[Weight
         # Optimizers keep averages of gradients under the weights' names.
         if len(path) < _DEPTH and "optim" not in str(key).lower():
             yield from _below(below, (*path, str(key)))
+
+
+def tensors_in(content: Mapping[Any, Any], depth: int = _DEPTH) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors at any place in a file's content."""
+    for key, value in content.items():
+        if (tensor := as_tensor(value)) is not None:
+            yield str(key), tensor
+        elif depth and (entry := as_mapping(value)) is not None:
+            yield from tensors_in(entry, depth - 1)
 
 
 def without_wrappers(key: str) -> str:

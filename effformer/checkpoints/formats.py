@@ -71,14 +71,14 @@ def normalise(state: Mapping[str, Tensor]) -> Normalised:
         case "timm":
             converted = dict(state)
         case "original":
-            converted = _renamed(state, _original_to_ours)
+            converted = renamed(state, _original_to_ours)
         case "original-dense":
             if any(key.endswith("attention_biases_seg") for key in state):
                 dead = [key for key in state if key.endswith(("attention_biases", "attention_bias_idxs"))]
             live = {key.removesuffix("_seg"): value for key, value in state.items() if key not in dead}
-            converted = _renamed(live, _original_to_ours)
+            converted = renamed(live, _original_to_ours)
         case "netspresso":
-            converted = _renamed(_interleave(_constant_bias_as_zero(state)), _netspresso_to_ours)
+            converted = renamed(_interleave(_constant_bias_as_zero(state)), _netspresso_to_ours)
     return Normalised(converted, format, (*ignored, *dead), (*_standard_indices(converted), *_counters(converted)))
 
 
@@ -107,7 +107,7 @@ def convert_state_dict(state: Mapping[str, Tensor], to: str) -> dict[str, Tensor
         raise CheckpointError(
             "to: got 'original', where norms do not feed the next stage; NetsPresso's do: allowed is effformer"
         )
-    converted = _renamed(ours, _ours_to_original)
+    converted = renamed(ours, _ours_to_original)
     return _add_dead_buffers(converted) if dense else converted
 
 
@@ -121,7 +121,7 @@ def _detect(state: Mapping[str, Tensor]) -> Format:
     return "original-dense" if dense else "original"
 
 
-def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+def renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         if (name := rename(key)) in renamed:
@@ -133,7 +133,7 @@ def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[
 # --- names ----------------------------------------------------------------------------------------------------------
 
 _ORIGINAL_STEM = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}
-_NETSPRESSO_BLOCK = {
+NETSPRESSO_BLOCK = {
     "channel_mlp.ffn.conv_1x1_1.block.conv.": "mlp.fc1.",
     "channel_mlp.ffn.conv_1x1_1.block.norm.": "mlp.norm1.",
     "channel_mlp.ffn.conv_1x1_1.block.act.": "mlp.act.",
@@ -165,8 +165,7 @@ def _ours_to_original(key: str) -> str:
         position = {name: position for position, name in _ORIGINAL_STEM.items()}[match[1]]
         return f"patch_embed.{position}.{match[2]}"
     if match := re.fullmatch(r"stages\.(\d)\.blocks\.(\d+)\.(.+)", key):
-        name = re.sub(r"^ls([12])\.gamma$", r"layer_scale_\1", match[3])
-        return f"network.{2 * int(match[1])}.{match[2]}.{name}"
+        return f"network.{2 * int(match[1])}.{match[2]}.{layer_scale_to_theirs(match[3])}"
     if match := re.fullmatch(r"stages\.(\d)\.downsample\.(conv|norm)\.(\w+)", key):
         return f"network.{2 * int(match[1]) - 1}.{match[2].replace('conv', 'proj')}.{match[3]}"
     if match := re.fullmatch(r"feature_norms\.(\d)\.(\w+)", key):
@@ -179,7 +178,7 @@ def _netspresso_to_ours(key: str) -> str:
         return f"stem.{match[2]}{int(match[1]) + 1}.{match[3]}"
     if match := re.fullmatch(r"encoder\.blocks\.([0246])\.(\d+)\.(.+)", key):
         name = _layer_scale_to_ours(match[3])
-        for theirs, ours in _NETSPRESSO_BLOCK.items():
+        for theirs, ours in NETSPRESSO_BLOCK.items():
             if name.startswith(theirs):
                 name = ours + name.removeprefix(theirs)
                 break
@@ -201,17 +200,22 @@ def _layer_scale_to_ours(name: str) -> str:
     return re.sub(r"^layer_scale_([12])$", r"ls\1.gamma", name)
 
 
+def layer_scale_to_theirs(name: str) -> str:
+    """A name within a block, with the layer scales named as by the original and NetsPresso."""
+    return re.sub(r"^ls([12])\.gamma$", r"layer_scale_\1", name)
+
+
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-def _mixers(state: Mapping[str, Tensor], suffix: str) -> Iterable[str]:
+def mixers(state: Mapping[str, Tensor], suffix: str) -> Iterable[str]:
     """Prefixes `stages.N.blocks.M.token_mixer.` of the keys that end in `suffix`."""
     return [key.removesuffix(suffix) for key in state if key.endswith("token_mixer." + suffix)]
 
 
 def _standard_indices(state: dict[str, Tensor]) -> Iterator[str]:
     """Give each bias table its index buffer; refuse one of another network. Yields remarks on damaged ones."""
-    for prefix in _mixers(state, "attention_biases"):
+    for prefix in mixers(state, "attention_biases"):
         table, key = state[prefix + "attention_biases"], prefix + "attention_bias_idxs"
         resolution = math.isqrt(table.shape[-1]) if table.ndim == 2 else 0
         if table.ndim != 2 or resolution**2 != table.shape[1]:
@@ -248,7 +252,7 @@ def _constant_bias_as_zero(state: dict[str, Tensor]) -> dict[str, Tensor]:
     which softmax cancels.
     """
     state = dict(state)
-    for prefix in _mixers(state, "attention_bias_idxs"):
+    for prefix in mixers(state, "attention_bias_idxs"):
         index, table = state[prefix + "attention_bias_idxs"], state.get(prefix + "attention_biases")
         if table is None or index.numel() < 2 or not bool((index == index.flatten()[0]).all()):
             continue
@@ -266,7 +270,7 @@ def _interleave(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """NetsPresso's query, key, value -> qkv, whose channels are q | k | v for each head."""
     state = dict(state)
     for kind in ("weight", "bias"):
-        for prefix in _mixers(state, f"query.{kind}"):
+        for prefix in mixers(state, f"query.{kind}"):
             names = [f"{prefix}{part}.{kind}" for part in ("query", "key", "value")]
             absent = [name for name in (*names, prefix + "attention_biases") if name not in state]
             if absent:
@@ -287,7 +291,7 @@ def _add_dead_buffers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     The original never reads the second one, but a strict load asks for it.
     """
     dense = {re.sub(r"(attention_biases|attention_bias_idxs)$", r"\1_seg", key): value for key, value in state.items()}
-    for prefix in _mixers(state, "attention_biases"):
+    for prefix in mixers(state, "attention_biases"):
         table = state[prefix + "attention_biases"]
         dense[prefix + "attention_biases"] = torch.zeros(table.shape[0], 49, dtype=table.dtype)
         dense[prefix + "attention_bias_idxs"] = torch.ones(49, 49, dtype=torch.int64)

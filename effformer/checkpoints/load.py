@@ -33,7 +33,7 @@ class CheckpointReport:
     Attributes:
         format: "timm", "original", "original-dense" or "netspresso".
         ignored: keys of the file that have no place in the network and were not loaded: heads for a network without
-            any, all but `backbone.` of a trainer's file, unused buffers.
+            any, keys beside the network's prefix, unused buffers.
         reinitialised: parameters of the network that the file lacks and that were initialised anew.
         missing, unexpected: keys of the network or of the file alone (always empty with strict=True).
         cast: dtypes that were converted, as "float64 -> float32".
@@ -115,9 +115,9 @@ def load_checkpoint(
     _share_one_head(network, kept)
     reinitialised = [f"{name}.{key}" for name in fresh for key, _ in network.get_submodule(name).named_parameters()]
     # Parts of the network may be wrapped, such as by torch.compile.
-    names = {without_wrappers(key): key for key in network.state_dict()}
-    expected = {name: network.state_dict()[key] for name, key in names.items()}
-    comparison = _compare(kept, expected, reinitialised)
+    state = network.state_dict()
+    names = {without_wrappers(key): key for key in state}
+    comparison = _compare(kept, {name: state[key] for name, key in names.items()}, reinitialised)
     if comparison.mismatched or (strict and (comparison.missing or comparison.unexpected)):
         complaint = _complaint(file.format, comparison, strict, network)
         if others:

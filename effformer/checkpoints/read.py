@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .causes import why_not_plain
-from .contents import CheckpointError, Weights, as_mapping, as_tensor, choose, find_weights, no_network
+from .contents import CheckpointError, Weights, as_mapping, choose, find_weights, no_network, tensors_in
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number, with which torch's files before 1.6 begin
@@ -114,30 +114,21 @@ def _read_shards(path: Path) -> dict[str, Any]:
     try:
         names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no index of a checkpoint in several files") from error
+        raise CheckpointError(f"{path} is not an index of a checkpoint in several files") from error
     if strange := [name for name in names if Path(name).name != name]:
         raise CheckpointError(f"{path}: got the file {strange[0]!r}, allowed are files beside the index")
     return {key: value for name in names for key, value in read_file(path.with_name(name)).items()}
 
 
 def _why_no_weights(content: Mapping[Any, Any]) -> str:
-    """The reason why nothing was found in it, and the way out."""
+    """The reason why a file's content holds no EfficientFormer, and the way out."""
     if not content:
         return "got an empty mapping, allowed is a state dict with at least one key"
-    tensors = dict(_tensors(content))
+    tensors = dict(tensors_in(content))
     if tensors:
         return why_not_plain(tensors) or no_network(tensors)
     some = ", ".join(f"{key!r} ({_StandIn.describe(value)})" for key, value in list(content.items())[:5])
     return f"it holds no tensors, allowed is a state dict, bare or below an entry: got {some}"
-
-
-def _tensors(content: Mapping[Any, Any], depth: int = 4) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors, at any place in the content."""
-    for key, value in content.items():
-        if (tensor := as_tensor(value)) is not None:
-            yield str(key), tensor
-        elif depth and (entry := as_mapping(value)) is not None:
-            yield from _tensors(entry, depth - 1)
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------
@@ -181,7 +172,9 @@ def _read_torch(path: Path, head: bytes) -> Any:
         if "Unsupported operand" in str(error):  # of a newer pickle protocol
             problem = "is a torch file of a pickle protocol above 2, or damaged: save it without pickle_protocol"
             raise CheckpointError(f"{path} {problem}, or load it yourself. {_WAY_OUT}") from error
-        raise CheckpointError(f"{path} is no torch file that can be read safely, or damaged. {_WAY_OUT}") from error
+        raise CheckpointError(
+            f"{path} is not a torch file that can be read safely, or it is damaged. {_WAY_OUT}"
+        ) from error
     except Exception as error:  # a damaged file may raise anything
         raise CheckpointError(f"{path} is a damaged or cut-off torch file: copy or download it again") from error
 
@@ -246,8 +239,8 @@ def _why_no_torch_file(path: Path, head: bytes) -> str | None:
         )
     if head[8:9] == b"{" and head[5:8] == bytes(3):
         return "a cut-off safetensors file: copy or download it again"
-    if text[:1].isascii() and text[:64].decode("ascii", "replace").isprintable():
-        said = text[:64].decode().strip()
+    said = text.partition(b"\n")[0][:64].decode("utf-8", "replace").strip()
+    if said.isprintable() and "\ufffd" not in said:
         return f"not a torch or safetensors file, but text ({said!r}): download it again"
     return "not a torch or safetensors file, or a damaged one: copy or download it again"
 
@@ -277,7 +270,7 @@ def _why_other_archive(path: Path) -> str | None:
 
 
 def _pickled_names(path: Path, head: bytes) -> set[str]:
-    """The names of all classes and functions that a torch file's pickles refer to; nothing is unpickled."""
+    """The names of all classes and functions that a torch file's pickles refer to, found without unpickling."""
     try:
         if head.startswith(_ZIP):
             with zipfile.ZipFile(path) as archive:
@@ -314,7 +307,7 @@ def _is_data(name: str) -> bool:
 
 
 class _StandIn:
-    """In place of a record beside the weights. It takes whatever a pickle gives to the real one, and keeps nothing."""
+    """Stands in place of a record beside the weights. It accepts every call of a pickle, and stays empty."""
 
     def __new__(cls, *_: Any) -> Any:
         return super().__new__(cls)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .formats import _NETSPRESSO_BLOCK, CheckpointError, Normalised, _mixers, _renamed
+from .formats import NETSPRESSO_BLOCK, CheckpointError, Normalised, layer_scale_to_theirs, mixers, renamed
 
 _TABLE = 49  # entries of the trainer's bias table for each head, of 7x7 offsets
 _QKV = ("query", "key", "value")
@@ -29,8 +29,8 @@ def to_netspresso(file: Normalised) -> dict[str, Tensor]:
             "original"
         )
     state = {key: value for key, value in file.state.items() if key not in without_place(file)}
-    blocks = {prefix.removesuffix("token_mixer.") for prefix in _mixers(state, "attention_biases")}
-    return _renamed(_separated(state), lambda key: _ours_to_netspresso(key, blocks))
+    blocks = {prefix.removesuffix("token_mixer.") for prefix in mixers(state, "attention_biases")}
+    return renamed(_separated(state), lambda key: _ours_to_netspresso(key, blocks))
 
 
 def without_place(file: Normalised) -> list[str]:
@@ -43,8 +43,8 @@ def _ours_to_netspresso(key: str, attention_blocks: set[str]) -> str:
     if match := re.fullmatch(r"stem\.(conv|norm)([12])\.(\w+)", key):
         return f"patch_embed.stem.{int(match[2]) - 1}.block.{match[1]}.{match[3]}"
     if match := re.fullmatch(r"(stages\.(\d)\.blocks\.(\d+)\.)(.+)", key):
-        name = re.sub(r"^ls([12])\.gamma$", r"layer_scale_\1", match[4])
-        for theirs, ours in _NETSPRESSO_BLOCK.items():
+        name = layer_scale_to_theirs(match[4])
+        for theirs, ours in NETSPRESSO_BLOCK.items():
             if name.startswith(ours) and ("conv_1x1" in theirs) != (match[1] in attention_blocks):
                 name = theirs + name.removeprefix(ours)
                 break
@@ -59,7 +59,7 @@ def _ours_to_netspresso(key: str, attention_blocks: set[str]) -> str:
 def _separated(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """qkv, whose channels are q | k | v for each head -> query, key, value."""
     separated = dict(state)
-    for prefix in _mixers(state, "attention_biases"):
+    for prefix in mixers(state, "attention_biases"):
         heads, entries = state[prefix + "attention_biases"].shape
         if entries != _TABLE:
             raise CheckpointError(
@@ -67,7 +67,7 @@ def _separated(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
         absent = [name for name in ("qkv.weight", "qkv.bias", "proj.weight") if prefix + name not in state]
         if absent:
-            raise CheckpointError(f"{prefix}: query, key, value cannot be told apart without {', '.join(absent)}")
+            raise CheckpointError(f"{prefix}: query, key, value cannot be separated without {', '.join(absent)}")
         values = state[prefix + "proj.weight"].shape[1] // heads
         for kind in ("weight", "bias"):
             by_head = separated.pop(f"{prefix}qkv.{kind}").unflatten(0, (heads, -1))

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ..checks import first_line
 from ..config import LEAST_SIDE, PRESETS
 from ..extras import install
 
@@ -299,7 +300,7 @@ def load_network(
     except (ImportError, OSError) as error:
         if checkpoint != "auto":
             raise
-        say(f"no trained weights: {str(error).splitlines()[0]}")
+        say(f"no trained weights: {first_line(error)}")
     if path is None:
         say(f"model:    {fallback}, weights: random (seed 0)")
         return create_model(fallback, backend=backend), fallback, {}, "none"

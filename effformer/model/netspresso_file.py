@@ -109,7 +109,7 @@ def _read(content: Mapping[str, Any], task: str | None, where: str) -> NetsPress
 
 
 def _find_backbone(content: Mapping[str, Any], where: str, problems: list[str]) -> tuple[Mapping[str, Any], Any, str]:
-    """(what holds the task, backbone, path of the backbone in the file)."""
+    """(the mapping with the task, the backbone, its path in the file)."""
     keys = set(content)
     if "model" not in keys:
         if "backbone" in keys:

@@ -108,7 +108,7 @@ def _rename(
 
 
 def _rename_stages(stages: list[Any], names: dict[str, str], problems: list[str]) -> list[Any]:
-    """With `downsamples` taken out where it says what every version since does."""
+    """Stages with the names since 0.1, without `downsamples`: every version since 0.1 computes as with True."""
     renamed = [
         _rename(stage, _STAGE, f"stage_params[{i}]", names, problems) if isinstance(stage, dict) else stage
         for i, stage in enumerate(stages)

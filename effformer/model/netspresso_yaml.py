@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ..checks import first_line
 from ..config import ConfigError
 from ..extras import install
 
@@ -67,7 +68,7 @@ def resolvable(content: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
     try:
         return OmegaConf.create(_containers(content), flags={"allow_objects": True})
     except OmegaConfBaseException as error:
-        raise ConfigError([f"{error.full_key or 'top level'}: {_first_line(error)}"], where) from error
+        raise ConfigError([f"{error.full_key or 'top level'}: {_reason(error)}"], where) from error
 
 
 def step(container: Any, key: Any, path: str, problems: list[str]) -> Any:
@@ -78,7 +79,7 @@ def step(container: Any, key: Any, path: str, problems: list[str]) -> Any:
         if not _is_omegaconfs(error):
             raise
         missing = type(error).__name__ == "MissingMandatoryValue"
-        problems.append(f"{path}: {_MISSING if missing else _first_line(error)}")
+        problems.append(f"{path}: {_MISSING if missing else _reason(error)}")
         return ABSENT
     if isinstance(value, str) and value == "???":
         problems.append(f"{path}: {_MISSING}")
@@ -130,9 +131,9 @@ def _is_omegaconfs(value: Any) -> bool:
     return any(kind.__module__.partition(".")[0] == "omegaconf" for kind in type(value).__mro__)
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """OmegaConf's reason; its other lines name the key, as ours does."""
-    reason = str(error).partition("\n")[0]
+    reason = first_line(error)
     if type(error).__name__ == "InterpolationKeyError":
         reason += " (the trainer merges its files before it resolves: pass the merged configuration)"
     return reason

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import no_autocast, refuse_triton, why_not_triton
-from ..checks import check_choice, check_count
+from ..checks import check_choice, check_count, first_line
 from ..config import LEAST_SIDE
 from ..extras import install
 from ..files import write_whole
@@ -338,7 +338,7 @@ def _one_error(format: str) -> Iterator[None]:
         except OSError:
             raise
         except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), "")
+            reason = first_line(error)
             raise ExportError(f"format={format!r}: {type(error).__name__}: {reason}") from error
 
 

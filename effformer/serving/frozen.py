@@ -378,9 +378,8 @@ class Frozen:
 
             with compile_within():  # side by side, where the first forward would compile one after the other
                 forward()
-        if (
-            not self._options.new_outputs
-        ):  # in the graphs' pool another graph's replay could overwrite what a caller holds
+        # In the graphs' pool another graph's replay could overwrite a result that the caller holds.
+        if not self._options.new_outputs:
             forward = self._plans.into_own_memory(images, biases)
         self._pool, graph, results = capture_graph(forward, self._pool)
         return _Graph(graph, images, biases, results)
