@@ -66,11 +66,12 @@ class Piece:
 
 PIECES = (
     Piece("smoke", ("gpu/test_gpu_smoke.py",), MANY, 120, alone=True),
-    Piece("accuracy", ("gpu/test_gpu_accuracy.py",), MANY, 240),
-    Piece("repeats", ("gpu/test_gpu_repeats.py",), 1, 240),
     Piece("models", ("gpu/test_gpu_models.py",), min(4, MANY), 240),
     Piece("frozen", ("gpu/test_gpu_frozen.py",), min(4, MANY), 240),
     Piece("live", ("gpu/test_gpu_live.py", "test_live.py", "test_live_modules.py", "test_plan.py"), min(4, MANY), 240),
+    Piece("accuracy", ("gpu/test_gpu_accuracy.py",), MANY, 240),
+    Piece("runtime", ("gpu/test_gpu_runtime.py",), 1, 240),
+    Piece("repeats", ("gpu/test_gpu_repeats.py",), 1, 240),
     Piece(
         "kernels",
         (
@@ -84,7 +85,6 @@ PIECES = (
     Piece("values", ("gpu/test_gpu_values.py",), MANY, 200),
     Piece("writes", ("gpu/test_gpu_writes.py",), MANY, 200),
     Piece("offsets", ("gpu/test_gpu_offsets.py",), 1, 240),
-    Piece("runtime", ("gpu/test_gpu_runtime.py",), 1, 240),
     Piece("compile", ("gpu/test_gpu_compile.py",), 1, 360, 240),
     Piece("export", ("gpu/test_gpu_export.py",), 1, 360, 240),
     Piece("sanitizer", ("gpu/test_gpu_sanitizer.py",), min(6, MANY), 400, 300),
