@@ -258,7 +258,7 @@ def test_a_process_is_ended_with_all_that_it_started(
     monkeypatch.setattr("sys.executable", str(python))
     begin = time.monotonic()
     with pytest.raises(TimeoutError):
-        in_process(BY_NAME["ours eager"], ONE, False, device=CPU, seconds=1.0)
+        in_process(BY_NAME["ours eager"], ONE, "all", device=CPU, seconds=1.0)
     assert time.monotonic() - begin < 30
     stat = Path("/proc", (tmp_path / "started").read_text().strip(), "stat")
     while stat.exists() and stat.read_text().split()[2] != "Z":
@@ -268,7 +268,14 @@ def test_a_process_is_ended_with_all_that_it_started(
 
 def test_a_process_tells_why_it_failed(cache: Path) -> None:
     with pytest.raises(FailedError, match=r"^ValueError: .*no such model"):
-        in_process(BY_NAME["ours eager"], ONE._replace(model="no such model"), False, device=CPU)
+        in_process(BY_NAME["ours eager"], ONE._replace(model="no such model"), "all", device=CPU)
+
+
+def test_compiling_alone_measures_that_alone(small: None) -> None:
+    found = network_run.compile_provider(BY_NAME["ours eager"], ONE, CPU)
+    assert list(found.metrics) == ["compile s"]
+    assert found.metrics["compile s"][1] > 0
+    assert found.details == {"files compiled": 0}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -277,8 +284,8 @@ def test_a_process_tells_why_it_failed(cache: Path) -> None:
 def test_command(
     small: None, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def here(provider: NetworkProvider, one: Measurement, speed_alone: bool, *, device: Any) -> Figures:
-        found = network_run.measure_provider(provider, one, device, speed_alone=speed_alone)
+    def here(provider: NetworkProvider, one: Measurement, part: str, *, device: Any) -> Figures:
+        found = network_run.measure_provider(provider, one, device, speed_alone=part == "speed")
         return Figures(**json.loads(json.dumps(found.__dict__)))
 
     monkeypatch.setattr(networks, "in_process", here)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,12 @@ def results(folder: Path, machine: Machine = HERE, seconds: float = 1e3) -> Resu
     return ResultsFile(folder / "networks.jsonl", machine, time.monotonic() + seconds)
 
 
+@pytest.fixture(autouse=True)
+def few_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few to compile several providers at once."""
+    monkeypatch.setattr(networks.os, "cpu_count", lambda: 2)
+
+
 def run_one(file: ResultsFile, run: networks.Run, one: Measurement = ONE, **options: Any) -> list[Record]:
     """The records of one measurement, as far as it came."""
     found = list(measure_networks([one], file, CPU, run=run, **options))
@@ -58,13 +65,13 @@ def run_one(file: ResultsFile, run: networks.Run, one: Measurement = ONE, **opti
 def test_every_provider_is_recorded_and_the_first_measured_again(tmp_path: Path) -> None:
     asked = []
 
-    def run(provider: NetworkProvider, one: Measurement, speed_alone: bool) -> Figures:
-        asked.append((provider.name, speed_alone))
-        return figures(2.4 if speed_alone else 2.0)
+    def run(provider: NetworkProvider, one: Measurement, part: str) -> Figures:
+        asked.append((provider.name, part))
+        return figures(2.4 if part == "speed" else 2.0)
 
     file = results(tmp_path)
     records = run_one(file, run)
-    assert [asked[0], asked[-1]] == [("ours frozen", False), ("ours frozen", True)]
+    assert [asked[0], asked[-1]] == [("ours frozen", "all"), ("ours frozen", "speed")]
     assert [name for name, _ in asked[1:4]] == [
         "timm torch.compile max-autotune", "timm torch.compile max-autotune-pointwise",
         "timm torch.compile max-autotune-pointwise + conv_1x1_as_mm",
@@ -79,8 +86,8 @@ def test_every_provider_is_recorded_and_the_first_measured_again(tmp_path: Path)
 
 @pytest.mark.parametrize(("last", "slower"), [(2.5, 2.5), (1.6, 2.0)])
 def test_the_slower_of_first_and_last_counts(last: float, slower: float, tmp_path: Path) -> None:
-    def run(provider: NetworkProvider, one: Measurement, speed_alone: bool) -> Figures:
-        found = figures(last if speed_alone else 2.0)
+    def run(provider: NetworkProvider, one: Measurement, part: str) -> Figures:
+        found = figures(last if part == "speed" else 2.0)
         found.details["roofline ms"] = 1.0
         return found
 
@@ -102,7 +109,7 @@ def test_shares_of_the_roofline() -> None:
 
 
 def test_a_failing_provider_takes_no_other_with_it(tmp_path: Path) -> None:
-    def run(provider: NetworkProvider, one: Measurement, speed_alone: bool) -> Figures:
+    def run(provider: NetworkProvider, one: Measurement, part: str) -> Figures:
         if provider.name in ("ours eager", "timm eager"):
             raise FailedError("OutOfMemoryError: 3 MiB")
         return figures()
@@ -121,7 +128,7 @@ def test_a_failing_provider_takes_no_other_with_it(tmp_path: Path) -> None:
 def test_a_provider_that_takes_too_long_is_started_twice(tmp_path: Path) -> None:
     starts = 0
 
-    def run(provider: NetworkProvider, one: Measurement, speed_alone: bool) -> Figures:
+    def run(provider: NetworkProvider, one: Measurement, part: str) -> Figures:
         nonlocal starts
         if provider.name == "timm torch.compile":
             starts += 1
@@ -138,7 +145,7 @@ def test_a_provider_that_takes_too_long_is_started_twice(tmp_path: Path) -> None
 def test_the_second_start_may_succeed(tmp_path: Path) -> None:
     tried = set()
 
-    def run(provider: NetworkProvider, one: Measurement, speed_alone: bool) -> Figures:
+    def run(provider: NetworkProvider, one: Measurement, part: str) -> Figures:
         if provider.name not in tried:
             tried.add(provider.name)
             raise TimeoutError
@@ -175,10 +182,10 @@ def test_a_run_goes_on_inside_a_measurement(tmp_path: Path) -> None:
     """Each provider's record is written when it ends; the first provider is measured again at the end."""
     asked: list[str] = []
 
-    def run(provider: NetworkProvider, one: Measurement, speed_alone: bool) -> Figures:
+    def run(provider: NetworkProvider, one: Measurement, part: str) -> Figures:
         if provider.name == "timm eager" and interrupted:
             raise KeyboardInterrupt
-        asked.append(provider.name + ", again" * speed_alone)
+        asked.append(provider.name + ", again" * (part == "speed"))
         return figures()
 
     names = ["ours frozen", "timm eager", "ours eager"]
@@ -199,8 +206,8 @@ def test_a_run_goes_on_inside_a_measurement(tmp_path: Path) -> None:
 def test_what_is_measured_after_the_first_was_measured_again_has_it_measured_anew(tmp_path: Path) -> None:
     asked: list[str] = []
 
-    def run(provider: NetworkProvider, one: Measurement, speed_alone: bool) -> Figures:
-        asked.append(provider.name + ", again" * speed_alone)
+    def run(provider: NetworkProvider, one: Measurement, part: str) -> Figures:
+        asked.append(provider.name + ", again" * (part == "speed"))
         return figures(2.0 + len(asked))
 
     run_one(results(tmp_path), run, providers=["ours frozen"])
@@ -213,8 +220,38 @@ def test_what_is_measured_after_the_first_was_measured_again_has_it_measured_ane
     assert (ms.details["first"], ms.details["again"], ms.p50) == (3.0, 6.0, 6.0)
 
 
+def test_what_torch_compiles_is_compiled_side_by_side_before_any_of_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks.os, "cpu_count", lambda: 8)
+    together = threading.Barrier(2, timeout=30)
+    asked: list[tuple[str, str]] = []
+
+    def run(provider: NetworkProvider, one: Measurement, part: str) -> Figures:
+        asked.append((provider.name, part))
+        if part != "compile":
+            return figures()
+        if provider.name == "timm torch.compile max-autotune":
+            together.wait()
+            raise FailedError("it has no memory left")
+        together.wait()
+        found = Figures(details={"files compiled": 7})
+        found.put("compile s", 99.0)
+        return found
+
+    first, second = "timm torch.compile", "timm torch.compile max-autotune"
+    records = run_one(results(tmp_path), run, providers=[first, second, "ours frozen", "timm eager"])
+    assert asked[0] == ("ours frozen", "all")
+    assert {name for name, part in asked[1:3] if part == "compile"} == {first, second}
+    assert [part for _, part in asked[3:]] == ["all", "all", "all", "speed"]
+    seconds = {record.provider: record.p50 for record in records if record.metric == "compile s"}
+    assert seconds[first] == 99.0, "a compiled network's code is in the cache when it is measured"
+    (ms,) = [record for record in records if (record.provider, record.metric) == (first, "ms")]
+    assert (ms.details["files compiled"], ms.details["compiled beside others"]) == (7, 1)
+
+
 def test_nothing_is_started_when_the_time_is_over(tmp_path: Path) -> None:
-    def run(provider: NetworkProvider, one: Measurement, speed_alone: bool) -> Figures:
+    def run(provider: NetworkProvider, one: Measurement, part: str) -> Figures:
         file.deadline = 0.0
         return figures()
 

@@ -6,18 +6,21 @@ and ours. They take turns on one machine, and each is written to the results fil
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 
 from .network_providers import Measurement, NetworkProvider, providers_of
 from .network_run import Figures
-from .process import in_process
+from .process import Part, in_process
 from .records import Record
 from .resume import FailedError, ResultsFile
 
@@ -27,8 +30,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 FIRST_BATCHES = (256, 1)
 DRIFT = 0.05  # between the first provider's time and the same at the end, from which on a remark says so
 
-# (provider, measurement, its speed alone) -> its figures
-Run = Callable[[NetworkProvider, Measurement, bool], Figures]
+CORES = 4  # for each provider that is compiled beside others
+
+Run = Callable[[NetworkProvider, Measurement, Part], Figures]
 
 
 def in_order(
@@ -79,6 +83,8 @@ def measure_networks(
 ) -> Iterator[list[Record]]:
     """Measure the incomplete ones in order until the time of `file` is over; yield each measurement's records.
 
+    Those that torch.compile makes are compiled side by side before any of them is measured: it takes minutes.
+
     Args:
         file: takes each provider's records when it is done.
         run: measures a provider; by default in a process of its own.
@@ -105,11 +111,19 @@ def _measure(
     tell: Callable[[str], object],
 ) -> bool:
     """Measure the providers without a result, and the first of all again; False if the time was over before."""
+    known = file.providers(measurement.key)
+    able = [one for one in providers if one.name not in known and one.why_not(measurement, device) is None]
+    compiled = functools.cache(lambda: _compile(able, measurement, run, tell))
     for provider in providers:
 
         def figures(provider: NetworkProvider = provider) -> list[Record]:
+            ahead = compiled().get(provider.name) if provider.options is not None else None
             tell(f"{measurement}: {provider.name} ...")
-            return _records(measurement.begun(provider, file.machine), run(provider, measurement, False))
+            found = run(provider, measurement, "all")
+            if ahead is not None:
+                found.metrics |= ahead.metrics
+                found.details |= ahead.details
+            return _records(measurement.begun(provider, file.machine), found)
 
         begun = measurement.begun(provider, file.machine)
         if not file.measure(begun, figures, provider.why_not(measurement, device)):
@@ -123,12 +137,33 @@ def _measure(
     tell(f"{measurement}: {first.provider}, again ...")
     again: Figures | str
     try:
-        again = run(names[first.provider], measurement, True)
+        again = run(names[first.provider], measurement, "speed")
     except (FailedError, TimeoutError) as error:
         again = str(error) or "it took too long"
     old = [record for record in file.records(measurement.key) if record.provider == first.provider]
     file.add(_drifted(replace(record, machine=file.machine), again) for record in old)
     return True
+
+
+def _compile(
+    providers: Sequence[NetworkProvider], measurement: Measurement, run: Run, tell: Callable[[str], object]
+) -> dict[str, Figures]:
+    """Compile providers side by side, as many as there are cores for; name -> figures of those that succeeded."""
+    waiting = [provider for provider in providers if provider.options is not None]
+    workers = min(len(waiting), (os.cpu_count() or 1) // CORES)
+    if workers < 2:
+        return {}
+    tell(f"{measurement}: compiling {len(waiting)} providers, {workers} at a time ...")
+    found: dict[str, Figures] = {}
+
+    def compile_one(provider: NetworkProvider) -> None:
+        with contextlib.suppress(FailedError, TimeoutError):  # measuring it will say so
+            found[provider.name] = run(provider, measurement, "compile")
+            found[provider.name].details["compiled beside others"] = workers - 1
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(compile_one, waiting))
+    return found
 
 
 def _first(records: Sequence[Record], names: Sequence[str]) -> Record | None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -19,23 +20,26 @@ from .network_run import Figures
 from .resume import FailedError
 
 LIMIT = 400.0  # seconds that a provider may take
+Part = Literal["all", "speed", "compile"]  # all figures, speed alone, or compiling into the cache that providers share
 
 
 def in_process(
     provider: NetworkProvider,
     measurement: Measurement,
-    speed_alone: bool,
+    part: Part,
     *,
     device: torch.device,
     seconds: float = LIMIT,
 ) -> Figures:
-    """Measure a provider in a process of its own. After `seconds` that ends, with all that it started.
+    """Measure a provider, or compile it alone, in a process of its own.
+
+    After `seconds` that ends, with all that it started.
 
     Raises:
         TimeoutError: after `seconds`.
         FailedError: with the last line that the process wrote, if it fails.
     """
-    job = {"provider": provider.name, "measurement": measurement, "device": str(device), "speed_alone": speed_alone,
+    job = {"provider": provider.name, "measurement": measurement, "device": str(device), "part": part,
            "parent": os.getpid()}  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_file().with_name("inductor")))  # kept between runs
