@@ -27,8 +27,19 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 # registers.
 SIZES = ("rows", "H", "W", "OUT_H", "OUT_W", "tokens", "units_xb", "units_xh")
 
-# Arguments that kernels write to. The first is written as a whole; the others, the fold's, in part.
+# Arguments that kernels write to: the result as a whole, the fold's in part.
 OUTPUTS = ("out_ptr", "vectors_ptr", "matrices_ptr")
+
+
+def is_output(argument: str) -> bool:
+    """Whether kernels write to an argument of this name: those above, and further results, such as `out_sum_ptr`."""
+    return argument in OUTPUTS or argument.startswith("out_")
+
+
+def is_whole(argument: str) -> bool:
+    """Whether a kernel writes every element of an argument of this name."""
+    return argument.startswith("out_")
+
 
 kernel = functools.partial(triton.jit, do_not_specialize=SIZES)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...apps.verify_report import describe_dtype
 from ...config import PRESETS
 from ...files import write_whole
-from ...kernels.launch import OUTPUTS, Launch
+from ...kernels.launch import Launch, is_output
 from ...kernels.tiling.device import TARGETS
 from ...testing import Case, draw_case, float32_as_such
 from ...workload import Work, network_work
@@ -267,7 +267,7 @@ def tensor_bytes(launch: Launch, *, written: bool) -> int:
     for name, tensor in launch.arguments.items():
         if not isinstance(tensor, Tensor):
             continue
-        if name in OUTPUTS if written else name not in OUTPUTS or launch.constants.get("ATOMIC"):
+        if is_output(name) if written else not is_output(name) or launch.constants.get("ATOMIC"):
             sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
             found[tensor.data_ptr()] = int(torch.Size(sizes).numel()) * tensor.element_size()
     return sum(found.values())

@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...kernels.launch import OUTPUTS, Launch, recorded
+from ...kernels.launch import Launch, is_output, is_whole, recorded
 from ...kernels.tiling.choose import user_file
 from ...kernels.tiling.device import Device, stand_in
 from ..host.stub import LaunchCall, stub_driver
@@ -86,7 +86,7 @@ class Execution:
             place = tensor.untyped_storage().data_ptr() if isinstance(tensor, Tensor) else None
             if place in self.regions:
                 self.regions[place].readable = True
-                self.regions[place].writable |= name in OUTPUTS
+                self.regions[place].writable |= is_output(name)
 
     def written(self, tensor: Tensor) -> Tensor:
         """bool like `tensor`: the elements that launches wrote."""
@@ -216,13 +216,13 @@ class _Runner:
             if not isinstance(tensor, Tensor) or not tensor.untyped_storage().nbytes():
                 continue
             region, inside = self._map_tensor(name, tensor)
-            if name in OUTPUTS:
+            if is_output(name):
                 known = region.output
                 region.become_output()
                 region.cleared = atomic
                 if known:
                     region.writes[inside] = 0
-            if name == OUTPUTS[0]:
+            if is_whole(name):
                 outputs.append((name, region, inside))
         self.execution.allow(launch)
         return outputs

@@ -148,7 +148,7 @@ def plant(call: CompiledCall, one: Executed, change: Change, base: str = "", not
         redundant=redundant,
         note=note,
         triton=triton.__version__,
-        sources=source(),
+        sources=source(call.small.operation),
     )
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,16 @@ import torch
 import triton
 from torch import Tensor
 
-from ... import reference
 from ...accuracy import Accuracy, accuracy
 from ...apps.verify import checks, draw
 from ...apps.verify_compiled import DEFAULT
 from ...apps.verify_report import NETWORK, Check, describe_dtype
-from ...kernels.tiling.choose import KERNELS
-from ...kernels.tiling.device import TARGETS
+from ...kernels.tiling.choose import Question, answer, asked
+from ...kernels.tiling.device import TARGETS, Device
 from ...testing import Case, float32_as_such, unwritten_is_nan
 from ...workload import OPERATIONS
 from ..host import stub
+from .digest import PACKAGE, digest
 from .execution import Execution, executing
 from .sampling import Sample, in_turn, sample
 
@@ -77,6 +75,7 @@ class Record:
         passes: whether the accuracy rule holds and no fault was found.
         error: that ended the task.
         seconds: it took, compiling included.
+        tiles: what the table of configurations was asked, with its answers.
         triton, source: versions of Triton and, as a digest (`source`), of the kernels and their checks.
     """
 
@@ -98,6 +97,7 @@ class Record:
     passes: bool
     error: str | None
     seconds: float
+    tiles: list[dict[str, Any]]
     triton: str
     source: str
 
@@ -114,7 +114,7 @@ class Record:
             target=f"sm_{task.capability}",
             kind=task.kind,
             triton=triton.__version__,
-            source=source(),
+            source=source(check.operation),
             **outcome,
         )
 
@@ -124,45 +124,63 @@ class Record:
         return _key(self.operation, self.shape, self.dtype, self.options, self.target, self.kind)
 
     @property
+    def is_current(self) -> bool:
+        """Whether it is about the present kernels, with the tiles that the table has now, and the present Triton."""
+        if (self.triton, self.source) != (triton.__version__, source(self.operation)):
+            return False
+        device = TARGETS[int(self.target.removeprefix("sm_"))]
+        asked = [Question(one["operation"], getattr(torch, one["dtype"]), tuple(one["sizes"])) for one in self.tiles]
+        return self.tiles == tiles_of(asked, device)
+
+    @property
     def faults(self) -> list[str]:
         return [fault for kernel in self.kernels for fault in kernel["faults"]]
 
 
-_OFFLINE, _HOST, _PACKAGE = Path(__file__).parent, Path(stub.__file__).parent, Path(reference.__file__).parent
-_CHECKERS = [
-    *(_OFFLINE / f"{name}.py" for name in ("execution", "sampling", "proof")),
-    *(_PACKAGE / f"{name}.py" for name in ("accuracy", "attention_bias", "backend", "ops", "reference", "testing")),
-    _PACKAGE / "workload.py",
-]
+_OFFLINE, _HOST = Path(__file__).parent, Path(stub.__file__).parent
+# Definitions behind all checks. Left out: the table, whose answers are in the record; modules of networks, which do not
+# matter to an operation; this digest.
+_BEHIND_ALL = {
+    f"{PACKAGE}.testing": ("Case", "draw_map", "float32_as_such", "unwritten_is_nan"),
+    f"{PACKAGE}.bench.offline.proof": ("run",),
+}
+_LEFT_OUT = ("source", "answer", "tiles_of", "overriding", "OPERATIONS", "NetworkCase", "create_model", "randomise")
 
 
 @functools.cache
-def source() -> str:
-    """A digest of the kernels with their configurations, of the machine, and of the code that results are compared by.
+def source(operation: str) -> str:
+    """A digest of an operation's kernels, of the machine, and of the code that its results are compared by.
 
-    Comments and docstrings do not count.
+    Comments, docstrings and the table of configurations do not count (see `Record.tiles`), nor does the choice of a
+    backend in `effformer.ops`. A network's has all kernels, and all that its modules are made of.
     """
-    folders = KERNELS, _OFFLINE / "ptx", _HOST
-    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix in (".py", ".json", ".c")]
-    digest = hashlib.sha256()
-    for file in [*files, *_CHECKERS]:
-        digest.update(file.name.encode() + (_code(file) if file.suffix == ".py" else file.read_bytes()))
-    return digest.hexdigest()[:16]
+    machine = [
+        file
+        for folder in (_OFFLINE / "ptx", _HOST)
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in (".py", ".c")
+    ]
+    behind_all = [(module, name) for module, names in _BEHIND_ALL.items() for name in names]
+    own = [
+        definition
+        for one in ([operation] if operation != NETWORK else OPERATIONS)
+        for definition in (
+            (f"{PACKAGE}.kernels.{one}", one), (f"{PACKAGE}.reference", one), (f"{PACKAGE}.testing", f"{one}_case"),
+        )
+    ]  # fmt: skip
+    if operation == NETWORK:
+        return digest([*own, *behind_all, (f"{PACKAGE}.factory", "create_model")], machine, _LEFT_OUT[:4])
+    return digest([*own, *behind_all], machine, _LEFT_OUT)
 
 
-def _code(file: Path) -> bytes:
-    """The syntax of a Python file, without its docstrings."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[0] = ast.Pass()
-    return ast.dump(tree).encode()
+def tiles_of(questions: Iterable[Question], device: Device) -> list[dict[str, Any]]:
+    """The table's answers on a device, as a record holds them."""
+    found = []
+    for question in dict.fromkeys(questions):
+        use = answer(question, device)
+        words = {"operation": question.operation, "dtype": describe_dtype(question.dtype), "sizes": [*question.sizes]}
+        found.append(words | {"use": None if use is None else json.loads(json.dumps(asdict(use)))})
+    return found
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -260,6 +278,7 @@ def run(task: Task) -> Record:
     found = dict.fromkeys(("max_error", "mean_error", "eager_max_error", "eager_mean_error", "ulp", "ratio"))
     passes, elements, failure = False, 0, None
     sampled: Sample | None = None
+    questions: list[Question] = []
     try:
         # Filled memory would be all of a large tensor; PyTorch then asks for deterministic algorithms as well.
         fill = unwritten_is_nan if task.kind not in ("large", "unordered") else contextlib.nullcontext
@@ -275,7 +294,10 @@ def run(task: Task) -> Record:
                 if task.kind == "large":
                     _fill(subject)
             choice = in_turn(sampled.programs) if sampled else None
-            with executing(device, reached=reached, options=DEFAULT, choose=choice) as execution:
+            with (
+                asked() as questions,
+                executing(device, reached=reached, options=DEFAULT, choose=choice) as execution,
+            ):
                 result = compute()
             errors, elements = _errors(subject, result, execution, whole=choice is None)
         found |= {name: getattr(errors, name) for name in found if name != "ratio"}
@@ -297,8 +319,16 @@ def run(task: Task) -> Record:
         for one, faults in zip(execution.executed, wrong_writes, strict=False)
     ]
     passes = passes and not any(kernel["faults"] for kernel in kernels)
-    seconds = round(time.perf_counter() - start, 2)
-    return Record.of(task, kernels=kernels, elements=elements, **found, passes=passes, error=failure, seconds=seconds)
+    return Record.of(
+        task,
+        kernels=kernels,
+        elements=elements,
+        **found,
+        passes=passes,
+        error=failure,
+        seconds=round(time.perf_counter() - start, 2),
+        tiles=tiles_of(questions, TARGETS[task.capability]),
+    )
 
 
 def _draw(task: Task) -> tuple[Any, list[Tensor]]:
@@ -347,6 +377,6 @@ def _errors(subject: Any, result: Tensor, execution: Execution, *, whole: bool) 
         return accuracy(result, subject.exact(), subject.run("eager")), result.numel()
     written = execution.written(result)
     images = written.any(dim=tuple(range(1, written.ndim))).nonzero()[:, 0]
-    part = replace(subject, arguments=(subject.arguments[0][images], *subject.arguments[1:]))
+    shown = replace(subject, arguments=(subject.arguments[0][images], *subject.arguments[1:]))
     mask = written[images]
-    return accuracy(result[images][mask], part.exact()[mask], part.run("eager")[mask]), int(mask.sum())
+    return accuracy(result[images][mask], shown.exact()[mask], shown.run("eager")[mask]), int(mask.sum())

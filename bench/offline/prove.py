@@ -1,7 +1,7 @@
 """Execute every operation as compiled for every GPU type, on the CPU, and compare it with float64 (`make prove`).
 
 Each check is a line of the records as soon as it is done; the same command goes on where it stopped. It does again the
-checks that failed, and those of other kernels, of another Triton or of another version of the machine. Of large grids
+checks that failed, and those of other kernels, tiles, machines or versions of Triton. Of large grids
 the first, middle and last programs run, and those that compute what these read. The writes of all programs are traced:
 together they have to write the whole output. It needs no GPU. The exit status is 0 when all passed, 75 when the time
 was over first, 1 after a failure.
@@ -28,7 +28,7 @@ from ...files import write_whole
 from ...kernels.tiling.device import TARGETS
 from ...kernels.tiling.table import DTYPES
 from ...workload import OPERATIONS
-from .proof import KINDS, Record, Task, part, run, source, tasks
+from .proof import KINDS, Record, Task, part, run, tasks
 from .workers import compilers, cores
 
 ORDER = (90, 100, 80, 120, 86, 89)  # of the targets: the newest kinds of matrix units first
@@ -52,14 +52,10 @@ def read_records(path: Path) -> list[Record]:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Add records to a file, in place of those of the same tasks, Triton and source."""
-    key = attrgetter("key", "triton", "source")
+    """Add records to a file, in place of those of the same tasks and Triton."""
+    key = attrgetter("key", "triton")
     found = {key(one): one for one in [*read_records(path), *records]}
-    current = {one.key for one in found.values() if (one.triton, one.source) == (triton.__version__, source())}
-    # Those of older kernels give way to new ones of the same task and Triton.
-    kept = [one for one in found.values() if one.triton != triton.__version__ or one.source == source()
-            or one.key not in current]  # fmt: skip
-    write_whole(path, "".join(json.dumps(asdict(one)) + "\n" for one in kept))
+    write_whole(path, "".join(json.dumps(asdict(one)) + "\n" for one in found.values()))
 
 
 def prove(todo: Iterable[Task], workers: int, deadline: float) -> Iterator[Record]:
@@ -98,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtypes = [DTYPES[name] for name in arguments.dtypes]
     wanted = tasks(arguments.models, arguments.batches, dtypes, arguments.targets, arguments.operations)
     todo = part(arguments.targets) if arguments.part else [task for task in wanted if task.kind in arguments.kinds]
-    now = triton.__version__, source()
-    records = {one.key: one for one in read_records(arguments.output) if (one.triton, one.source) == now}
+    records = {one.key: one for one in read_records(arguments.output) if one.is_current}
     new = [task for task in todo if task.key not in records or not records[task.key].passes]
     print(f"triton {triton.__version__}, {len(todo)} checks, {len(todo) - len(new)} of them recorded", flush=True)
     for record in prove(new, arguments.workers, deadline):

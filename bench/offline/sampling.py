@@ -12,7 +12,8 @@ from ...kernels.tiling.device import Device
 from .execution import Choice, executing, wrong_writes
 from .ptx.faults import Fault
 from .ptx.machine import Options
-from .ptx.trace import NotTraceableError, elements_read, programs_writing, write_counts
+from .ptx.slices import NotTraceableError
+from .ptx.trace import elements_read, programs_writing, write_counts
 
 
 def first_middle_last(grid: int) -> list[int]:
