@@ -65,6 +65,7 @@ def why_eager(
     products: bool = True,
     norm: bool = False,
     key_dim: int | None = None,
+    differentiable: bool = False,
 ) -> str | None:
     """The reason why an operation takes eager with this backend, or cannot take "triton"; None where it takes Triton.
 
@@ -75,13 +76,18 @@ def why_eager(
         products: whether it has matrix products, which autocast computes in a dtype of its own.
         norm: whether it has a LayerNorm.
         key_dim: of its attention.
+        differentiable: whether kernels compute its gradients. No GPU has run these yet, so "auto" does not take them.
     """
     if backend == "eager":
         return "backend='eager'"
     x = tensors[0]
-    backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if backward or forward_ad._current_level >= 0:  # a tensor does not show that it carries a tangent
-        return "a gradient is needed, and the kernels have none: use torch.no_grad() or backend='eager'"
+    if forward_ad._current_level >= 0:  # a tensor does not show that it carries a tangent
+        return "a gradient in forward mode is needed, and the kernels have none: use backend='eager'"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if not differentiable:
+            return "a gradient is needed, and the kernels have none: use torch.no_grad() or backend='eager'"
+        if backend == "auto":
+            return "a gradient is needed: only backend='triton' takes kernels for it"
     reason = why_not_triton(x.device, x.dtype, activation, backend == "triton")
     if reason is None and products and (dtype := products_dtype(x)) != x.dtype:
         reason = why_not_triton(x.device, dtype, activation, backend == "triton")

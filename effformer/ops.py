@@ -11,7 +11,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from . import attention_bias, reference
+from . import attention_bias, gradients, reference
 from .backend import BACKENDS as BACKENDS
 from .backend import Backend as Backend
 from .backend import UnsupportedError as UnsupportedError
@@ -69,8 +69,10 @@ def pool_mixer(x: Tensor, layer_scale: Tensor, *, backend: str = "auto") -> Tens
     """
     check_map(x)
     check_vectors(x, x.shape[1], layer_scale=layer_scale)
-    if select_backend(backend, x, layer_scale, products=False) == "eager":
+    if select_backend(backend, x, layer_scale, products=False, differentiable=True) == "eager":
         return reference.pool_mixer(x, layer_scale)
+    if torch.is_grad_enabled():
+        return gradients.pool_mixer(x, layer_scale)
     from .kernels.pool_mixer import pool_mixer as kernel
 
     return kernel(x, layer_scale)
@@ -115,8 +117,10 @@ def conv_mlp(
     check_choice("activation", activation, ACTIVATIONS)
     check_mlp(x, x.shape[1], weight1, weight2, scale1=scale1, shift1=shift1, scale2=scale2, shift2=shift2)
     arguments = (weight1, scale1, shift1, weight2, scale2, shift2)
-    if select_backend(backend, x, *arguments, activation=activation) == "eager":
+    if select_backend(backend, x, *arguments, activation=activation, differentiable=True) == "eager":
         return reference.conv_mlp(x, *arguments, activation=activation)
+    if torch.is_grad_enabled():
+        return gradients.mlp(x, None, *arguments, activation, deterministic)
     from .kernels.conv_mlp import conv_mlp as kernel
 
     return kernel(x, *_in_products_dtype(x, *arguments), activation, deterministic)
@@ -146,8 +150,10 @@ def meta4d(
     check_choice("activation", activation, ACTIVATIONS)
     check_mlp(x, x.shape[1], weight1, weight2, scale1=scale1, shift1=shift1, scale2=scale2, shift2=shift2)
     arguments = (layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2)
-    if select_backend(backend, x, *arguments, activation=activation) == "eager":
+    if select_backend(backend, x, *arguments, activation=activation, differentiable=True) == "eager":
         return reference.meta4d(x, *arguments, activation=activation)
+    if torch.is_grad_enabled():
+        return gradients.mlp(x, *arguments, activation, deterministic)
     from .kernels.meta4d import meta4d as kernel
 
     return kernel(x, *_in_products_dtype(x, *arguments), activation, deterministic)

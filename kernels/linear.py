@@ -5,13 +5,13 @@ No operator of its own: a step of the MLPs that are too wide for one kernel, and
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, form, gain
 from .launch import Launch, dot_precision, float32_products, kernel
 from .layout import Mlp, Rows, new_rows
+from .products import add_product
 from .rows import locate, row_offsets, start, width
 from .tiling.choose import Question, linear_config
 from .tiling.device import device_of
@@ -77,7 +77,7 @@ def linear_kernel(
                 b_weight = tl.load(p_weight)
             else:
                 b_weight = tl.load(p_weight, mask=(n < OUTPUTS)[None, :] & (first + k < INPUTS)[:, None], other=0.0)
-            b_next = b_next + (_added(b_acc[i], b_x.to(b_weight.dtype), b_weight, PRECISION),)
+            b_next = b_next + (add_product(b_acc[i], b_x.to(b_weight.dtype), b_weight, PRECISION),)
         b_acc = b_next
         p_x += BLOCK_K
 
@@ -102,17 +102,6 @@ def linear_kernel(
             value = tl.load(p_residual, mask=mask, other=0.0).to(tl.float32) + value
         p_out = out_ptr + o_out[:, None] + n[None, :]
         tl.store(p_out, value.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _added(b_acc, b_x, b_weight, PRECISION: tl.constexpr):
-    """b_acc + b_x · b_weight. Exact float32 sums each step on its own: a running sum would lose more than PyTorch."""
-    if PRECISION == "ieee" and b_weight.dtype == tl.float32:
-        # A minus, since Triton merges a product and the `+` behind it into one running sum.
-        b_sum = b_acc - tl.dot(-b_x, b_weight, input_precision=PRECISION)
-    else:
-        b_sum = tl.dot(b_x, b_weight, b_acc, input_precision=PRECISION)
-    return b_sum
 
 
 def linear_launch(
