@@ -82,7 +82,7 @@ def why_eager(
         return "backend='eager'"
     x = tensors[0]
     if forward_ad._current_level >= 0:  # a tensor does not show that it carries a tangent
-        return "a gradient in forward mode is needed, and the kernels have none: use backend='eager'"
+        return "a gradient is needed, in forward mode, and the kernels have none: use backend='eager'"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         if not differentiable:
             return "a gradient is needed, and the kernels have none: use torch.no_grad() or backend='eager'"

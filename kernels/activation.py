@@ -82,37 +82,3 @@ def gelu_tail(x, DOUBLINGS: tl.constexpr):
     b = tl.minimum(tl.abs(x), EXP3_CAP)  # beyond it the term is 0; for infinity it would be NaN
     p = ((EXP3[3] * b + EXP3[2]) * b + EXP3[1]) * b + (EXP3[0] + DOUBLINGS)
     return b * tl.math.exp2(p)
-
-
-# Coefficients of a cubic s, from the constant on: gelu'(x) is 1 - e for x > 0 and else e, with e = 2**p(b) * s(b).
-EXP3_SLOPE = tl.constexpr((0.999693736, -0.78789031, -0.67909407, -0.0574174532))
-
-
-@triton.jit
-def activate_with_slope(x, FORM: tl.constexpr):
-    """The activation of x and its derivative, in float32 and without the `gain`.
-
-    One exponential serves both. GELU's derivative is off by 2.7e-4 at most, but in float32.
-    """
-    if FORM == "gelu_erf":
-        below = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
-        y = x * below
-        slope = below + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
-    elif FORM == "gelu_exp3" or FORM == "gelu_exp3_x2":
-        b = tl.minimum(tl.abs(x), EXP3_CAP)
-        power = tl.math.exp2(((EXP3[3] * b + EXP3[2]) * b + EXP3[1]) * b + EXP3[0])
-        y = 0.5 * (x + tl.abs(x)) - b * power
-        tail = power * (((EXP3_SLOPE[3] * b + EXP3_SLOPE[2]) * b + EXP3_SLOPE[1]) * b + EXP3_SLOPE[0])
-        slope = tl.where(x > 0, 1.0 - tail, tail) + 0.0 * x  # NaN for NaN and infinities, as x * phi(x) has it
-    elif FORM == "relu":
-        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        slope = tl.where(x <= 0, 0.0, 1.0)
-    elif FORM == "silu":
-        sigmoid = 1.0 / (1.0 + tl.exp(-x))
-        y = x * sigmoid
-        slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
-    else:
-        tl.static_assert(FORM == "hard_swish")
-        y = x * (tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) * 0.16666666666666666)
-        slope = tl.where(x < -3.0, 0.0, tl.where(x < 3.0, x * 0.3333333333333333 + 0.5, 1.0))
-    return y, slope

@@ -5,6 +5,7 @@ The pooled map is computed anew, then the MLP's gradients (`mlp_backward.py`), t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,7 @@ def _implementation(
     activation: str,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    with torch.autocast(x.device.type, enabled=False):  # for the vendor's products
+    with _no_autocast(x.device):
         of_x, of_layer_scale, *of_mlp = needed
         mlp = BackwardMlp(*packed(weight1, scale1, shift1, weight2, scale2), activation)
         grad, source = dense_map(grad), dense_map(x)
@@ -50,6 +51,13 @@ def _implementation(
             elif new_map(x).stride() != dx.stride():
                 dx = new_map(x).copy_(dx)
         return [x.new_empty(0) if one is None else one for one in (dx, scale, *found[1:])]
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Without it the vendor's products would take autocast's dtype where a backward runs within autocast."""
+    if device.type not in ("cuda", "cpu") or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _fake(

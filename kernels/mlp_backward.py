@@ -16,7 +16,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate_with_slope, form
+from .activation import activate, form
+from .activation_backward import slope
 from .launch import Launch, dot_precision, float32_products, kernel, run
 from .layout import Rows, map_rows
 from .products import add_product
@@ -90,8 +91,9 @@ def mlp_backward_kernel(
 
     scale1 = tl.load(scale1_ptr + n, mask=there, other=0.0)[None, :]
     shift1 = tl.load(shift1_ptr + n, mask=there, other=0.0)[None, :]
-    b_act, b_slope = activate_with_slope(b_t * scale1 + shift1, ACTIVATION)
-    b_dh = tl.where(inside[:, None], b_g * b_slope, 0.0)
+    b_hidden = b_t * scale1 + shift1
+    b_act = activate(b_hidden, ACTIVATION)
+    b_dh = tl.where(inside[:, None], b_g * slope(b_hidden, ACTIVATION), 0.0)
     o_out = (row - first).to(tl.int64)[:, None] * HIDDEN + n[None, :]
     mask = inside[:, None] & there[None, :]
     tl.store(out_ptr + o_out, b_act.to(out_ptr.dtype.element_ty), mask=mask)
@@ -164,7 +166,7 @@ def mlp_backward_launch(x: Rows, grad: Rows, mlp: BackwardMlp, first: int, scrat
             "HIDDEN": hidden,
             "X_FLAT": x.flat,
             "GRAD_FLAT": grad.flat,
-            "ACTIVATION": form(mlp.activation, mlp.weight1.dtype),
+            "ACTIVATION": form(mlp.activation, mlp.weight1.dtype).removesuffix("_x2"),  # the act itself is stored
             "PRECISION": dot_precision(mlp.weight1.dtype, convolution=True, exact=float32_products(device)),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,

@@ -14,7 +14,9 @@ from .conv_norm import conv_norm
 from .head import head
 from .linear_mlp import linear_mlp
 from .meta4d import meta4d
+from .meta4d_backward import meta4d_backward as meta4d_backward
 from .pool_mixer import pool_mixer
+from .pool_mixer_backward import pool_mixer_backward as pool_mixer_backward
 from .register import IMPLEMENTATIONS as IMPLEMENTATIONS
 from .register import arguments_of
 

@@ -209,6 +209,19 @@ def test_nan_and_infinities_reach_the_parameters() -> None:
             assert not found.of[place].isfinite().all(), place  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinities_of_the_input(dtype: torch.dtype) -> None:
+    """They stand in the gradients where float64 has them."""
+    x = draw_map((2, 20, 5, 9), dtype)
+    x[0, 3, 2, 4], x[1, 5, 1, 1] = float("nan"), float("inf")
+    case = conv_mlp_case(x, 50)
+    found, exact = (by(case, how, draw_grad(case)) for how in ("triton", "exact"))
+    for place, (one, wanted) in enumerate(zip(found.of, exact.of, strict=True)):
+        assert one is not None
+        assert wanted is not None
+        assert torch.equal(one.isfinite(), wanted.isfinite()), place
+
+
 # --- as people call it ------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +276,7 @@ def test_functional_gradients() -> None:
 def test_forward_mode_is_refused() -> None:
     case = pool_mixer_case(draw_map((1, 8, 3, 4), torch.float32))
     x, scale = case.arguments
-    with pytest.raises(ops.UnsupportedError, match="forward mode"):
+    with pytest.raises(ops.UnsupportedError, match="in forward mode"):
         torch.func.jvp(lambda x: ops.pool_mixer(x, scale, backend="triton"), (x,), (x,))
 
 

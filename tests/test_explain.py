@@ -82,8 +82,12 @@ def test_gradients_backends_and_dtypes(network: EfficientFormer, narrow: Narrow)
     x = torch.randn(1, 3, 64, 64)
     found = paths(network, x)
     assert found["stem"] == ("modules", "a gradient is needed")
-    assert found["stages.0.blocks.0"][0] == "raises"
-    assert "a gradient is needed" in str(found["stages.0.blocks.0"][1])
+    assert found["stages.0.blocks.0"] == ("kernels", "kernels compute its gradients, too")
+    last = "stages.3.blocks." + str(len(network.stages[3].blocks) - 1)
+    assert found[last] == ("modules", "a gradient is needed, and its kernels have none")
+    network.train()
+    assert paths(network, x)["stages.0.blocks.0"][0] == "raises"
+    network.eval()
     with torch.no_grad():
         set_backend(network, "eager")
         assert set(paths(network, x).values()) == {("modules", "backend='eager'"), ("eager", "backend='eager'")}

@@ -173,7 +173,7 @@ def test_every_block_runs_on_the_kernels(
 def test_gradients_of_a_model_in_eval_mode(
     narrow: Callable[..., EfficientFormer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An operator without a gradient would silently give none: "auto" takes eager, "triton" raises."""
+    """An operator without a gradient would silently give none: "auto" takes eager (see test_backward.py for "triton")."""
     x = torch.randn(2, 3, 64, 64)
     gradients = {}
     for choice in ("auto", "eager"):
@@ -185,8 +185,6 @@ def test_gradients_of_a_model_in_eval_mode(
     for auto, eager in zip(gradients["auto"], gradients["eager"], strict=True):
         assert auto is not None
         assert torch.allclose(auto, eager, rtol=0, atol=SLACK * eager.abs().max().item() if ON_GPU else 0)
-    with pytest.raises(ops.UnsupportedError, match="a gradient is needed"):
-        narrow(dtype=torch.float32, backend="triton")(x)
 
 
 def test_gradients_of_the_input_alone_are_seen_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,8 +194,9 @@ def test_gradients_of_the_input_alone_are_seen_too(monkeypatch: pytest.MonkeyPat
             operation = getattr(ops, case.operation)
             operation(*arguments, **case.options).sum().backward()
             assert arguments[0].grad is not None
-            with pytest.raises(ops.UnsupportedError, match="a gradient is needed"):
-                operation(*arguments, **case.options, backend="triton")
+            if case.operation not in ("pool_mixer", "conv_mlp", "meta4d"):
+                with pytest.raises(ops.UnsupportedError, match="a gradient is needed"):
+                    operation(*arguments, **case.options, backend="triton")
             with torch.no_grad(), Recorder() as recorder:
                 operation(*arguments, **case.options)
             assert recorder.seen[f"effformer::{case.operation}"] == 1

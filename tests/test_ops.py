@@ -107,7 +107,7 @@ def test_set_backend_reaches_every_block(narrow: Callable[..., EfficientFormer])
     network = narrow()
     x = draw(1, 3, 64, 64)
     set_backend(network, "triton")
-    with pytest.raises(ops.UnsupportedError, match="a gradient is needed"):
+    with pytest.raises(ops.UnsupportedError, match="not torch.float64|interprets only"):
         network(x)
     for stage in network.stages:
         for block in stage.blocks:

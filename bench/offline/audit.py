@@ -37,7 +37,14 @@ from .workers import compilers, cores
 SIZES = ((224, 224), (512, 640))
 BATCHES = (256, 64, 8, 2, 1)
 
-_PRODUCTS = ("conv_norm_kernel", "mlp_kernel", "split_mlp_kernel", "linear_kernel", "bias_attention_kernel")
+_PRODUCTS = (
+    "conv_norm_kernel",
+    "mlp_kernel",
+    "mlp_backward_kernel",
+    "split_mlp_kernel",
+    "linear_kernel",
+    "bias_attention_kernel",
+)
 
 
 @dataclass

@@ -42,7 +42,24 @@ def network_launches(
                 draw = partial(_convolution, work.shape, images, layout, dtype=dtype, **work.options)
                 yield from _launches(draw, device, note)
         else:
-            yield from _launches(partial(draw_case, work.operation, work.shape, dtype, **work.options), device)
+            draw = partial(draw_case, work.operation, work.shape, dtype, **work.options)
+            yield from _launches(draw, device)
+            if work.operation == "meta4d":
+                yield from backward_launches(draw, device)
+
+
+def backward_launches(draw: Callable[[], Case], device: Device, note: str = "") -> list[Described]:
+    """The launches of all gradients of a call of `meta4d`."""
+    with stand_in(device), torch.device("meta"), recorded(run=False) as launches:
+        case = draw()
+        x, *rest, _ = case.arguments
+        activation = case.options.get("activation", "gelu")
+        IMPLEMENTATIONS["meta4d_backward"](torch.empty_like(x), x, *rest, activation, [True] * 8)
+    return [
+        ("meta4d_backward", f"{list(x.shape)}{note}", launch)
+        for launch in launches
+        if launch.kernel.__name__.endswith("_backward_kernel")  # the pooling's forward comes with the forward
+    ]
 
 
 def unusual_launches(dtype: torch.dtype, device: Device) -> Iterator[Described]:

@@ -139,7 +139,9 @@ def _block(name: str, block: Meta4D | Meta3D | Attention, x: Tensor, *others: An
     asked_for = block.backend == "triton"
     if reason := block.why_composed():
         return PartPath(name, "raises" if asked_for else "modules", reason, None)
-    options: dict[str, Any] = {}
+    if block.needs_modules():
+        return PartPath(name, "modules", "a gradient is needed, and its kernels have none", None)
+    options: dict[str, Any] = {"differentiable": block.differentiable}
     if isinstance(block, Meta4D | Meta3D):
         options["activation"] = block.activation
     if isinstance(block, Meta3D | Attention):
@@ -152,7 +154,9 @@ def _block(name: str, block: Meta4D | Meta3D | Attention, x: Tensor, *others: An
     with torch.no_grad(), described() as launches:
         block.fused(x, *others)
     kernels = tuple(one.kernel.__name__ for one in launches)
-    return PartPath(name, "kernels", "its stage is not planned as a whole", kernels)
+    trained = torch.is_grad_enabled() and any(one.requires_grad for one in block.parameters())
+    why = "kernels compute its gradients, too" if trained else "its stage is not planned as a whole"
+    return PartPath(name, "kernels", why, kernels)
 
 
 def _attended(mixer: Attention, x: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
