@@ -37,6 +37,16 @@ class Accuracy:
         )
 
 
+@dataclass(frozen=True)
+class ParameterAccuracy(Accuracy):
+    """Errors of a parameter's gradient, which is a sum over all rows: each may be three times eager's, plus 2 ulp."""
+
+    def passes(self, ulps: float = 2.0) -> bool:
+        slack = ulps * self.ulp
+        largest = self.max_error <= 3 * self.eager_max_error + slack
+        return self.misplaced == 0 and largest and self.mean_error <= 3 * self.eager_mean_error + slack
+
+
 def accuracy(result: Tensor, exact: Tensor, eager: Tensor) -> Accuracy:
     """Compare `result` and `eager`, both in dtype T, with `exact` in float64.
 

@@ -107,6 +107,13 @@ def draw_case(
     return case
 
 
+def draw_gradient(x: Tensor, seed: int = 0) -> Tensor:
+    """A random gradient like the map x [B, C, H, W]. Its channels have means: without them sums would hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(x.shape[1], generator=generator, device="cpu")[:, None, None]
+    return (torch.randn(x.shape, generator=generator, device="cpu") + 0.5 * means).to(x.device, x.dtype)
+
+
 def draw_vector(size: int, low: float, high: float) -> Tensor:
     """A float32 [size], uniform."""
     return torch.empty(size).uniform_(low, high)

@@ -26,6 +26,7 @@ OPERATIONS = {
     "linear_mlp": "tokens",
     "head": "tokens",
 }
+DIFFERENTIABLE = ("pool_mixer", "conv_mlp", "meta4d")  # those whose gradients kernels compute
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,16 @@ kernels run in Triton's interpreter, which takes minutes and has no bfloat16.
 With --target they are compiled for a GPU that is not here, and the compiled code (PTX) is executed on
 the CPU. Memory, races, fences and waits are watched; each fault names the line of the kernel.
 
+With --backward the gradients of each operation's arguments are compared instead, where kernels compute
+them (pool_mixer, conv_mlp, meta4d). Errors of a parameter's gradient may be three times eager's.
+
 Exit status: 0 if kernels ran and all passed; 1 if one failed, or none can run here.
 
 For example:
   effformer verify
   effformer verify --op meta4d network --dtype fp16 --size 512x640 --json > report.json
   effformer verify --target sm_90 --op conv_norm --dtype bf16
+  effformer verify --backward
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..config import PRESETS
-from ..workload import OPERATIONS
+from ..workload import DIFFERENTIABLE, OPERATIONS
 from . import common
 
 if TYPE_CHECKING:
@@ -46,6 +50,7 @@ def add(commands: common.Commands) -> None:
     common.add_device(parser)
     option("--target", type=common.target, metavar="SM", help="sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120: execute "
            "the kernels as compiled for such a GPU, on the CPU")  # fmt: skip
+    option("--backward", action="store_true", help="compare gradients")
     option("--truncate", action="store_true", help="with --target: cut the sums of matrix products off as measured on "
            "GPUs; takes several times as long")  # fmt: skip
     option("--seed", type=common.count, default=0, metavar="N", help="of weights and inputs; default: 0")
@@ -57,6 +62,8 @@ def add(commands: common.Commands) -> None:
 def main(arguments: argparse.Namespace) -> int:
     if arguments.truncate and not arguments.target:
         raise ValueError("--truncate: got it without --target, allowed is both together")
+    if arguments.backward:
+        _check_backward(arguments)
     if arguments.target:
         _check_target(arguments)
         common.execute_on_cpu()
@@ -67,7 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
     from ..apps.verify import CHECKED, checks, verify, why_not_verified
     from ..apps.verify_report import VERDICTS, Columns, conclusion
 
-    on_gpu, target = device.type == "cuda", arguments.target
+    on_gpu, target, backward = device.type == "cuda", arguments.target, arguments.backward
     batch_size = arguments.batch_size or (8 if on_gpu else 1 if target else 2)
     repeats = 0 if target else arguments.repeats if arguments.repeats is not None else 3 if on_gpu else 0
     todo = checks(
@@ -77,6 +84,10 @@ def main(arguments: argparse.Namespace) -> int:
         size=arguments.size,
         batch_size=batch_size,
     )
+    if backward:
+        from ..apps import verify_gradients
+
+        todo = verify_gradients.gradient_checks(todo)
     reason, table = None if target else why_not_verified(device), Columns(todo)
     facts: dict[str, Any] = {
         "versions": versions(),
@@ -84,6 +95,7 @@ def main(arguments: argparse.Namespace) -> int:
         "device_name": devices()[str(device)],
         "interpreted": reason is None and not on_gpu and not target,
         "target": target,
+        "backward": backward,
         "backend": "triton" if target else describe_backend("auto", device),
         "size": arguments.size,
         "batch_size": batch_size,
@@ -99,11 +111,13 @@ def main(arguments: argparse.Namespace) -> int:
 
     def found() -> Iterable[Outcome]:
         if not target:
-            return verify(todo, device, seed=arguments.seed, repeats=repeats)
+            check = verify_gradients.verify_gradients if backward else verify
+            return check(todo, device, seed=arguments.seed, repeats=repeats)
         from ..apps.verify_compiled import DEFAULT, TRUNCATING, verify_compiled
 
         options = TRUNCATING if arguments.truncate else DEFAULT
-        return verify_compiled(todo, target, seed=arguments.seed, options=options)
+        execute = verify_gradients.verify_gradients_compiled if backward else verify_compiled
+        return execute(todo, target, seed=arguments.seed, options=options)
 
     if reason is None:
         say(table.head())
@@ -127,6 +141,13 @@ def _check_target(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--device: got {arguments.device!r} with --target, allowed is cpu")
     if arguments.repeats:
         raise ValueError(f"--repeats: got {arguments.repeats} with --target, allowed is 0: a machine repeats itself")
+
+
+def _check_backward(arguments: argparse.Namespace) -> None:
+    """Refuse operations whose gradients no kernel computes."""
+    if wrong := [name for name in arguments.op if name not in ("all", *DIFFERENTIABLE)]:
+        allowed = ", ".join((*DIFFERENTIABLE, "all"))
+        raise ValueError(f"--op: got {wrong[0]!r} with --backward, allowed are {allowed}")
 
 
 def _chosen(named: list[str], allowed: Iterable[str]) -> list[str]:
