@@ -146,16 +146,23 @@ def test_the_widest(inputs: int, outputs: int) -> None:
 
 @pytest.mark.usefixtures("many_rows")
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "widths"),
-    [(24, 48, (32, 16)), (20, 96, (64, 32)), (40, 230, (128,)), (48, 448, (128, 64, 32)), (32, 320, (128, 32))],
+    ("inputs", "outputs", "block_m", "widths"),
+    [
+        (24, 48, 128, (32, 16)),
+        (20, 96, 128, (64, 32)),
+        (40, 230, 128, (128,)),
+        (96, 224, 64, (128, 64, 32)),
+        (48, 448, 128, (128,)),
+        (32, 320, 128, (128, 32)),
+    ],
 )
-def test_tiles_of_many_rows(inputs: int, outputs: int, widths: tuple[int, ...]) -> None:
-    """286 rows are two tiles and a part; columns one tile, two, and a part of one."""
+def test_tiles_of_many_rows(inputs: int, outputs: int, block_m: int, widths: tuple[int, ...]) -> None:
+    """286 rows are some tiles and a part; columns one tile, several, and a part of one."""
     case = conv_norm_case(draw_map((2, inputs, 22, 25), torch.float16), outputs, "relu")
     with recorded() as launches:
         check(case)
     (launch,) = launches
-    assert (launch.constants["BLOCK_M"], launch.constants["WIDTHS"]) == (128, widths)
+    assert (launch.constants["BLOCK_M"], launch.constants["WIDTHS"]) == (block_m, widths)
 
 
 @pytest.mark.parametrize("dtype", machine.DTYPES, ids=machine.id_of)
