@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .launch import run
 from .layout import dense_map, new_map, packed
-from .mlp_backward import BackwardMlp, Gradients, mlp_gradients
+from .mlp_backward import BackwardMlp, Needed, mlp_gradients
 from .pool_mixer import pool_mixer_launch
 from .pool_mixer_backward import pool_mixer_gradients
-from .register import register
+from .register import register_gradients
 
 
 def _implementation(
@@ -33,7 +33,8 @@ def _implementation(
 ) -> list[Tensor]:
     with _no_autocast(x.device):
         of_x, of_layer_scale, *of_mlp = needed
-        mlp = BackwardMlp(*packed(weight1, scale1, shift1, weight2, scale2), activation)
+        weight1, scale1, shift1, weight2, scale2 = packed(weight1, scale1, shift1, weight2, scale2)
+        mlp = BackwardMlp(weight1, scale1, shift1, weight2, scale2, activation)
         grad, source = dense_map(grad), dense_map(x)
         mixed, layer_scale = source, None
         if layer_scale1 is not None:
@@ -41,7 +42,7 @@ def _implementation(
             mixed = new_map(source)
             if x.numel():
                 run(pool_mixer_launch(source, layer_scale, mixed))
-        found = mlp_gradients(grad, mixed, mlp, Gradients(of_x or of_layer_scale, *of_mlp))
+        found = mlp_gradients(grad, mixed, mlp, Needed(of_x or of_layer_scale, *of_mlp))
         dx, scale = found.x, None
         if dx is not None:
             batch, channels, height, width = x.shape
@@ -77,7 +78,7 @@ def _fake(
     return [one if wanted else x.new_empty(0) for one, wanted in zip(results, needed, strict=True)]
 
 
-meta4d_backward = register(
+meta4d_backward = register_gradients(
     "meta4d_backward(Tensor grad, Tensor x, Tensor? layer_scale1, Tensor weight1, Tensor scale1, Tensor shift1, "
     "Tensor weight2, Tensor scale2, str activation, bool[] needed) -> Tensor[]",
     _implementation,

@@ -124,6 +124,18 @@ class Gradients(NamedTuple):
     shift2: Tensor | None
 
 
+class Needed(NamedTuple):
+    """Which of `Gradients` to compute."""
+
+    x: bool
+    weight1: bool
+    scale1: bool
+    shift1: bool
+    weight2: bool
+    scale2: bool
+    shift2: bool
+
+
 class BackwardMlp(NamedTuple):
     """weight1 [hidden, C] and weight2 [C, hidden] in the products' dtype, vectors in float32; all contiguous."""
 
@@ -186,8 +198,8 @@ def _tiles(mlp: BackwardMlp, rows: int) -> tuple[int, int, LinearConfig, Questio
     return config.block_m, sum(config.widths), config, question
 
 
-def mlp_gradients(grad: Tensor, x: Tensor, mlp: BackwardMlp, needed: Gradients) -> Gradients:
-    """The gradients that are `needed` (fields that are true); x's as rows [rows, C] in its dtype.
+def mlp_gradients(grad: Tensor, x: Tensor, mlp: BackwardMlp, needed: Needed) -> Gradients:
+    """The gradients that are `needed`; x's as rows [rows, C] in its dtype.
 
     grad and x [B, C, H, W] of one dtype, with channels next to each other (`dense_map`).
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .launch import Launch, kernel, run
 from .layout import map_rows, new_map
-from .register import register
+from .register import register_gradients
 from .rows import locate, row_offsets
 from .tiling.choose import Question, pool_config
 from .tiling.device import device_of
@@ -164,6 +164,6 @@ def _fake(grad: Tensor, x: Tensor, layer_scale: Tensor, needed: Sequence[bool]) 
     ]
 
 
-pool_mixer_backward = register(
+pool_mixer_backward = register_gradients(
     "pool_mixer_backward(Tensor grad, Tensor x, Tensor layer_scale, bool[] needed) -> Tensor[]", _implementation, _fake
 )

@@ -40,6 +40,13 @@ def register(schema: str, implementation: Callable[..., Tensor], fake: Callable[
     return _operator(name)
 
 
+def register_gradients(
+    schema: str, implementation: Callable[..., list[Tensor]], fake: Callable[..., list[Tensor]]
+) -> Callable[..., list[Tensor]]:
+    """`register` for an operator that returns the gradients of another one, in a list."""
+    return register(schema, implementation, fake)  # type: ignore[arg-type,return-value]
+
+
 def arguments_of(operator: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> list[Any]:
     """The arguments of an operator in its order: `tensors` in turn, for the others `options` or the defaults.
 
