@@ -83,7 +83,7 @@ def why_eager(
     x = tensors[0]
     if forward_ad._current_level >= 0:  # a tensor does not show that it carries a tangent
         return "a gradient is needed, in forward mode, and the kernels have none: use backend='eager'"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if needs_gradient(*tensors):
         if not differentiable:
             return "a gradient is needed, and the kernels have none: use torch.no_grad() or backend='eager'"
         if backend == "auto":
@@ -94,6 +94,11 @@ def why_eager(
     if reason is None and backend == "auto":
         reason = _why_too_large(tensors, norm, key_dim)
     return reason
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether the result of an operation on these tensors will be differentiated, as far as can be told."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _why_too_large(tensors: Sequence[Tensor], norm: bool, key_dim: int | None) -> str | None:

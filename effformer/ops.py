@@ -15,7 +15,7 @@ from . import attention_bias, gradients, reference
 from .backend import BACKENDS as BACKENDS
 from .backend import Backend as Backend
 from .backend import UnsupportedError as UnsupportedError
-from .backend import products_dtype, select_backend
+from .backend import needs_gradient, products_dtype, select_backend
 from .backend import refuse_triton as refuse_triton
 from .backend import why_not_triton as why_not_triton
 from .checks import (
@@ -71,7 +71,7 @@ def pool_mixer(x: Tensor, layer_scale: Tensor, *, backend: str = "auto") -> Tens
     check_vectors(x, x.shape[1], layer_scale=layer_scale)
     if select_backend(backend, x, layer_scale, products=False, differentiable=True) == "eager":
         return reference.pool_mixer(x, layer_scale)
-    if torch.is_grad_enabled():
+    if needs_gradient(x, layer_scale):
         return gradients.pool_mixer(x, layer_scale)
     from .kernels.pool_mixer import pool_mixer as kernel
 
@@ -119,7 +119,7 @@ def conv_mlp(
     arguments = (weight1, scale1, shift1, weight2, scale2, shift2)
     if select_backend(backend, x, *arguments, activation=activation, differentiable=True) == "eager":
         return reference.conv_mlp(x, *arguments, activation=activation)
-    if torch.is_grad_enabled():
+    if needs_gradient(x, *arguments):
         return gradients.mlp(x, None, *arguments, activation, deterministic)
     from .kernels.conv_mlp import conv_mlp as kernel
 
@@ -152,7 +152,7 @@ def meta4d(
     arguments = (layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2)
     if select_backend(backend, x, *arguments, activation=activation, differentiable=True) == "eager":
         return reference.meta4d(x, *arguments, activation=activation)
-    if torch.is_grad_enabled():
+    if needs_gradient(x, *arguments):
         return gradients.mlp(x, *arguments, activation, deterministic)
     from .kernels.meta4d import meta4d as kernel
 

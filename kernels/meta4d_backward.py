@@ -55,7 +55,10 @@ def _implementation(
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Without it the vendor's products would take autocast's dtype where a backward runs within autocast."""
+    """Without it the vendor's products would take autocast's dtype where a backward runs within autocast.
+
+    As `effformer.backend.no_autocast`, which kernels do not import: they are also shipped without the package.
+    """
     if device.type not in ("cuda", "cpu") or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

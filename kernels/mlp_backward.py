@@ -19,7 +19,7 @@ from torch import Tensor
 from .activation import activate, form
 from .activation_backward import slope
 from .launch import Launch, dot_precision, float32_products, kernel, run
-from .layout import Rows, map_rows
+from .layout import Rows, dense_map, map_rows
 from .products import add_product
 from .rows import locate, row_offsets
 from .tiling.choose import Question, linear_config
@@ -204,8 +204,8 @@ def mlp_gradients(grad: Tensor, x: Tensor, mlp: BackwardMlp, needed: Needed) -> 
     grad and x [B, C, H, W] of one dtype, with channels next to each other (`dense_map`).
     """
     dtype = mlp.weight1.dtype
-    x_rows, grad_rows = _flat(x.to(dtype)), _flat(grad)
-    source = map_rows(x.to(dtype))
+    x = dense_map(x.to(dtype))  # a cast may lay the channels of an expanded map apart
+    source, x_rows, grad_rows = map_rows(x), _flat(x), _flat(grad)
     count, channels, hidden = source.count, source.channels, len(mlp.weight1)
     shift2 = grad_rows.sum(0, dtype=torch.float32) if needed.shift2 else None
     if not any(needed[:-1]):
@@ -252,14 +252,17 @@ def mlp_gradients(grad: Tensor, x: Tensor, mlp: BackwardMlp, needed: Needed) -> 
 
 
 def _scaled(grad: Tensor, scale2: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """scale2 * grad [B, C, H, W] in `dtype`, divided by a number [1] that keeps small layer scales from underflow.
+    """scale2 * grad [B, C, H, W] in `dtype`, divided by a number [1].
+
+    A power of two near the root of the largest scale: it keeps a float16 gradient from underflow behind a small layer
+    scale, and from overflow, and adds no rounding.
 
     A pass of its own: the kernel's products take it as it lies in memory. Scaled in registers, it would be overwritten
     while Hopper's matrix units still read it (Triton 3.7, seen in the executed PTX). In place of it, a scaled weight
     would be rounded alike for all rows, and the error would not average out.
     """
     size = scale2.abs().amax(0, keepdim=True)
-    size = torch.where(size > 0, size, 1.0)
+    size = torch.where(size > 0, torch.exp2(torch.floor(0.5 * torch.log2(size))), 1.0)
     scaled = torch.empty_like(grad, dtype=dtype, memory_format=torch.channels_last)
     torch.mul(grad, (scale2 / size)[:, None, None], out=scaled)
     return scaled, size

@@ -54,11 +54,11 @@ JUDGES = {
     "effformer/model/live.py": ("test_live.py", "test_live_modules.py", "test_host.py", "test_operators.py"),
     "effformer/model/end.py": ("test_live_modules.py",),
     "effformer/model/fusion.py": _SERVING,
-    "kernels/activation_backward.py": ("test_backward.py",),
-    "kernels/mlp_backward.py": ("test_backward.py",),
-    "kernels/meta4d_backward.py": ("test_backward.py",),
-    "kernels/pool_mixer_backward.py": ("test_backward.py",),
-    "effformer/gradients.py": ("test_backward.py",),
+    "kernels/activation_backward.py": ("test_backward.py", "test_backward_use.py"),
+    "kernels/mlp_backward.py": ("test_backward.py", "test_backward_use.py"),
+    "kernels/meta4d_backward.py": ("test_backward.py", "test_backward_use.py"),
+    "kernels/pool_mixer_backward.py": ("test_backward.py", "test_backward_use.py"),
+    "effformer/gradients.py": ("test_backward.py", "test_backward_use.py"),
 }
 
 
@@ -182,7 +182,7 @@ MUTANTS = (
     Mutant("prepared mask forgotten", "kernels/bias_attention.py", "torch.where(bias.isinf(), bias, ", "torch.where(bias.isnan(), bias, "),
     # registration and choice
     Mutant("fake of another layout", "kernels/meta4d.py", "    _implementation,\n    new_map,", "    _implementation,\n    lambda x: new_map(x.contiguous()),"),
-    Mutant("gradients silently lost", "effformer/backend.py", "if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):", "if False:"),
+    Mutant("gradients silently lost", "effformer/backend.py", "return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)", "return False"),
     Mutant("tangents silently lost", "effformer/backend.py", "forward_ad._current_level >= 0", "False"),
     Mutant("autocast ignored", "effformer/backend.py", "return torch.get_autocast_dtype(x.device.type) if", "return x.dtype if"),
     Mutant("autocast's dtype not looked at", "effformer/backend.py", "if reason is None and products and", "if False and"),

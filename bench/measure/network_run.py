@@ -51,8 +51,9 @@ class Figures:
 
 @torch.no_grad()
 def compile_provider(provider: NetworkProvider, measurement: Measurement, device: torch.device) -> Figures:
-    """Compile a provider, so that its code lies in Inductor's cache: "compile s", and the detail "files compiled"."""
-    figures, known = Figures(), cached_files()
+    """Compile a provider, so that its code lies in Inductor's cache; the only figure is "compile s"."""
+    _choose_algorithms()
+    figures = Figures()
     images = draw_images(measurement, measurement.batch).to(device)
     if provider.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -63,8 +64,13 @@ def compile_provider(provider: NetworkProvider, measurement: Measurement, device
             network(images)
         synchronise(device)
     figures.put("compile s", time.perf_counter() - start)
-    figures.details["files compiled"] = cached_files() - known
     return figures
+
+
+def _choose_algorithms() -> None:
+    """Let cuDNN try all its algorithms: shapes are fixed; as in timm's own benchmark."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark_limit = 0
 
 
 @torch.no_grad()
@@ -72,8 +78,7 @@ def measure_provider(
     provider: NetworkProvider, measurement: Measurement, device: torch.device, *, speed_alone: bool = False
 ) -> Figures:
     """All that is recorded of a provider; with `speed_alone` its latency and throughput."""
-    torch.backends.cudnn.benchmark = True  # shapes are fixed; as in timm's own benchmark
-    torch.backends.cudnn.benchmark_limit = 0  # all algorithms are tried
+    _choose_algorithms()
     count = -(-COMPARED[device.type] // measurement.batch) * measurement.batch
     figures, drawn = Figures(), draw_images(measurement, count)
     layout = torch.channels_last if provider.channels_last else torch.contiguous_format

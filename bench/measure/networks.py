@@ -113,11 +113,15 @@ def _measure(
     """Measure the providers without a result, and the first of all again; False if the time was over before."""
     known = file.providers(measurement.key)
     able = [one for one in providers if one.name not in known and one.why_not(measurement, device) is None]
-    compiled = functools.cache(lambda: _compile(able, measurement, run, tell))
+    compiled: dict[str, Figures] | None = None
     for provider in providers:
+        if compiled is None and provider in able and provider.options is not None:
+            if time.monotonic() > file.deadline:
+                return False
+            compiled = _compile(able, measurement, run, tell)
+        ahead = (compiled or {}).get(provider.name)
 
-        def figures(provider: NetworkProvider = provider) -> list[Record]:
-            ahead = compiled().get(provider.name) if provider.options is not None else None
+        def figures(provider: NetworkProvider = provider, ahead: Figures | None = ahead) -> list[Record]:
             tell(f"{measurement}: {provider.name} ...")
             found = run(provider, measurement, "all")
             if ahead is not None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..backend import products_dtype, why_eager
+from ..backend import needs_gradient, products_dtype, why_eager
 from ..model.blocks import Attention, Flat, Meta3D, Meta4D, Stem
 from ..model.end import End
 from ..model.fusion import replaces
@@ -89,7 +89,7 @@ def _parts(network: EfficientFormer, images: Tensor) -> Iterator[PartPath]:
     yield _whole("stem", network.stem, images)
     dtype = products_dtype(images)
     sides = (images.shape[2] + 3) // 4, (images.shape[3] + 3) // 4
-    x = _map(images, network.config.widths[0], sides, dtype)
+    x = _map(images, network.config.widths[0], sides, dtype, network.stem)
     for index, stage in enumerate(network.stages):
         name, before = f"stages.{index}", sides
         sides = before if index == 0 else (halved(before[0]), halved(before[1]))
@@ -98,7 +98,7 @@ def _parts(network: EfficientFormer, images: Tensor) -> Iterator[PartPath]:
             yield found
         else:
             yield from _blocks(name, stage, x, sides, found.why, network.config.value_dim)
-        x = _map(images, network.config.widths[index], sides, dtype)
+        x = _map(x, network.config.widths[index], sides, dtype, stage)
     if replaces(network, EfficientFormer, "forward_features"):
         yield PartPath("end", "modules", "forward_features was replaced", None)
     else:
@@ -121,7 +121,7 @@ def _blocks(
     """Of a stage that is not planned as a whole, for this reason."""
     if not isinstance(stage.downsample, nn.Identity):
         yield PartPath(f"{name}.downsample", "modules", reason, None)
-        x = _map(x, stage.width, sides, x.dtype)
+        x = _map(x, stage.width, sides, x.dtype, stage.downsample)
     for index, block in enumerate(stage.blocks):
         if isinstance(block, Flat):
             x = x.flatten(2).transpose(1, 2)
@@ -132,6 +132,7 @@ def _blocks(
                 yield _block(f"{found.part}.token_mixer", mixer, *_attended(mixer, x, value_dim))
         else:
             yield PartPath(f"{name}.blocks.{index}", "modules", f"its class is {type(block).__name__}", None)
+        x = x.detach().requires_grad_(_trained(x, block))
 
 
 def _block(name: str, block: Meta4D | Meta3D | Attention, x: Tensor, *others: Any) -> PartPath:
@@ -139,7 +140,7 @@ def _block(name: str, block: Meta4D | Meta3D | Attention, x: Tensor, *others: An
     asked_for = block.backend == "triton"
     if reason := block.why_composed():
         return PartPath(name, "raises" if asked_for else "modules", reason, None)
-    if block.needs_modules():
+    if block.needs_modules(x):
         return PartPath(name, "modules", "a gradient is needed, and its kernels have none", None)
     options: dict[str, Any] = {"differentiable": block.differentiable}
     if isinstance(block, Meta4D | Meta3D):
@@ -154,8 +155,7 @@ def _block(name: str, block: Meta4D | Meta3D | Attention, x: Tensor, *others: An
     with torch.no_grad(), described() as launches:
         block.fused(x, *others)
     kernels = tuple(one.kernel.__name__ for one in launches)
-    trained = torch.is_grad_enabled() and any(one.requires_grad for one in block.parameters())
-    why = "kernels compute its gradients, too" if trained else "its stage is not planned as a whole"
+    why = "kernels compute its gradients, too" if _trained(x, block) else "its stage is not planned as a whole"
     return PartPath(name, "kernels", why, kernels)
 
 
@@ -167,7 +167,13 @@ def _attended(mixer: Attention, x: Tensor, value_dim: int) -> tuple[Tensor, Tens
     return qkv, torch.empty(mixer.num_heads, tokens, tokens, dtype=torch.float32, device=x.device)
 
 
-def _map(like: Tensor, channels: int, sides: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """An empty map, as a part before would return it."""
+def _map(like: Tensor, channels: int, sides: tuple[int, int], dtype: torch.dtype, part: nn.Module) -> Tensor:
+    """An empty map, as the part before would return it for an input `like` this."""
     shape = (like.shape[0], channels, *sides)
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+    x = torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+    return x.requires_grad_(_trained(like, part))
+
+
+def _trained(x: Tensor, part: nn.Module) -> bool:
+    """Whether a part's result for x needs a gradient."""
+    return needs_gradient(x, *part.parameters())

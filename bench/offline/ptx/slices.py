@@ -25,7 +25,9 @@ class NotTraceableError(Exception):
 
 
 def sliced(program: Program) -> Program:
-    """That part of a kernel. Accesses become traces; a branch that no access depends on goes where its ways meet.
+    """Keep the part of a kernel that its accesses to global memory depend on; the accesses become traces.
+
+    A branch that no access depends on goes where its ways meet.
 
     Raises:
         NotTraceableError: where that part reads shared memory or results of matrix units.
