@@ -124,7 +124,7 @@ def test_the_digest_of_an_operation() -> None:
     digests = {name: proof.source(name) for name in (*OPERATIONS, NETWORK)}
     assert len(set(digests.values())) == len(digests)
     start = [("effformer.kernels.conv_mlp", "conv_mlp"), ("effformer.reference", "conv_mlp")]
-    found = {name for _, name in digest.reached(start, proof._LEFT_OUT)}
+    found = {name for _, name in digest.reached(start, (*proof._LEFT_OUT, *proof._OF_NETWORKS))}
     assert {
         "mlp_kernel",
         "add_hidden",
@@ -152,9 +152,12 @@ def used(x):
     '''What it does.'''
     return helper(x) + three.third(LIMIT)
 
-def other():
+def other(three):
     from .two import late
-    return late
+    return late, three
+
+def passed_on():
+    return print(three)
 """,
     "two.py": """
 from .three import third as helper
@@ -185,11 +188,17 @@ def test_what_a_definition_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     digest._exists.cache_clear()
     first = reached("used")
     assert set(first) == {("pack.one", "used"), ("pack.one", "LIMIT"), ("pack.two", "SIZE"), ("pack.three", "third")}
-    assert ("pack.two", "late") in reached("other")
+    assert set(reached("other")) == {("pack.one", "other"), ("pack.two", "late")}
+    assert set(reached("passed_on")) == {("pack.one", "passed_on"), ("pack.three", "third"), ("pack.three", "fourth")}
+    stopped = digest.reached([("pack.one", "used")], {("pack.two", "SIZE"), ("pack.three", "*")})
+    assert set(stopped) == {("pack.one", "used"), ("pack.one", "LIMIT")}
     assert reached("used", {"one.py": ("What it does", "Else")}) == first
     assert reached("used", {"one.py": ("UNUSED = 1", "UNUSED = 2")}) == first
     assert reached("used", {"two.py": ("SIZE = 3", "SIZE = 3  # a remark")}) == first
     assert reached("used", {"two.py": ("SIZE = 3", "SIZE = 4")}) != first
+    assert reached("used", {"one.py": ("    '''What it does.'''\n", "")}) == first
+    assert reached("used", {"one.py": ("    '''What it does.'''\n", "    pass\n")}) != first
+    assert reached("other", {"two.py": ("math.pi", "math.tau")}) != reached("other")
     assert reached("used", {"three.py": ("return x", "return -x")}) != first
     with pytest.raises(LookupError, match="'missing'"):
         digest.reached([("pack.one", "missing")])

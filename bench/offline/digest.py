@@ -1,7 +1,8 @@
 """Digests of the code that a result comes from: some definitions, and all of the package that these use.
 
 A definition is what a module binds to a name. It uses the names within it: those of its module, imported ones, and
-attributes of imported modules. Comments and docstrings do not count.
+attributes of imported modules; of a module that is passed on, all definitions. Of other packages the imported names
+count, not their code. Comments and docstrings do not count, nor do conditions around definitions.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ PACKAGE = __name__.partition(".")[0]
 Definition = tuple[str, str]  # the names of a module and of what it defines
 
 
-def digest(definitions: Iterable[Definition], files: Iterable[Path] = (), stop: Collection[str] = ()) -> str:
+def digest(definitions: Iterable[Definition], files: Iterable[Path] = (), stop: Collection[Definition] = ()) -> str:
     """16 hexadecimal digits.
 
     Args:
         definitions: with all that they use within this package.
         files: count as a whole.
-        stop: names of definitions that are left out, with what only they use.
+        stop: definitions that are left out, with what only they use; (module, "*") for all of a module.
 
     Raises:
         LookupError: for a definition that its module does not have.
@@ -37,7 +38,7 @@ def digest(definitions: Iterable[Definition], files: Iterable[Path] = (), stop: 
     return found.hexdigest()[:16]
 
 
-def reached(definitions: Iterable[Definition], stop: Collection[str] = ()) -> dict[Definition, str]:
+def reached(definitions: Iterable[Definition], stop: Collection[Definition] = ()) -> dict[Definition, str]:
     """The syntax of these definitions and of all that they use.
 
     Raises:
@@ -50,11 +51,13 @@ def reached(definitions: Iterable[Definition], stop: Collection[str] = ()) -> di
             raise LookupError(f"definitions: got {name!r} of {module}, allowed is what the module defines")
     while todo:
         module, name = one = todo.pop()
-        if one in found or name in stop:
+        if one in found or one in stop or (module, "*") in stop:
             continue
-        statements = _module(module).statements[name]
-        found[one] = "\n".join(_syntax(statement) for statement in statements)
-        todo += (used for statement in statements for used in _module(module).uses(statement))
+        own = _module(module)
+        statements = own.statements[name]
+        foreign = sorted({text for statement in statements for text in own.foreign(statement)})
+        found[one] = "\n".join([*foreign, *map(_syntax, statements)])
+        todo += (used for statement in statements for used in own.uses(statement))
     return found
 
 
@@ -64,11 +67,12 @@ def code_of(file: Path) -> str:
 
 
 def _syntax(tree: ast.AST) -> str:
+    """Source text, which unlike a dump is the same for all versions of Python."""
     for node in ast.walk(tree):
         match getattr(node, "body", None):
             case [ast.Expr(ast.Constant()), *rest]:
-                node.body = [ast.Pass(), *rest]  # type: ignore[attr-defined]
-    return ast.dump(tree)
+                node.body = rest or [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.unparse(tree)
 
 
 class _Module:
@@ -80,9 +84,14 @@ class _Module:
         self.package = name if spec.submodule_search_locations else name.rpartition(".")[0]
         self.statements: dict[str, list[ast.stmt]] = {}
         self.imported: dict[str, Definition | str] = {}  # a string names a module
+        self.others: dict[str, str] = {}  # names imported from other packages: the import
         for statement in _flattened(ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body):
             if isinstance(statement, ast.ImportFrom | ast.Import):
                 self.imported |= self._imports(statement)
+                self.others |= {
+                    (one.asname or one.name).partition(".")[0]: f"{getattr(statement, 'module', '')}: {one.name}"
+                    for one in statement.names
+                }
             for bound in _bound(statement):
                 self.statements.setdefault(bound, []).append(statement)
 
@@ -92,14 +101,27 @@ class _Module:
         for node in ast.walk(statement):
             if isinstance(node, ast.ImportFrom | ast.Import):
                 known = known | self._imports(node)
+        inner = {id(node.value) for node in ast.walk(statement) if isinstance(node, ast.Attribute)}
+        own = {node.arg for node in ast.walk(statement) if isinstance(node, ast.arg)}
         for node in ast.walk(statement):
             match node:
                 case ast.Name(id=name) if name in self.statements:
                     yield self.name, name
                 case ast.Name(id=name) if isinstance(known.get(name), tuple):
                     yield from _defined(*known[name])
+                case ast.Name(id=name) if (
+                    isinstance(known.get(name), str) and id(node) not in inner and name not in own
+                ):
+                    module = str(known[name])
+                    yield from ((module, every) for every in _module(module).statements)
                 case ast.Attribute(value=ast.Name(id=name), attr=attribute) if isinstance(known.get(name), str):
                     yield from _defined(str(known[name]), attribute)
+
+    def foreign(self, statement: ast.stmt) -> Iterator[str]:
+        """The imports from other packages that a statement uses."""
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and node.id in self.others and node.id not in self.imported:
+                yield f"{node.id} is {self.others[node.id]}"
 
     def _imports(self, statement: ast.ImportFrom | ast.Import) -> dict[str, Definition | str]:
         if isinstance(statement, ast.Import):

@@ -139,12 +139,25 @@ class Record:
 
 _OFFLINE, _HOST = Path(__file__).parent, Path(stub.__file__).parent
 # Definitions behind all checks. Left out: the table, whose answers are in the record; modules of networks, which do not
-# matter to an operation; this digest.
-_BEHIND_ALL = {
-    f"{PACKAGE}.testing": ("Case", "draw_map", "float32_as_such", "unwritten_is_nan"),
-    f"{PACKAGE}.bench.offline.proof": ("run",),
-}
-_LEFT_OUT = ("source", "answer", "tiles_of", "overriding", "OPERATIONS", "NetworkCase", "create_model", "randomise")
+# matter to an operation; gradients; this digest.
+_BEHIND_ALL = (
+    *((f"{PACKAGE}.testing", name) for name in ("draw_map", "float32_as_such", "unwritten_is_nan")),
+    *((f"{PACKAGE}.accuracy", name) for name in ("Accuracy", "accuracy")),
+    (f"{PACKAGE}.bench.offline.proof", "run"),
+)
+_LEFT_OUT = (
+    *((f"{PACKAGE}.bench.offline.proof", name) for name in ("source", "tiles_of")),
+    *((f"{PACKAGE}.kernels.tiling.choose", name) for name in ("answer", "overriding")),
+    *((f"{PACKAGE}.gradients", name) for name in ("mlp", "pool_mixer")),
+    (f"{PACKAGE}.workload", "OPERATIONS"),
+    (f"{PACKAGE}.backend", "*"),
+)
+_OF_NETWORKS = (
+    (f"{PACKAGE}.apps.verify", "NetworkCase"),
+    (f"{PACKAGE}.factory", "create_model"),
+    (f"{PACKAGE}.testing", "randomise"),
+    (f"{PACKAGE}.testing", "Case"),  # it looks all operations up by name
+)
 
 
 @functools.cache
@@ -160,7 +173,6 @@ def source(operation: str) -> str:
         for file in sorted(folder.rglob("*"))
         if file.suffix in (".py", ".c")
     ]
-    behind_all = [(module, name) for module, names in _BEHIND_ALL.items() for name in names]
     own = [
         definition
         for one in ([operation] if operation != NETWORK else OPERATIONS)
@@ -169,8 +181,8 @@ def source(operation: str) -> str:
         )
     ]  # fmt: skip
     if operation == NETWORK:
-        return digest([*own, *behind_all, (f"{PACKAGE}.factory", "create_model")], machine, _LEFT_OUT[:4])
-    return digest([*own, *behind_all], machine, _LEFT_OUT)
+        return digest([*own, *_BEHIND_ALL, (f"{PACKAGE}.factory", "create_model")], machine, _LEFT_OUT)
+    return digest([*own, *_BEHIND_ALL], machine, (*_LEFT_OUT, *_OF_NETWORKS))
 
 
 def tiles_of(questions: Iterable[Question], device: Device) -> list[dict[str, Any]]:
