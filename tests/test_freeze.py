@@ -16,6 +16,7 @@ from torch import Tensor
 
 import effformer
 from effformer import EfficientFormer, freeze
+from effformer.model.netspresso import Backbone
 from effformer.testing import Accuracy, accuracy, randomise
 
 # --- what it computes -------------------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ def test_other_architectures(narrow: Callable[..., EfficientFormer], overrides: 
 
 def test_a_backbone_and_a_pruned_network(narrow: Callable[..., EfficientFormer]) -> None:
     model, x = narrow(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    backbone = effformer.model.netspresso.Backbone(model, "segmentation").eval()
+    backbone = Backbone(model, "segmentation").eval()
     close(freeze(backbone, torch.float64, output="features")(x), list(backbone(x)["intermediate_features"]))
     model.prune_intermediate_layers([1])
     frozen = freeze(model, torch.float64, output="features")
