@@ -1,7 +1,7 @@
 """Fused operations whose gradients come from kernels: autograd functions around operators that know no gradient.
 
 Saved for the backward are the input and the parameters as they were given: no other map, no copy in autocast's dtype.
-What is needed beside them is computed anew. `effformer.ops` checks the arguments.
+The backward computes everything else anew. `effformer.ops` checks the arguments.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def mlp_backward_kernel(
 
 
 class Scratch(NamedTuple):
-    """What the kernel writes of some rows: act and dh [rows, hidden], and sums of dh and dh * t [tiles, hidden]."""
+    """Results of the kernel for some rows: act and dh [rows, hidden], and sums of dh and dh * t [tiles, hidden]."""
 
     act: Tensor
     grad: Tensor

@@ -9,7 +9,21 @@ from torch import Tensor
 
 from effformer import ops, reference
 from effformer.accuracy import Accuracy, ParameterAccuracy, accuracy
-from effformer.testing import Case, draw_gradient, float32_as_such
+from effformer.testing import (
+    Case,
+    conv_mlp_case,
+    draw_gradient,
+    float32_as_such,
+    meta4d_case,
+    pool_mixer_case,
+)
+
+CASES: dict[str, Callable[[Tensor], Case]] = {
+    "pool_mixer": pool_mixer_case,
+    "conv_mlp": lambda x: conv_mlp_case(x, 2 * x.shape[1] + 3),
+    "meta4d": lambda x: meta4d_case(x, 2 * x.shape[1] + 3),
+}
+SHAPE = (2, 24, 11, 13)  # 286 pixels: more than two tiles of rows, and channels that no tile divides
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import effformer.kernels.mlp_backward
 import pytest
@@ -11,7 +10,7 @@ import torch
 from compiling import TESTS, needs_compiler
 from compiling import run as run_compiled
 from effformer.kernels.launch import recorded
-from gradient_cases import by, check, draw_grad
+from gradient_cases import CASES, SHAPE, by, check, draw_grad
 from machine import DEVICE, DTYPES
 from torch import Tensor
 
@@ -23,17 +22,10 @@ from effformer.testing import (
     conv_mlp_case,
     draw_map,
     meta4d_case,
-    pool_mixer_case,
     unwritten_is_nan,
 )
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
-CASES: dict[str, Callable[[Tensor], Case]] = {
-    "pool_mixer": pool_mixer_case,
-    "conv_mlp": lambda x: conv_mlp_case(x, 2 * x.shape[1] + 3),
-    "meta4d": lambda x: meta4d_case(x, 2 * x.shape[1] + 3),
-}
-SHAPE = (2, 24, 11, 13)  # 286 pixels: more than two tiles of rows, and channels that no tile divides
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------

@@ -6,21 +6,19 @@ import copy
 import itertools
 from collections.abc import Callable
 
-import effformer.kernels.mlp_backward
 import gradient_cases
 import pytest
 import torch
 from effformer.kernels import meta4d_backward as operators
 from effformer.kernels import pool_mixer_backward as pooling
 from effformer.kernels.launch import recorded
-from gradient_cases import by, draw_grad
+from gradient_cases import CASES, by, draw_grad
 from machine import DEVICE
 from torch import Tensor
 
 import effformer
 from effformer import EfficientFormer, ops
 from effformer.testing import (
-    Case,
     conv_mlp_case,
     draw_map,
     float32_as_such,
@@ -30,12 +28,6 @@ from effformer.testing import (
 )
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
-CASES: dict[str, Callable[[Tensor], Case]] = {
-    "pool_mixer": pool_mixer_case,
-    "conv_mlp": lambda x: conv_mlp_case(x, 2 * x.shape[1] + 3),
-    "meta4d": lambda x: meta4d_case(x, 2 * x.shape[1] + 3),
-}
-SHAPE = (2, 24, 11, 13)  # 286 pixels: more than two tiles of rows, and channels that no tile divides
 
 
 def test_autocast() -> None:
@@ -43,14 +35,11 @@ def test_autocast() -> None:
     case = meta4d_case(draw_map((2, 24, 6, 7), torch.float32), 50)
     grad = draw_grad(case)
 
-    def compute(backend: str) -> gradient_cases.Gradients:
-        def function(*given: Tensor) -> Tensor:
-            with torch.autocast(DEVICE.type, torch.float16):
-                return ops.meta4d(*given, backend=backend)
+    def function(*given: Tensor) -> Tensor:
+        with torch.autocast(DEVICE.type, torch.float16):
+            return ops.meta4d(*given, backend="triton")
 
-        return gradient_cases.of(function, case.arguments, grad)
-
-    found, exact = compute("triton"), by(case, "exact", grad)
+    found, exact = gradient_cases.of(function, case.arguments, grad), by(case, "exact", grad)
     for place, (one, wanted) in enumerate(zip(found.of, exact.of, strict=True)):
         assert one is not None
         assert wanted is not None

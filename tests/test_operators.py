@@ -34,6 +34,7 @@ from effformer.testing import (
     pool_mixer_case,
     randomise,
 )
+from effformer.workload import DIFFERENTIABLE
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 interpreted_only = pytest.mark.skipif(ON_GPU, reason="what the interpreter refuses")
@@ -194,7 +195,7 @@ def test_gradients_of_the_input_alone_are_seen_too(monkeypatch: pytest.MonkeyPat
             operation = getattr(ops, case.operation)
             operation(*arguments, **case.options).sum().backward()
             assert arguments[0].grad is not None
-            if case.operation not in ("pool_mixer", "conv_mlp", "meta4d"):
+            if case.operation not in DIFFERENTIABLE:
                 with pytest.raises(ops.UnsupportedError, match="a gradient is needed"):
                     operation(*arguments, **case.options, backend="triton")
             with torch.no_grad(), Recorder() as recorder:

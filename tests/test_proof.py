@@ -95,7 +95,7 @@ def test_failures(change: dict[str, object], monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_records_of_the_repository() -> None:
-    """They are of known tasks, one each, and all pass."""
+    """Each task has one, and all pass."""
     lines = (TESTS.parent / "bench/results/executed.jsonl").read_text().splitlines()
     records = [Record(**json.loads(line)) for line in lines]
     assert len({record.key for record in records}) == len(records) > 500

@@ -83,7 +83,7 @@ def measure_networks(
 ) -> Iterator[list[Record]]:
     """Measure the incomplete ones in order until the time of `file` is over; yield each measurement's records.
 
-    Those that torch.compile makes are compiled side by side before any of them is measured: it takes minutes.
+    All forms that torch.compile makes are compiled side by side before any of them is measured: it takes minutes.
 
     Args:
         file: takes each provider's records when it is done.

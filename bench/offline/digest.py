@@ -67,7 +67,7 @@ def code_of(file: Path) -> str:
 
 
 def _syntax(tree: ast.AST) -> str:
-    """Source text, which unlike a dump is the same for all versions of Python."""
+    """Source text: a dump of the tree has other fields from one version of Python to the next."""
     for node in ast.walk(tree):
         match getattr(node, "body", None):
             case [ast.Expr(ast.Constant()), *rest]:

@@ -11,7 +11,7 @@ from .accesses import access_size
 from .program import Instruction, Program
 
 _NAME = re.compile(r"%?[\w$]+(?:@\d+)?")
-# What may stand between a thread's number and an address.
+# Instructions that an address may pass through on its way from a thread's number.
 _KEPT = {
     "add", "sub", "mul", "mad", "div", "rem", "min", "max", "neg", "abs", "and", "or", "xor", "not", "shl", "shr",
     "shf", "bfe", "bfi", "prmt", "lop3", "popc", "clz", "selp", "setp", "mov", "cvt", "cvta", "shfl", "vote", "elect",
