@@ -1,6 +1,6 @@
 """Execute every operation as compiled for every GPU type, on the CPU, and compare it with float64 (`make prove`).
 
-Each check is a line of the records as soon as it is done; the same command goes on where it stopped. It does again the
+Each check becomes a line of the records within seconds; the same command goes on where it stopped. It does again the
 checks that failed, and those of other kernels, tiles, machines or versions of Triton. Of large grids
 the first, middle and last programs run, and those that compute what these read. The writes of all programs are traced:
 together they have to write the whole output. It needs no GPU. The exit status is 0 when all passed, 75 when the time
@@ -32,6 +32,7 @@ from .proof import KINDS, Record, Task, part, run, tasks
 from .workers import compilers, cores
 
 ORDER = (90, 100, 80, 120, 86, 89)  # of the targets: the newest kinds of matrix units first
+WRITE_EVERY = 20.0  # seconds
 MODELS = sorted(PRESETS, key=lambda name: int(name.rpartition("l")[2]))
 
 
@@ -97,10 +98,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = {one.key: one for one in read_records(arguments.output) if one.is_current}
     new = [task for task in todo if task.key not in records or not records[task.key].passes]
     print(f"triton {triton.__version__}, {len(todo)} checks, {len(todo) - len(new)} of them recorded", flush=True)
-    for record in prove(new, arguments.workers, deadline):
-        records[record.key] = record
-        write_records(arguments.output, [record])
-        print(describe(record), flush=True)
+    unwritten, last = [], time.monotonic()
+    try:
+        for record in prove(new, arguments.workers, deadline):
+            records[record.key] = record
+            unwritten.append(record)
+            print(describe(record), flush=True)
+            if time.monotonic() - last > WRITE_EVERY:  # each time the whole file
+                write_records(arguments.output, unwritten)
+                unwritten, last = [], time.monotonic()
+    finally:
+        write_records(arguments.output, unwritten)
     found = [records[task.key] for task in todo if task.key in records]
     print("\n" + "\n".join(table(found)))
     failed = [record for record in found if not record.passes]
