@@ -1,4 +1,4 @@
-"""Fused operations whose gradients come from kernels: autograd functions around operators that know no gradient.
+"""Fused operations whose gradients come from kernels: an autograd function around operators that know no gradient.
 
 Saved for the backward are the input and the parameters as they were given: no other map, no copy in autocast's dtype.
 The backward computes everything else anew. `effformer.ops` checks the arguments.
@@ -6,6 +6,7 @@ The backward computes everything else anew. `effformer.ops` checks the arguments
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,82 +15,63 @@ from torch.autograd import Function
 
 from .backend import UnsupportedError, products_dtype
 
-_TENSORS = 8  # x, layer_scale1, weight1, scale1, shift1, weight2, scale2, shift2
 
+def by_kernels(
+    operation: str, tensors: Sequence[Tensor | None], options: Sequence[Any], deterministic: bool | None = None
+) -> Tensor:
+    """`ops.<operation>` by kernels, in both directions.
 
-def pool_mixer(x: Tensor, layer_scale: Tensor) -> Tensor:
-    """`ops.pool_mixer` by kernels, in both directions."""
-    result: Tensor = _PoolMixer.apply(x, layer_scale)  # type: ignore[no-untyped-call]
-    return result
-
-
-def mlp(x: Tensor, layer_scale1: Tensor | None, *rest: Any) -> Tensor:
-    """`ops.meta4d` or, without a layer scale, `ops.conv_mlp` by kernels, in both directions.
-
-    `rest` are the other arguments in their order, up to `activation` and `deterministic`.
+    Args:
+        operation: "meta4d" without a layer scale is "conv_mlp".
+        tensors: in the operator's order, the input first.
+        options: in the operator's order, up to `deterministic`.
+        deterministic: of the forward, where the operation has a choice.
     """
-    result: Tensor = _Mlp.apply(x, layer_scale1, *rest, products_dtype(x))  # type: ignore[no-untyped-call]
+    x, others = tensors[0], () if deterministic is None else (deterministic,)
+    assert x is not None
+    result: Tensor = _ByKernels.apply(operation, tuple(options), others, products_dtype(x), *tensors)  # type: ignore[no-untyped-call]
     return result
 
 
-class _PoolMixer(Function):
-    @staticmethod
-    def forward(x: Tensor, layer_scale: Tensor) -> Tensor:
-        from .kernels.pool_mixer import pool_mixer as kernel
+_SETTINGS = 4  # arguments of the function before its tensors
 
-        return kernel(x, layer_scale)
+
+class _ByKernels(Function):
+    @staticmethod
+    def forward(
+        operation: str, options: tuple[Any, ...], others: tuple[Any, ...], dtype: torch.dtype, *tensors: Tensor | None
+    ) -> Tensor:
+        from .kernels import operators
+
+        given = _with_products(tensors, dtype)
+        if operation == "meta4d" and given[1] is None:
+            return operators.conv_mlp(given[0], *given[2:], *options, *others)
+        result: Tensor = getattr(operators, operation)(*given, *options, *others)
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        ctx.operation, ctx.options, _, ctx.dtype = inputs[:_SETTINGS]
+        ctx.save_for_backward(*inputs[_SETTINGS:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        from .kernels.pool_mixer_backward import pool_mixer_backward
+        from .kernels import operators
 
+        needed = list(ctx.needs_input_grad[_SETTINGS:])
         if grad is None:
-            return None, None
-        x, layer_scale = ctx.saved_tensors
-        needed = list(ctx.needs_input_grad)
-        with torch.no_grad():
-            found = pool_mixer_backward(grad, x, layer_scale, needed)
-        return _given(found, (x, layer_scale), needed, grad)
-
-
-class _Mlp(Function):
-    @staticmethod
-    def forward(x: Tensor, layer_scale1: Tensor | None, *rest: Any) -> Tensor:
-        weight1, scale1, shift1, weight2, scale2, shift2, activation, deterministic, dtype = rest
-        arguments = weight1.to(dtype), scale1, shift1, weight2.to(dtype), scale2, shift2, activation, deterministic
-        if layer_scale1 is None:
-            from .kernels.conv_mlp import conv_mlp
-
-            return conv_mlp(x, *arguments)
-        from .kernels.meta4d import meta4d
-
-        return meta4d(x, layer_scale1, *arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:_TENSORS])
-        ctx.activation, _, ctx.dtype = inputs[_TENSORS:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        from .kernels.meta4d_backward import meta4d_backward
-
-        nothing = (None,) * (len(ctx.needs_input_grad) - _TENSORS)
-        if grad is None:
-            return *((None,) * _TENSORS), *nothing
+            return (None,) * (_SETTINGS + len(needed))
         saved = ctx.saved_tensors  # once: checkpointing unpacks them anew each time
-        x, layer_scale1, weight1, scale1, shift1, weight2, scale2, _ = saved
-        needed = list(ctx.needs_input_grad[:_TENSORS])
         with torch.no_grad():
-            weights = weight1.to(ctx.dtype), scale1, shift1, weight2.to(ctx.dtype), scale2
-            found = meta4d_backward(grad, x, layer_scale1, *weights, ctx.activation, needed)
-        return *_given(found, saved, needed, grad), *nothing
+            given = _with_products(saved, ctx.dtype)
+            found = getattr(operators, f"{ctx.operation}_backward")(grad, *given, *ctx.options, needed)
+        return *((None,) * _SETTINGS), *_given(found, saved, needed, grad)
+
+
+def _with_products(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """The tensors, matrices in the dtype of products."""
+    return [one.to(dtype) if one is not None and one.ndim == 2 else one for one in tensors]
 
 
 def _given(

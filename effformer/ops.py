@@ -72,7 +72,7 @@ def pool_mixer(x: Tensor, layer_scale: Tensor, *, backend: str = "auto") -> Tens
     if select_backend(backend, x, layer_scale, products=False, differentiable=True) == "eager":
         return reference.pool_mixer(x, layer_scale)
     if needs_gradient(x, layer_scale):
-        return gradients.pool_mixer(x, layer_scale)
+        return gradients.by_kernels("pool_mixer", (x, layer_scale), ())
     from .kernels.pool_mixer import pool_mixer as kernel
 
     return kernel(x, layer_scale)
@@ -120,7 +120,7 @@ def conv_mlp(
     if select_backend(backend, x, *arguments, activation=activation, differentiable=True) == "eager":
         return reference.conv_mlp(x, *arguments, activation=activation)
     if needs_gradient(x, *arguments):
-        return gradients.mlp(x, None, *arguments, activation, deterministic)
+        return gradients.by_kernels("meta4d", (x, None, *arguments), (activation,), deterministic)
     from .kernels.conv_mlp import conv_mlp as kernel
 
     return kernel(x, *_in_products_dtype(x, *arguments), activation, deterministic)
@@ -153,7 +153,7 @@ def meta4d(
     if select_backend(backend, x, *arguments, activation=activation, differentiable=True) == "eager":
         return reference.meta4d(x, *arguments, activation=activation)
     if needs_gradient(x, *arguments):
-        return gradients.mlp(x, *arguments, activation, deterministic)
+        return gradients.by_kernels("meta4d", (x, *arguments), (activation,), deterministic)
     from .kernels.meta4d import meta4d as kernel
 
     return kernel(x, *_in_products_dtype(x, *arguments), activation, deterministic)
@@ -226,8 +226,11 @@ def bias_attention(qkv: Tensor, bias: Tensor, *, num_heads: int, key_dim: int, b
     check_tokens("qkv", qkv)
     check_heads(qkv.shape[2], num_heads, key_dim)
     check_bias(bias, qkv, num_heads)
-    if select_backend(backend, qkv, bias, key_dim=key_dim) == "eager":
+    if select_backend(backend, qkv, bias, key_dim=key_dim, differentiable=True) == "eager":
         return reference.bias_attention(qkv, bias, num_heads=num_heads, key_dim=key_dim)
+    if needs_gradient(qkv, bias):
+        tensors = qkv.to(products_dtype(qkv)), bias
+        return gradients.by_kernels("bias_attention", tensors, (num_heads, key_dim)).to(qkv.dtype)
     from .kernels.bias_attention import bias_attention as kernel
 
     return kernel(qkv.to(products_dtype(qkv)), bias, num_heads, key_dim).to(qkv.dtype)
@@ -284,10 +287,12 @@ def attention_mixer(
     else:
         check_bias(bias, x, num_heads)
     arguments = (norm_weight, norm_bias, qkv_weight, qkv_bias, bias, proj_weight, scale, shift)
-    if select_backend(backend, x, *arguments, norm=True, key_dim=key_dim) == "eager":
+    if select_backend(backend, x, *arguments, norm=True, key_dim=key_dim, differentiable=not prepared) == "eager":
         if prepared:
             raise ValueError("prepared: got True, allowed is False where eager PyTorch computes")
         return reference.attention_mixer(x, *arguments, num_heads=num_heads, key_dim=key_dim, eps=eps)
+    if needs_gradient(x, *arguments):
+        return gradients.by_kernels("attention_mixer", (x, *arguments), (num_heads, key_dim, eps))
     from .kernels.attention_mixer import attention_mixer as kernel
 
     return kernel(x, *_in_products_dtype(x, *arguments), num_heads, key_dim, eps, prepared)
@@ -333,8 +338,10 @@ def linear_mlp(
     norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     check_mlp(x, x.shape[2], weight1, weight2, **norm, shift1=shift1, scale2=scale2, shift2=shift2)
     arguments = (norm_weight, norm_bias, weight1, shift1, weight2, scale2, shift2)
-    if select_backend(backend, x, *arguments, activation=activation, norm=True) == "eager":
+    if select_backend(backend, x, *arguments, activation=activation, norm=True, differentiable=True) == "eager":
         return reference.linear_mlp(x, *arguments, activation=activation, eps=eps)
+    if needs_gradient(x, *arguments):
+        return gradients.by_kernels("linear_mlp", (x, *arguments), (activation, eps), deterministic)
     from .kernels.linear_mlp import linear_mlp as kernel
 
     return kernel(x, *_in_products_dtype(x, *arguments), activation, eps, deterministic)

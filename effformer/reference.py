@@ -227,10 +227,24 @@ def expand_bias(table: Tensor, height: int, width: int, *, resolution: int, resi
         grid = table.reshape(table.shape[0], resolution, resolution)[None]
         grid = F.interpolate(grid, [height, width], mode="bilinear", align_corners=True)
         return grid[0].flatten(1)[:, bias_index(height, width, table.device)]
-    matrix = table[:, bias_index(resolution, resolution, table.device)][None]
+    matrix = table[:, bias_index(resolution, resolution, table.device)]
     tokens = height * width
+    if resize == "matrix-bicubic" and matrix.requires_grad:
+        return _resized_bicubic(matrix, tokens)
     mode = "bicubic" if resize == "matrix-bicubic" else "bilinear"
-    return F.interpolate(matrix, [tokens, tokens], mode=mode, align_corners=False)[0]
+    return F.interpolate(matrix[None], [tokens, tokens], mode=mode, align_corners=False)[0]
+
+
+def _resized_bicubic(matrix: Tensor, tokens: int) -> Tensor:
+    """matrix [heads, M, M] at [heads, tokens, tokens], as `F.interpolate` resizes an image.
+
+    R · matrix · Rᵀ with the fixed R that resizes one dimension: the gradient of `F.interpolate` adds in any order on a
+    GPU. In float64, which neither autocast nor TF32 rounds.
+    """
+    size = matrix.shape[1]
+    one = torch.eye(size, dtype=torch.float64, device=matrix.device)[None, None]
+    resizing = F.interpolate(one, [tokens, size], mode="bicubic", align_corners=False)[0, 0]
+    return (resizing @ matrix.double() @ resizing.T).to(matrix.dtype)
 
 
 def fold_batch_norm(

@@ -107,11 +107,15 @@ def draw_case(
     return case
 
 
-def draw_gradient(x: Tensor, seed: int = 0) -> Tensor:
-    """A random gradient like the map x [B, C, H, W]. Its channels have means: without them sums would hide errors."""
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.randn(x.shape[1], generator=generator, device="cpu")[:, None, None]
-    return (torch.randn(x.shape, generator=generator, device="cpu") + 0.5 * means).to(x.device, x.dtype)
+def draw_gradient(case: Case, seed: int = 0) -> Tensor:
+    """A random gradient of a call's result. Its channels have means: without them sums would hide errors."""
+    x, generator = case.arguments[0], torch.Generator().manual_seed(seed)
+    shape, place = list(x.shape), 1 if x.ndim == 4 else 2
+    if case.operation == "bias_attention":
+        shape[2] -= 2 * case.options["num_heads"] * case.options["key_dim"]
+    means = torch.randn(shape[place], generator=generator, device="cpu")
+    means = means[:, None, None] if place == 1 else means
+    return (torch.randn(shape, generator=generator, device="cpu") + 0.5 * means).to(x.device, x.dtype)
 
 
 def draw_vector(size: int, low: float, high: float) -> Tensor:

@@ -26,7 +26,8 @@ OPERATIONS = {
     "linear_mlp": "tokens",
     "head": "tokens",
 }
-DIFFERENTIABLE = ("pool_mixer", "conv_mlp", "meta4d")  # those whose gradients kernels compute
+# Those whose gradients kernels compute.
+DIFFERENTIABLE = ("pool_mixer", "conv_mlp", "meta4d", "bias_attention", "attention_mixer", "linear_mlp")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ The pooled map is computed anew, then the MLP's gradients (`mlp_backward.py`), t
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from .launch import run
 from .layout import dense_map, new_map, packed
-from .mlp_backward import BackwardMlp, Needed, mlp_gradients
+from .mlp_backward import BackwardMlp, Wanted, mlp_sums
 from .pool_mixer import pool_mixer_launch
 from .pool_mixer_backward import pool_mixer_gradients
 from .register import register_gradients
+from .vendor import flat_map, scaled
 
 
 def _implementation(
@@ -28,62 +28,63 @@ def _implementation(
     shift1: Tensor,
     weight2: Tensor,
     scale2: Tensor,
+    shift2: Tensor,
     activation: str,
     needed: Sequence[bool],
-) -> list[Tensor]:
-    with _no_autocast(x.device):
-        of_x, of_layer_scale, *of_mlp = needed
-        weight1, scale1, shift1, weight2, scale2 = packed(weight1, scale1, shift1, weight2, scale2)
-        mlp = BackwardMlp(weight1, scale1, shift1, weight2, scale2, activation)
-        grad, source = dense_map(grad), dense_map(x)
-        mixed, layer_scale = source, None
-        if layer_scale1 is not None:
-            layer_scale = layer_scale1.contiguous()
-            mixed = new_map(source)
-            if x.numel():
-                run(pool_mixer_launch(source, layer_scale, mixed))
-        found = mlp_gradients(grad, mixed, mlp, Needed(of_x or of_layer_scale, *of_mlp))
-        dx, scale = found.x, None
-        if dx is not None:
-            batch, channels, height, width = x.shape
-            dx = dx.view(batch, height, width, channels).permute(0, 3, 1, 2)
-            if layer_scale is not None:
-                dx, scale = pool_mixer_gradients(dx, x, layer_scale, (of_x, of_layer_scale))
-            elif new_map(x).stride() != dx.stride():
-                dx = new_map(x).copy_(dx)
-        return [x.new_empty(0) if one is None else one for one in (dx, scale, *found[1:])]
+) -> list[Tensor | None]:
+    of_x, of_layer_scale, *of_mlp = needed
+    weight1, scale1, shift1, weight2, scale2 = packed(weight1, scale1, shift1, weight2, scale2)
+    mlp = BackwardMlp(weight1, scale1, shift1, weight2, activation)
+    grad, source = dense_map(grad), dense_map(x)
+    mixed, layer_scale = source, None
+    back = of_x or of_layer_scale
+    if layer_scale1 is not None and (back or any(of_mlp[:-1])):
+        layer_scale = layer_scale1.contiguous()
+        mixed = new_map(source)
+        if x.numel():
+            run(pool_mixer_launch(source, layer_scale, mixed))
+    dx, *found = _mlp_gradients(grad, mixed, mlp, scale2, [back, *of_mlp])
+    of_scale = None
+    if dx is not None:
+        batch, channels, height, width = x.shape
+        dx = dx.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        if layer_scale is not None:
+            dx, of_scale = pool_mixer_gradients(dx, x, layer_scale, (of_x, of_layer_scale))
+        elif new_map(x).stride() != dx.stride():
+            dx = new_map(x).copy_(dx)
+    return [dx, of_scale, *found]
 
 
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Without it the vendor's products would take autocast's dtype where a backward runs within autocast.
+def _mlp_gradients(
+    grad: Tensor, x: Tensor, mlp: BackwardMlp, scale2: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of x as rows [rows, C] in its dtype, weight1, scale1, shift1, weight2, scale2, shift2, where `needed`."""
+    of_x, of_weight1, of_scale1, of_shift1, of_weight2, of_scale2, of_shift2 = needed
+    rows, dtype = flat_map(grad), mlp.weight1.dtype
+    shift2 = rows.sum(0, dtype=torch.float32) if of_shift2 else None
+    if not any(needed[:-1]):
+        return [None] * 6 + [shift2]
+    given = dense_map(x.to(dtype))  # a cast may lay the channels of an expanded map apart
+    above, size = scaled(grad.permute(0, 2, 3, 1), scale2, dtype)
+    wanted = Wanted(of_x, of_weight1, of_scale1, of_shift1, of_weight2 or of_scale2)
+    found = mlp_sums(given, above.permute(0, 3, 1, 2), rows.to(dtype), mlp, wanted)
+    assert mlp.scale1 is not None
+    dx = None if found.x is None else torch.addcmul(rows, found.x, size, out=rows.new_empty(rows.shape))
+    return [
+        dx,
+        None if found.weight1 is None else found.weight1 * (size * mlp.scale1)[:, None],
+        None if found.scale1 is None else found.scale1 * size,
+        None if found.shift1 is None else found.shift1 * size,
+        found.weight2 * scale2[:, None] if of_weight2 and found.weight2 is not None else None,
+        (found.weight2.double() * mlp.weight2).sum(1).float() if of_scale2 and found.weight2 is not None else None,
+        shift2,
+    ]
 
-    As `effformer.backend.no_autocast`, which kernels do not import: they are also shipped without the package.
-    """
-    if device.type not in ("cuda", "cpu") or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-def _fake(
-    grad: Tensor,
-    x: Tensor,
-    layer_scale1: Tensor | None,
-    weight1: Tensor,
-    scale1: Tensor,
-    shift1: Tensor,
-    weight2: Tensor,
-    scale2: Tensor,
-    activation: str,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    vectors = layer_scale1 if layer_scale1 is not None else scale2, weight1, scale1, shift1, weight2, scale2, scale2
-    results = [new_map(x), *(x.new_empty(one.shape, dtype=torch.float32) for one in vectors)]
-    return [one if wanted else x.new_empty(0) for one, wanted in zip(results, needed, strict=True)]
 
 
 meta4d_backward = register_gradients(
     "meta4d_backward(Tensor grad, Tensor x, Tensor? layer_scale1, Tensor weight1, Tensor scale1, Tensor shift1, "
-    "Tensor weight2, Tensor scale2, str activation, bool[] needed) -> Tensor[]",
+    "Tensor weight2, Tensor scale2, Tensor shift2, str activation, bool[] needed) -> Tensor[]",
     _implementation,
-    _fake,
+    new_map,
 )

@@ -1,7 +1,7 @@
 """Gradients of the MLP z = x + scale2 * (W2 · act(scale1 * (W1 · x) + shift1)) + shift2, the hidden computed anew.
 
 A kernel writes the hidden activations and the gradients before them, for some rows at a time; the vendor's products do
-the rest. With t = W1 · x and dh the gradient at the activation's input, all sums over rows:
+the rest (`mlp_sums`). With t = W1 · x and dh the gradient at the activation's input, all sums over rows:
 
     d W1 = scale1 * Σ dh xᵀ      d scale1 = Σ dh * t                                         d shift1 = Σ dh
     d W2 = scale2 * Σ dz actᵀ    d scale2 = Σ dz * (W2 · act) = rows of W2 * (Σ dz actᵀ)     d shift2 = Σ dz
@@ -19,12 +19,13 @@ from torch import Tensor
 from .activation import activate, form
 from .activation_backward import slope
 from .launch import Launch, dot_precision, float32_products, kernel, run
-from .layout import Rows, dense_map, map_rows
+from .layout import Rows, map_rows
 from .products import add_product
 from .rows import locate, row_offsets
 from .tiling.choose import Question, linear_config
 from .tiling.device import device_of
 from .tiling.table import LinearConfig
+from .vendor import flat_map, float32_product
 
 MOST_HIDDEN = 1 << 25  # elements of the hidden rows that are in memory at a time, of each of two tensors
 
@@ -53,6 +54,7 @@ def mlp_backward_kernel(
     stride_gw,
     C: tl.constexpr,
     HIDDEN: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     X_FLAT: tl.constexpr,
     GRAD_FLAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -89,9 +91,10 @@ def mlp_backward_kernel(
         p_x += BLOCK_K
         p_grad += BLOCK_K
 
-    scale1 = tl.load(scale1_ptr + n, mask=there, other=0.0)[None, :]
-    shift1 = tl.load(shift1_ptr + n, mask=there, other=0.0)[None, :]
-    b_hidden = b_t * scale1 + shift1
+    b_hidden = b_t + 0.0
+    if HAS_SCALE:
+        b_hidden *= tl.load(scale1_ptr + n, mask=there, other=0.0)[None, :]
+    b_hidden += tl.load(shift1_ptr + n, mask=there, other=0.0)[None, :]
     b_act = activate(b_hidden, ACTIVATION)
     b_dh = tl.where(inside[:, None], b_g * slope(b_hidden, ACTIVATION), 0.0)
     o_out = (row - first).to(tl.int64)[:, None] * HIDDEN + n[None, :]
@@ -112,45 +115,53 @@ class Scratch(NamedTuple):
     products: Tensor
 
 
-class Gradients(NamedTuple):
-    """Of x, W1, scale1, shift1, W2, scale2, shift2; None where it is not needed. Of all but x in float32."""
+class BackwardMlp(NamedTuple):
+    """weight1 [hidden, C] and weight2 [C, hidden] in the products' dtype, vectors in float32; all contiguous.
 
-    x: Tensor | None
-    weight1: Tensor | None
+    Without a scale1 it is 1. `convolution`: the products stand for 1x1 convolutions.
+    """
+
+    weight1: Tensor
     scale1: Tensor | None
-    shift1: Tensor | None
-    weight2: Tensor | None
-    scale2: Tensor | None
-    shift2: Tensor | None
+    shift1: Tensor
+    weight2: Tensor
+    activation: str
+    convolution: bool = True
 
 
-class Needed(NamedTuple):
-    """Which of `Gradients` to compute."""
+class Wanted(NamedTuple):
+    """Which of `Sums` to compute."""
 
     x: bool
     weight1: bool
     scale1: bool
     shift1: bool
     weight2: bool
-    scale2: bool
-    shift2: bool
 
 
-class BackwardMlp(NamedTuple):
-    """weight1 [hidden, C] and weight2 [C, hidden] in the products' dtype, vectors in float32; all contiguous."""
+class Sums(NamedTuple):
+    """What the gradients are made of, with dz' = grad / size for a number `size` that the caller knows.
 
-    weight1: Tensor
-    scale1: Tensor
-    shift1: Tensor
-    weight2: Tensor
-    scale2: Tensor
-    activation: str
+    Attributes:
+        x: (scale1 * W1)ᵀ dh of each row, [rows, C] in the products' dtype.
+        weight1: Σ dh xᵀ, [hidden, C].
+        scale1, shift1: Σ dh * t and Σ dh, [hidden].
+        weight2: Σ left actᵀ, [C, hidden].
+
+    Sums are float32; None for what is not wanted.
+    """
+
+    x: Tensor | None
+    weight1: Tensor | None
+    scale1: Tensor | None
+    shift1: Tensor | None
+    weight2: Tensor | None
 
 
 def mlp_backward_launch(x: Rows, grad: Rows, mlp: BackwardMlp, first: int, scratch: Scratch) -> Launch:
     """Rows from `first` on, as many as the scratch has; x and grad over the same images, in the weights' dtype.
 
-    grad is scale2 times the gradient of the MLP's result.
+    grad is the gradient of W2 · act.
     """
     hidden, channels = mlp.weight1.shape
     block_m, block_n, config, question = _tiles(mlp, x.count)
@@ -176,10 +187,11 @@ def mlp_backward_launch(x: Rows, grad: Rows, mlp: BackwardMlp, first: int, scrat
         {
             "C": channels,
             "HIDDEN": hidden,
+            "HAS_SCALE": mlp.scale1 is not None,
             "X_FLAT": x.flat,
             "GRAD_FLAT": grad.flat,
             "ACTIVATION": form(mlp.activation, mlp.weight1.dtype).removesuffix("_x2"),  # the act itself is stored
-            "PRECISION": dot_precision(mlp.weight1.dtype, convolution=True, exact=float32_products(device)),
+            "PRECISION": dot_precision(mlp.weight1.dtype, convolution=mlp.convolution, exact=float32_products(device)),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "BLOCK_K": config.block_k,
@@ -198,83 +210,52 @@ def _tiles(mlp: BackwardMlp, rows: int) -> tuple[int, int, LinearConfig, Questio
     return config.block_m, sum(config.widths), config, question
 
 
-def mlp_gradients(grad: Tensor, x: Tensor, mlp: BackwardMlp, needed: Needed) -> Gradients:
-    """The gradients that are `needed`; x's as rows [rows, C] in its dtype.
+def mlp_sums(x: Tensor, grad: Tensor, left: Tensor, mlp: BackwardMlp, wanted: Wanted) -> Sums:
+    """Compute what is `wanted`, the hidden activations for a part of the rows at a time.
 
-    grad and x [B, C, H, W] of one dtype, with channels next to each other (`dense_map`).
+    x and grad [B, C, H, W] in the weights' dtype, with channels next to each other (`dense_map`); grad is the gradient
+    of W2 · act. left [rows, C] is multiplied with the activations.
     """
-    dtype = mlp.weight1.dtype
-    x = dense_map(x.to(dtype))  # a cast may lay the channels of an expanded map apart
-    source, x_rows, grad_rows = map_rows(x), _flat(x), _flat(grad)
-    count, channels, hidden = source.count, source.channels, len(mlp.weight1)
-    shift2 = grad_rows.sum(0, dtype=torch.float32) if needed.shift2 else None
-    if not any(needed[:-1]):
-        return Gradients(None, None, None, None, None, None, shift2)
-
-    scaled, size = _scaled(grad, mlp.scale2, dtype)
-    above = map_rows(scaled)
-    of_second = needed.weight2 or needed.scale2
+    dtype, hidden = mlp.weight1.dtype, len(mlp.weight1)
+    source, above, x_rows = map_rows(x), map_rows(grad), flat_map(x)
+    count, channels = source.count, source.channels
     block_m, _, _, _ = _tiles(mlp, count)
     most = max(1, MOST_HIDDEN // hidden // block_m) * block_m
     most = min(most, -(-max(count, 1) // block_m) * block_m)
     act, dh = (x.new_empty(most, hidden, dtype=dtype) for _ in range(2))
-    sums, products = (x.new_empty(-(-most // block_m), hidden, dtype=torch.float32) for _ in range(2))
-    first_sum = x.new_zeros(hidden, channels, dtype=torch.float32) if needed.weight1 else None
-    second_sum = x.new_zeros(channels, hidden, dtype=torch.float32) if of_second else None
-    scale1, shift1 = (x.new_zeros(hidden, dtype=torch.float32) for _ in range(2))
-    out = torch.empty_like(grad_rows) if needed.x else None
-    weight1 = (mlp.weight1.float() * mlp.scale1[:, None]).to(dtype) if needed.x else None
+    partial = x.new_empty(2, -(-count // block_m), hidden, dtype=torch.float32)
+    of_weight1, of_weight2 = None, None
+    out = x.new_empty(count, channels) if wanted.x else None
+    weight1 = _scaled_weight(mlp) if wanted.x else None
     for first in range(0, count, most):
         part = slice(first, min(first + most, count))
-        length = part.stop - first
-        tiles = -(-length // block_m)
-        scratch = Scratch(act[:length], dh[:length], sums[:tiles], products[:tiles])
+        length, tile = part.stop - first, first // block_m
+        sums, products = partial[:, tile : tile - (-length // block_m)]
+        scratch = Scratch(act[:length], dh[:length], sums, products)
         run(mlp_backward_launch(source, above, mlp, first, scratch))
-        if first_sum is not None:
-            first_sum += _product(scratch.grad.T, x_rows[part])
-        if second_sum is not None:
-            second_sum += _product(grad_rows[part].to(dtype).T, scratch.act)
-        if needed.shift1:
-            shift1 += scratch.sums.sum(0)
-        if needed.scale1:
-            scale1 += scratch.products.sum(0)
+        if wanted.weight1:
+            of_weight1 = _added(of_weight1, float32_product(scratch.grad.T, x_rows[part]))
+        if wanted.weight2:
+            of_weight2 = _added(of_weight2, float32_product(left[part].T, scratch.act))
         if out is not None and weight1 is not None:
-            torch.addcmul(grad_rows[part], torch.mm(scratch.grad, weight1), size, out=out[part])
-    return Gradients(
+            torch.mm(scratch.grad, weight1, out=out[part])
+    if not count:
+        of_weight1, of_weight2 = x.new_zeros(hidden, channels).float(), x.new_zeros(channels, hidden).float()
+    return Sums(
         out,
-        None if first_sum is None else first_sum * (size * mlp.scale1)[:, None],
-        scale1 * size if needed.scale1 else None,
-        shift1 * size if needed.shift1 else None,
-        second_sum * mlp.scale2[:, None] if needed.weight2 and second_sum is not None else None,
-        (second_sum.double() * mlp.weight2).sum(1).float() if needed.scale2 and second_sum is not None else None,
-        shift2,
+        of_weight1 if wanted.weight1 else None,
+        partial[1].sum(0) if wanted.scale1 else None,
+        partial[0].sum(0) if wanted.shift1 else None,
+        of_weight2 if wanted.weight2 else None,
     )
 
 
-def _scaled(grad: Tensor, scale2: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """scale2 * grad [B, C, H, W] in `dtype`, divided by a number [1].
-
-    A power of two near the root of the largest scale: it keeps a float16 gradient from underflow behind a small layer
-    scale, and from overflow, and adds no rounding.
-
-    A pass of its own: the kernel's products take it as it lies in memory. Scaled in registers, it would be overwritten
-    while Hopper's matrix units still read it (Triton 3.7, seen in the executed PTX). In place of it, a scaled weight
-    would be rounded alike for all rows, and the error would not average out.
-    """
-    size = scale2.abs().amax(0, keepdim=True)
-    size = torch.where(size > 0, torch.exp2(torch.floor(0.5 * torch.log2(size))), 1.0)
-    scaled = torch.empty_like(grad, dtype=dtype, memory_format=torch.channels_last)
-    torch.mul(grad, (scale2 / size)[:, None, None], out=scaled)
-    return scaled, size
+def _scaled_weight(mlp: BackwardMlp) -> Tensor:
+    """scale1 * W1 in the products' dtype."""
+    if mlp.scale1 is None:
+        return mlp.weight1
+    return (mlp.weight1 * mlp.scale1[:, None]).to(mlp.weight1.dtype)
 
 
-def _flat(x: Tensor) -> Tensor:
-    """The rows [rows, C] of a map [B, C, H, W]; a view where they lie in one line."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a · b by the vendor's library, in float32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)

@@ -8,11 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from .attention_mixer import attention_mixer
+from .attention_mixer_backward import attention_mixer_backward as attention_mixer_backward
 from .bias_attention import bias_attention
+from .bias_attention_backward import bias_attention_backward as bias_attention_backward
 from .conv_mlp import conv_mlp
 from .conv_norm import conv_norm
 from .head import head
 from .linear_mlp import linear_mlp
+from .linear_mlp_backward import linear_mlp_backward as linear_mlp_backward
 from .meta4d import meta4d
 from .meta4d_backward import meta4d_backward as meta4d_backward
 from .pool_mixer import pool_mixer

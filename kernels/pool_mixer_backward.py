@@ -152,18 +152,8 @@ def pool_mixer_gradients(
     return out if needed[0] else None, None if sums is None else sums.sum(0)
 
 
-def _implementation(grad: Tensor, x: Tensor, layer_scale: Tensor, needed: Sequence[bool]) -> list[Tensor]:
-    found = pool_mixer_gradients(grad, x, layer_scale, needed)
-    return [x.new_empty(0) if one is None else one for one in found]
-
-
-def _fake(grad: Tensor, x: Tensor, layer_scale: Tensor, needed: Sequence[bool]) -> list[Tensor]:
-    return [
-        new_map(x) if needed[0] else x.new_empty(0),
-        layer_scale.new_empty(layer_scale.shape) if needed[1] else x.new_empty(0),
-    ]
-
-
 pool_mixer_backward = register_gradients(
-    "pool_mixer_backward(Tensor grad, Tensor x, Tensor layer_scale, bool[] needed) -> Tensor[]", _implementation, _fake
+    "pool_mixer_backward(Tensor grad, Tensor x, Tensor layer_scale, bool[] needed) -> Tensor[]",
+    pool_mixer_gradients,
+    new_map,
 )

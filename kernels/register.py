@@ -41,10 +41,39 @@ def register(schema: str, implementation: Callable[..., Tensor], fake: Callable[
 
 
 def register_gradients(
-    schema: str, implementation: Callable[..., list[Tensor]], fake: Callable[..., list[Tensor]]
+    schema: str, implementation: Callable[..., Sequence[Tensor | None]], like: Callable[[Tensor], Tensor]
 ) -> Callable[..., list[Tensor]]:
-    """`register` for an operator that returns the gradients of another one, in a list."""
-    return register(schema, implementation, fake)  # type: ignore[arg-type,return-value]
+    """`register` for an operator (grad, x, *tensors, *options, needed) that returns the gradients of x and the tensors.
+
+    Those that are not needed, and those of tensors that are None, are empty. That of x is `like` x, those of all others
+    are float32. `implementation` returns None for what is not needed. It runs without autocast, in whose dtype the
+    vendor's products would be where a backward runs within it.
+    """
+
+    def run(grad: Tensor, x: Tensor, *others: Any) -> list[Tensor]:
+        with _no_autocast(x.device):
+            found = implementation(grad, x, *others)
+        return [x.new_empty(0) if one is None else one for one in found]
+
+    def fake(grad: Tensor, x: Tensor, *others: Any) -> list[Tensor]:
+        *rest, needed = others
+        found = []
+        for place, (one, wanted) in enumerate(zip((x, *rest), needed, strict=False)):
+            if not wanted or one is None:
+                found.append(x.new_empty(0))
+            else:
+                found.append(like(x) if place == 0 else x.new_empty(one.shape, dtype=torch.float32))
+        return found
+
+    fake.__signature__ = inspect.signature(implementation)  # type: ignore[attr-defined]  # `register` counts arguments
+    return register(schema, run, fake)  # type: ignore[arg-type,return-value]
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """As `effformer.backend.no_autocast`, which kernels do not import: they are also shipped without the package."""
+    if device.type not in ("cuda", "cpu") or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def arguments_of(operator: str, tensors: Sequence[Tensor], options: Mapping[str, Any]) -> list[Any]:

@@ -16,6 +16,9 @@ CASES = (
     ("conv_mlp", (3, 20, 5, 7), {"hidden": 56}),
     ("meta4d", (1, 224, 7, 7), {"hidden": 448}),
     ("pool_mixer", (2, 40, 5, 7), {}),
+    ("bias_attention", (2, 70, 2 * (2 * 32 + 128)), {"num_heads": 2, "key_dim": 32, "value_dim": 128}),
+    ("attention_mixer", (2, 49, 80), {"num_heads": 2, "key_dim": 32, "value_dim": 128}),
+    ("linear_mlp", (2, 49, 80), {"hidden": 320}),
 )
 
 

@@ -41,6 +41,7 @@ PRODUCTS = {
     "split_mlp_kernel",
     "linear_kernel",
     "bias_attention_kernel",
+    "attention_backward_kernel",
 }
 
 
@@ -69,6 +70,8 @@ def test_l1_on_hopper(tmp_path: Path) -> None:
         "token_mean_kernel",
         "fold_kernel",
         "mlp_backward_kernel",
+        "attention_backward_kernel",
+        "layer_norm_backward_kernel",
         "pool_mixer_backward_kernel",
     }
     for record in records:

@@ -9,10 +9,9 @@ from collections.abc import Callable
 import gradient_cases
 import pytest
 import torch
-from effformer.kernels import meta4d_backward as operators
-from effformer.kernels import pool_mixer_backward as pooling
+from effformer.kernels import operators
 from effformer.kernels.launch import recorded
-from gradient_cases import CASES, by, draw_grad
+from gradient_cases import MAPS, TOKENS, by, draw, draw_grad
 from machine import DEVICE
 from torch import Tensor
 
@@ -40,20 +39,17 @@ def test_autocast() -> None:
             return ops.meta4d(*given, backend="triton")
 
     found, exact = gradient_cases.of(function, case.arguments, grad), by(case, "exact", grad)
-    for place, (one, wanted) in enumerate(zip(found.of, exact.of, strict=True)):
-        assert one is not None
-        assert wanted is not None
+    for place, (one, wanted) in enumerate(zip(found.gradients, exact.gradients, strict=True)):
         assert one.dtype == torch.float32
         assert torch.allclose(one.double(), wanted, rtol=0, atol=4e-3 * wanted.abs().max().item()), place
-    weight = found.of[2]
-    assert weight is not None
+    weight = found.gradients[2]
     assert (weight != weight.half().float()).any()
 
 
 @pytest.mark.parametrize("operation", ["conv_mlp", "meta4d"])
 def test_autocast_of_expanded_maps(operation: str) -> None:
     """A cast of a map that repeats a pixel may lay its channels apart."""
-    case = CASES[operation](torch.randn(2, 24, 1, 1).expand(-1, -1, 5, 7))
+    case = MAPS[operation](torch.randn(2, 24, 1, 1).expand(-1, -1, 5, 7))
     grad = draw_grad(case)
 
     def function(*given: Tensor) -> Tensor:
@@ -61,15 +57,13 @@ def test_autocast_of_expanded_maps(operation: str) -> None:
             return getattr(ops, operation)(*given, backend="triton")
 
     found, exact = gradient_cases.of(function, case.arguments, grad), by(case, "exact", grad)
-    for place, (one, wanted) in enumerate(zip(found.of, exact.of, strict=True)):
-        assert one is not None
-        assert wanted is not None
+    for place, (one, wanted) in enumerate(zip(found.gradients, exact.gradients, strict=True)):
         assert torch.allclose(one.double(), wanted, rtol=0, atol=6e-3 * wanted.abs().max().item()), place
 
 
-@pytest.mark.parametrize("operation", CASES)
+@pytest.mark.parametrize("operation", [*MAPS, *TOKENS])
 def test_a_second_derivative_is_refused(operation: str) -> None:
-    case = CASES[operation](draw_map((1, 8, 3, 4), torch.float32))
+    case = draw(operation, torch.float32)
     x = case.arguments[0].requires_grad_()
     result = getattr(ops, operation)(x, *case.arguments[1:], **case.options, backend="triton")
     (first,) = torch.autograd.grad(result.square().sum(), x, create_graph=True)
@@ -103,8 +97,8 @@ def test_a_compiled_step_without_breaks() -> None:
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     with float32_as_such():
         plain, found = (gradient_cases.of(function, case.arguments, grad) for function in (step, compiled))
-    for one, other in zip(plain.of, found.of, strict=True):
-        assert torch.equal(one, other)  # type: ignore[arg-type]
+    for one, other in zip(plain.gradients, found.gradients, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_scaled_losses() -> None:
@@ -139,20 +133,26 @@ def test_operators_pass_opcheck() -> None:
     case = meta4d_case(draw_map((2, 20, 3, 5), torch.float16), 40)
     x, *rest = case.arguments
     grad = draw_grad(case)
-    given = (grad, x, *rest[:-1], "gelu")
+    given = (grad, x, *rest, "gelu")
     for needed in ([True] * 8, [True, False] * 4):
         torch.library.opcheck(operators.meta4d_backward, (*given, needed))
-    torch.library.opcheck(operators.meta4d_backward, (grad, x, None, *rest[1:-1], "relu", [True, False, *[True] * 6]))
+    torch.library.opcheck(operators.meta4d_backward, (grad, x, None, *rest[1:], "relu", [True, False, *[True] * 6]))
     for wanted in itertools.product((True, False), repeat=2):
-        torch.library.opcheck(pooling.pool_mixer_backward, (grad, x, rest[0], list(wanted)))
+        torch.library.opcheck(operators.pool_mixer_backward, (grad, x, rest[0], list(wanted)))
+    for operation, options in (("attention_mixer", (2, 16, 1e-5)), ("linear_mlp", ("gelu", 1e-5)), ("bias_attention", (2, 16))):
+        case = draw(operation, torch.float16)
+        count = len(case.arguments)
+        for needed in ([True] * count, [place % 2 == 0 for place in range(count)]):
+            arguments = (draw_grad(case), *case.arguments, *options, needed)
+            torch.library.opcheck(getattr(operators, f"{operation}_backward"), arguments)
 
 
 def test_an_empty_batch() -> None:
-    for make in CASES.values():
-        case = make(draw_map((0, 16, 4, 5), torch.float16))
-        found = by(case, "triton", case.arguments[0].clone())
-        for one, argument in zip(found.of, case.arguments, strict=True):
-            assert one is not None
+    cases = [make(draw_map((0, 16, 4, 5), torch.float16)) for make in MAPS.values()]
+    cases += [make(torch.randn(0, 9, 16).half()) for make in TOKENS.values()]
+    for case in cases:
+        found = by(case, "triton", draw_grad(case))
+        for one, argument in zip(found.gradients, case.arguments, strict=True):
             assert one.shape == argument.shape
             assert not one.any()
 
@@ -167,15 +167,16 @@ def _network_gradients(network: EfficientFormer, x: Tensor, backend: str) -> dic
 
 
 def test_a_network_with_frozen_statistics(narrow: Callable[..., EfficientFormer]) -> None:
-    """4D blocks by kernels in both directions, the rest by its modules; every parameter has eager's gradient."""
+    """Blocks by kernels in both directions, the rest by its modules; every parameter has eager's gradient."""
     network = narrow(dtype=torch.float32)
     x = torch.randn(2, 3, 64, 64)
     wanted = _network_gradients(network, x, "eager")
     with recorded() as launches:
         found = _network_gradients(network, x, "triton")
     names = {one.kernel.__name__ for one in launches}
-    assert {"mlp_backward_kernel", "pool_mixer_backward_kernel"} <= names
-    assert not {name for name in names if name.startswith(("bias_attention", "conv_norm", "head", "layer_norm"))}
+    blocks = {"mlp_backward_kernel", "pool_mixer_backward_kernel", "layer_norm_backward_kernel"}
+    assert blocks | {"attention_backward_kernel"} <= names
+    assert not {name for name in names if name.startswith(("conv_norm", "head"))}
     assert found.keys() == wanted.keys()
     for name, one in found.items():
         assert torch.allclose(one, wanted[name], rtol=0, atol=2e-4 * wanted[name].abs().max().item()), name

@@ -78,8 +78,11 @@ def test_matrix_modes_resize_the_matrix_as_an_image(mode: str, size: tuple[int, 
     got = ops.expand_bias(table, *size, resolution=7, resize=f"matrix-{mode}")
     dy, dx = offsets(7, 7)
     image = table[:, (7 * dy + dx).long()][None]
-    assert torch.equal(got, F.interpolate(image, (tokens, tokens), mode=mode)[0])
-    assert not torch.allclose(got, ops.expand_bias(table, *size, resolution=7))
+    want = F.interpolate(image, (tokens, tokens), mode=mode)[0]
+    assert torch.equal(got, want)
+    trained = ops.expand_bias(table.requires_grad_(), *size, resolution=7, resize=f"matrix-{mode}").detach()
+    assert torch.allclose(trained, want, rtol=0, atol=1e-14)
+    assert not torch.allclose(got, ops.expand_bias(table.detach(), *size, resolution=7))
 
 
 @pytest.mark.parametrize("resize", BIAS_RESIZES)
@@ -89,6 +92,23 @@ def test_gradients_reach_the_table(resize: str) -> None:
         assert torch.autograd.gradcheck(lambda t, s=size: ops.expand_bias(t, *s, resolution=3, resize=resize), table)
     got = ops.expand_bias(table.bfloat16(), 4, 5, resolution=3, resize=resize)
     assert got.dtype == torch.float32
+
+
+def test_the_gradient_of_bicubic_resizing_is_a_product() -> None:
+    """PyTorch's own has no deterministic form on a GPU: `torch.use_deterministic_algorithms` refuses it there."""
+    table = draw(2, 9).float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.expand_bias(table, 4, 5, resolution=3, resize="matrix-bicubic")
+    exact = ops.expand_bias(table.detach().double(), 4, 5, resolution=3, resize="matrix-bicubic")
+    assert torch.allclose(got.double(), exact, rtol=0, atol=1e-6)
+    names, todo = set(), [got.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None:
+            names.add(node.name())
+            todo += [function for function, _ in node.next_functions]
+    assert not {name for name in names if "Upsample" in name}
+    assert {name for name in names if "Index" in name}
 
 
 def test_every_entry_of_the_table_matters_in_the_network(narrow: Narrow) -> None:

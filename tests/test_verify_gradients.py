@@ -12,7 +12,7 @@ from machine import DEVICE
 from effformer.accuracy import Accuracy, ParameterAccuracy
 from effformer.apps import verify_gradients
 from effformer.apps.verify import checks
-from effformer.apps.verify_gradients import arguments_of, gradient_checks
+from effformer.apps.verify_gradients import Found, arguments_of, gradient_checks
 from effformer.apps.verify_report import Check
 from effformer.cli import main
 from effformer.workload import DIFFERENTIABLE
@@ -39,11 +39,11 @@ def test_each_gradient_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
 
     true, wrong = verify_gradients.Gradients.by, todo[3].operation.partition("/")[2]
 
-    def shifted(self: verify_gradients.Gradients, backend: str) -> list[torch.Tensor]:
-        gradients = true(self, backend)
+    def shifted(self: verify_gradients.Gradients, backend: str) -> Found:
+        found = true(self, backend)
         if backend == "triton":
-            gradients[3] = gradients[3] * 1.1
-        return gradients
+            found.gradients[3] *= 1.1
+        return found
 
     monkeypatch.setattr(verify_gradients.Gradients, "by", shifted)
     found = list(verify_gradients.verify_gradients(todo, DEVICE, repeats=0))
@@ -54,15 +54,16 @@ def test_each_gradient_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_bits_and_errors_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     true, calls = verify_gradients.Gradients.by, []
 
-    def unsteady(self: verify_gradients.Gradients, backend: str) -> list[torch.Tensor]:
+    def unsteady(self: verify_gradients.Gradients, backend: str) -> Found:
         calls.append(backend)
-        return [one + 1e-4 * (len(calls) == 2) for one in true(self, backend)]
+        result, gradients = true(self, backend)
+        return Found(result, [one + 1e-4 * (len(calls) == 2) for one in gradients])
 
     monkeypatch.setattr(verify_gradients.Gradients, "by", unsteady)
     found = list(verify_gradients.verify_gradients(gradient_checks([SMALL]), DEVICE, repeats=1))
     assert all("1 of 1 more runs gave another result" in one.problems for one in found)
 
-    def fail(self: verify_gradients.Gradients, backend: str) -> list[torch.Tensor]:
+    def fail(self: verify_gradients.Gradients, backend: str) -> Found:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(verify_gradients.Gradients, "by", fail)
@@ -81,7 +82,8 @@ def test_the_rule_for_parameters() -> None:
 
 def test_the_command_refuses_what_has_no_gradient(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--backward", "--op", "head"]) == 1
-    assert "--op: got 'head' with --backward, allowed are pool_mixer, conv_mlp, meta4d, all" in capsys.readouterr().err
+    allowed = ", ".join((*DIFFERENTIABLE, "all"))
+    assert f"--op: got 'head' with --backward, allowed are {allowed}" in capsys.readouterr().err
 
 
 @needs_compiler

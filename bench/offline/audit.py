@@ -44,6 +44,10 @@ _PRODUCTS = (
     "split_mlp_kernel",
     "linear_kernel",
     "bias_attention_kernel",
+    "attention_backward_kernel",
+    "attention_rows_backward_kernel",
+    "attention_tokens_backward_kernel",
+    "attention_bias_backward_kernel",
 )
 
 
@@ -223,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", type=int, default=list(TARGETS), choices=TARGETS, metavar="SM")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, metavar="DTYPE")
     parser.add_argument("--part", action="store_true", help="batches of 256 and 1 at 224 by 224: for other Tritons")
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="these alone, such as layer_norm_kernel")
     parser.add_argument("--entries", type=Path, metavar="FILE", help="a table whose entries come before the shipped")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the records there, a line each")
     parser.add_argument("--no-cache", action="store_true", help="compile everything anew")
@@ -231,6 +236,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     extra = read_table(arguments.entries) if arguments.entries else []
     todo, missing = jobs(arguments.models, arguments.targets, arguments.dtypes, extra=extra, part=arguments.part)
+    if arguments.kernels:
+        names = {job.kernel for job in todo}
+        if unknown := [name for name in arguments.kernels if name not in names]:
+            parser.error(f"--kernels: got {unknown[0]!r}, allowed are {', '.join(sorted(names))}")
+        todo, missing = [job for job in todo if job.kernel in arguments.kernels], []
     cache = None if arguments.no_cache else user_file().parent / "audit"
     print(f"triton {triton.__version__}, {len(todo)} kernels", flush=True)
     print(_row(*_COLUMNS))

@@ -15,6 +15,7 @@ from ...kernels.launch import Launch, recorded
 from ...kernels.layer_norm import layer_norm_launch
 from ...kernels.layout import token_rows
 from ...kernels.operators import IMPLEMENTATIONS
+from ...kernels.register import arguments_of
 from ...kernels.tiling.device import Device, stand_in
 from ...testing import Case, bias_attention_case, conv_norm_case, draw_case, draw_map
 from ...workload import network_work
@@ -44,22 +45,27 @@ def network_launches(
         else:
             draw = partial(draw_case, work.operation, work.shape, dtype, **work.options)
             yield from _launches(draw, device)
-            if work.operation == "meta4d":
+            if work.operation in ("meta4d", "attention_mixer", "linear_mlp"):
                 yield from backward_launches(draw, device)
 
 
 def backward_launches(draw: Callable[[], Case], device: Device, note: str = "") -> list[Described]:
-    """The launches of all gradients of a call of `meta4d`."""
+    """The launches of all gradients of a call of an operation."""
     with stand_in(device), torch.device("meta"), recorded(run=False) as launches:
         case = draw()
-        x, *rest, _ = case.arguments
-        activation = case.options.get("activation", "gelu")
-        IMPLEMENTATIONS["meta4d_backward"](torch.empty_like(x), x, *rest, activation, [True] * 8)
+        x, operator = case.arguments[0], f"{case.operation}_backward"
+        grad = new_values(x, **_heads(case)) if case.operation == "bias_attention" else torch.empty_like(x)
+        options = case.options | {"needed": [True] * len(case.arguments)}
+        IMPLEMENTATIONS[operator](*arguments_of(operator, (grad, *case.arguments), options))
     return [
-        ("meta4d_backward", f"{list(x.shape)}{note}", launch)
+        (operator, f"{list(x.shape)}{note}", launch)
         for launch in launches
-        if launch.kernel.__name__.endswith("_backward_kernel")  # the pooling's forward comes with the forward
+        if launch.kernel.__name__.endswith("_backward_kernel")  # what is computed anew comes with the forward
     ]
+
+
+def _heads(case: Case) -> dict[str, int]:
+    return {name: case.options[name] for name in ("num_heads", "key_dim")}
 
 
 def unusual_launches(dtype: torch.dtype, device: Device) -> Iterator[Described]:
@@ -82,7 +88,7 @@ def unusual_launches(dtype: torch.dtype, device: Device) -> Iterator[Described]:
     for tokens, key, value in ((12, 32, 128), (12, 48, 160), (49, 48, 160), (49, 320, 32)):
         heads = {"num_heads": 8, "key_dim": key, "value_dim": value}
         attention = partial(bias_attention_case, 8, tokens, dtype, **heads)
-        for operation, _, launch in _launches(attention, device):
+        for operation, _, launch in (*_launches(attention, device), *backward_launches(attention, device)):
             yield operation, f"[8, {tokens}, 8 * (2 * {key} + {value})]", launch
         yield _prepared(8, tokens, dtype, device, **heads)
     if dtype == torch.float32:  # as under autocast: few rows, and the products alone are in 16 bit

@@ -148,9 +148,9 @@ _BEHIND_ALL = (
 _LEFT_OUT = (
     *((f"{PACKAGE}.bench.offline.proof", name) for name in ("source", "tiles_of")),
     *((f"{PACKAGE}.kernels.tiling.choose", name) for name in ("answer", "overriding")),
-    *((f"{PACKAGE}.gradients", name) for name in ("mlp", "pool_mixer")),
     (f"{PACKAGE}.workload", "OPERATIONS"),
     (f"{PACKAGE}.backend", "*"),
+    (f"{PACKAGE}.gradients", "*"),
 )
 _OF_NETWORKS = (
     (f"{PACKAGE}.apps.verify", "NetworkCase"),

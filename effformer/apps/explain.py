@@ -140,9 +140,7 @@ def _block(name: str, block: Meta4D | Meta3D | Attention, x: Tensor, *others: An
     asked_for = block.backend == "triton"
     if reason := block.why_composed():
         return PartPath(name, "raises" if asked_for else "modules", reason, None)
-    if block.needs_modules(x):
-        return PartPath(name, "modules", "a gradient is needed, and its kernels have none", None)
-    options: dict[str, Any] = {"differentiable": block.differentiable}
+    options: dict[str, Any] = {"differentiable": True}
     if isinstance(block, Meta4D | Meta3D):
         options["activation"] = block.activation
     if isinstance(block, Meta3D | Attention):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,32 +42,56 @@ def gradient_checks(checks: Iterable[Check]) -> list[Check]:
     ]
 
 
+class Found(NamedTuple):
+    """The result of a call and the gradients of its arguments, None where one is not needed."""
+
+    result: Tensor
+    gradients: list[Any]
+
+
+def gradients(
+    function: Callable[..., Tensor], arguments: Sequence[Tensor], grad: Tensor, needed: Sequence[bool] | None = None
+) -> Found:
+    """Gradients of leaves with the values and strides of `arguments`, for the gradient `grad` of the result."""
+    wanted = [True] * len(arguments) if needed is None else needed
+    leaves = [one.detach().requires_grad_(want) for one, want in zip(arguments, wanted, strict=True)]
+    with torch.enable_grad():
+        result = function(*leaves)
+        result.backward(grad.to(result.dtype))
+    return Found(result.detach(), [one.grad for one in leaves])
+
+
 @dataclass(frozen=True)
 class Gradients:
-    """All gradients of a call, for a random gradient of its result."""
+    """All gradients of a call, for a gradient of its result; of some arguments those that are `needed`."""
 
     case: Case
     grad: Tensor
 
-    def by(self, backend: str) -> list[Tensor]:
+    def by(self, backend: str, needed: Sequence[bool] | None = None) -> Found:
         """By a backend of `effformer.ops`."""
-        return self._of(
-            lambda *given: getattr(ops, self.case.operation)(*given, **self.case.options, backend=backend),
-            self.case.arguments,
-        )
 
-    def exact(self) -> list[Tensor]:
+        def function(*given: Tensor) -> Tensor:
+            result: Tensor = getattr(ops, self.case.operation)(*given, **self.case.options, backend=backend)
+            return result
+
+        return gradients(function, self.case.arguments, self.grad, needed)
+
+    def exact(self, needed: Sequence[bool] | None = None) -> Found:
         """By the reference in float64."""
-        return self._of(
-            lambda *given: getattr(reference, self.case.operation)(*given, **self.case.options),
-            tuple(one.double() for one in self.case.arguments),
-        )
 
-    def _of(self, function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> list[Tensor]:
-        leaves = [one.detach().requires_grad_() for one in arguments]  # with the strides of the arguments
-        with torch.enable_grad():
-            result = function(*leaves)
-            return list(torch.autograd.grad(result, leaves, self.grad.to(result.dtype)))
+        def function(*given: Tensor) -> Tensor:
+            result: Tensor = getattr(reference, self.case.operation)(*given, **self.case.options)
+            return result
+
+        return gradients(function, [one.double() for one in self.case.arguments], self.grad, needed)
+
+
+def errors(found: Found, exact: Found, eager: Found) -> Iterator[Accuracy]:
+    """Errors of each gradient, which know their rule: that of parameters for all but the first."""
+    for place, three in enumerate(zip(found.gradients, exact.gradients, eager.gradients, strict=True)):
+        error = accuracy(*three)
+        yield ParameterAccuracy(**vars(error)) if place else error
 
 
 def verify_gradients(
@@ -120,7 +145,7 @@ def _outcomes(
     try:
         case = draw(operation, device, seed)
         assert isinstance(case, Case)
-        subject = Gradients(case, draw_gradient(case.arguments[0], seed))
+        subject = Gradients(case, draw_gradient(case, seed))
         with float32_as_such():
             with unwritten_is_nan(), recorded() as launches, context() as execution:
                 found = subject.by("triton")
@@ -133,11 +158,10 @@ def _outcomes(
         yield from (Outcome(check, raised=raised) for check in checks)
         return
     faults = tuple(f"{kernel}: {fault}" for kernel, fault in execution.faults) if execution else ()
-    places = {name: place for place, name in enumerate(arguments_of(operation.operation))}
+    of = dict(zip(arguments_of(operation.operation), errors(found, exact, eager), strict=True))
+    places = {name: place for place, name in enumerate(of)}
     for check in checks:
-        place = places[check.operation.partition("/")[2]]
-        errors: Accuracy = accuracy(found[place], exact[place], eager[place])
-        if place:
-            errors = ParameterAccuracy(**vars(errors))
-        differing = sum(not torch.equal(one[place], found[place]) for one in again)
-        yield Outcome(check, errors, repeats, differing, ran, faults)
+        name = check.operation.partition("/")[2]
+        one = found.gradients[places[name]]
+        differing = sum(not torch.equal(other.gradients[places[name]], one) for other in again)
+        yield Outcome(check, of[name], repeats, differing, ran, faults)

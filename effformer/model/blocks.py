@@ -170,8 +170,6 @@ class Meta4D(Fusable):
     promote the sum.
     """
 
-    differentiable = True
-
     def __init__(
         self, width: int, config: EfficientFormerConfig, drop_path: float, layer_scale: float, backend: str, **dd: Any
     ) -> None:

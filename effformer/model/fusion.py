@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -57,13 +56,11 @@ class Fusable(nn.Module):
             it is the class of `activation`.
         activation: of the MLP, where there is one.
         backend: "auto", "eager" or "triton", see `effformer.ops`.
-        differentiable: whether kernels compute the gradients of its operation.
     """
 
     parts: tuple[tuple[str, str, _Kinds], ...]
     activation: str = "gelu"
     backend: str
-    differentiable: bool = False
 
     def note_parts(self, **others: _Kinds) -> None:
         """Note the classes of all submodules at the end of `__init__`, by name also `others`, to find replaced ones."""
@@ -76,13 +73,6 @@ class Fusable(nn.Module):
     def fused(self, *args: Any, **kwargs: Any) -> Tensor:
         """The result by fused operations, for the arguments of the decorated method."""
         raise NotImplementedError
-
-    def needs_modules(self, *values: object) -> bool:
-        """Whether a gradient is needed that the kernels do not compute: then "triton", too, takes the modules."""
-        if self.differentiable or self.backend != "triton" or not torch.is_grad_enabled():
-            return False
-        tensors = itertools.chain((one for one in values if isinstance(one, Tensor)), self.parameters())
-        return any(tensor.requires_grad for tensor in tensors)
 
     def why_composed(self) -> str | None:
         """The reason why the fused operation does not compute the same as the modules now; None where it does."""
@@ -113,8 +103,7 @@ def fusable(composed: Callable[Concatenate[_Block, _P], Tensor]) -> Callable[Con
     """Decorate a method that calls modules: where the fused operation computes the same, `fused` runs in its place.
 
     Hooks on submodules, replaced submodules, batch statistics, active dropout and activations with parameters need the
-    modules. So does FX under the eager backend, since TorchScript compiles modules alone, and a gradient that the
-    kernels do not compute.
+    modules. So does FX under the eager backend, since TorchScript compiles modules alone.
 
     Raises:
         UnsupportedError: by the decorated method, for backend="triton" where the modules are needed.
@@ -124,8 +113,6 @@ def fusable(composed: Callable[Concatenate[_Block, _P], Tensor]) -> Callable[Con
     def chosen(self: _Block, /, *args: _P.args, **kwargs: _P.kwargs) -> Tensor:
         reason = self.why_composed()
         if reason is None:
-            if self.needs_modules(*args, *kwargs.values()):
-                return composed(self, *args, **kwargs)
             if self.backend != "eager" or not _is_traced(*args, *kwargs.values()):
                 return self.fused(*args, **kwargs)
             reason = "FX traces the eager backend"

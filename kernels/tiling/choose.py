@@ -23,6 +23,7 @@ import torch
 from ..limits import beyond_attention, beyond_norm
 from .device import Device
 from .table import (
+    AttentionBackwardConfig,
     AttentionConfig,
     Entry,
     HeadConfig,
@@ -87,6 +88,12 @@ def attention_config(question: Question, device: Device) -> AttentionConfig:
         raise ValueError(reason)
     found: AttentionConfig = answer(question, device)
     return replace(found, block_m=_power(tokens, found.block_m), block_n=_power(tokens, found.block_n))
+
+
+def attention_backward_config(question: Question, device: Device) -> AttentionBackwardConfig:
+    """Tokens of a tile, and parts of the bias' gradient; the width is that of keys or of values."""
+    found: AttentionBackwardConfig = answer(question, device)
+    return replace(found, block_m=_power(question.sizes[0], found.block_m))
 
 
 def pool_config(question: Question, device: Device) -> tuple[int, int, int]:

@@ -59,6 +59,16 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
+class AttentionBackwardConfig:
+    """Gradients of attention: tokens of a tile, as queries and as keys, and parts of the bias' sum over images."""
+
+    block_m: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class PoolConfig:
     """Pooling alone, or the sum of a split MLP: elements of a tile, of which up to `block_c` are channels."""
 
@@ -84,7 +94,16 @@ class HeadConfig:
     num_warps: int
 
 
-Config = MlpConfig | SplitConfig | LinearConfig | AttentionConfig | PoolConfig | NormConfig | HeadConfig
+Config = (
+    MlpConfig
+    | SplitConfig
+    | LinearConfig
+    | AttentionConfig
+    | AttentionBackwardConfig
+    | PoolConfig
+    | NormConfig
+    | HeadConfig
+)
 
 # Configuration kinds that an operation accepts. None is the path without fusion: for an MLP two matrix products with
 # the hidden activations in memory, for the head pooling and then a product, for the convolution the vendor's library.
@@ -96,6 +115,7 @@ OPERATIONS: dict[str, tuple[type[Config] | None, ...]] = {
     "mlp_backward": (LinearConfig,),
     "conv_norm": (LinearConfig, None),
     "bias_attention": (AttentionConfig,),
+    "attention_backward": (AttentionBackwardConfig,),
     "pool_mixer": (PoolConfig,),
     "split_sum": (PoolConfig,),
     "layer_norm": (NormConfig,),
@@ -111,6 +131,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "mlp_backward": ("outputs", "inputs", "rows"),
     "conv_norm": ("outputs", "inputs", "rows"),
     "bias_attention": ("tokens", "width"),
+    "attention_backward": ("tokens", "width"),
     "pool_mixer": ("channels", "dense", "rows"),
     "split_sum": ("channels", "rows"),
     "layer_norm": ("channels", "rows"),
@@ -266,7 +287,8 @@ def read_config(found: Any, operations: Iterable[str], source: str) -> Config | 
             right, rule = type(value) is int and 1 <= value <= 8, "1 to 8"
         else:
             # Triton's tiles and warps are powers of two, and matrix products take no tile below 16.
-            products = kind in (MlpConfig, SplitConfig, LinearConfig, AttentionConfig)
+            products = kind in (MlpConfig, SplitConfig, LinearConfig, AttentionConfig, AttentionBackwardConfig)
+            products &= name != "splits"
             least, most = (1, 32) if name == "num_warps" else (16 if products else 1, 1 << 16)
             rule = f"powers of two from {least} to {most}"
             right = bool(numbers) and all(
