@@ -43,10 +43,10 @@ class _ByKernels(Function):
     ) -> Tensor:
         from .kernels import operators
 
-        given = _with_products(tensors, dtype)
-        if operation == "meta4d" and given[1] is None:
-            return operators.conv_mlp(given[0], *given[2:], *options, *others)
-        result: Tensor = getattr(operators, operation)(*given, *options, *others)
+        cast = with_products(tensors, dtype)
+        if operation == "meta4d" and cast[1] is None:
+            return operators.conv_mlp(cast[0], *cast[2:], *options, *others)
+        result: Tensor = getattr(operators, operation)(*cast, *options, *others)
         return result
 
     @staticmethod
@@ -64,30 +64,30 @@ class _ByKernels(Function):
             return (None,) * (_SETTINGS + len(needed))
         saved = ctx.saved_tensors  # once: checkpointing unpacks them anew each time
         with torch.no_grad():
-            given = _with_products(saved, ctx.dtype)
-            found = getattr(operators, f"{ctx.operation}_backward")(grad, *given, *ctx.options, needed)
-        return *((None,) * _SETTINGS), *_given(found, saved, needed, grad)
+            cast = with_products(saved, ctx.dtype)
+            found = getattr(operators, f"{ctx.operation}_backward")(grad, *cast, *ctx.options, needed)
+        return *((None,) * _SETTINGS), *given(found, saved, needed, grad)
 
 
-def _with_products(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+def with_products(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     """The tensors, matrices in the dtype of products."""
     return [one.to(dtype) if one is not None and one.ndim == 2 else one for one in tensors]
 
 
-def _given(
+def given(
     found: list[Tensor], of: tuple[Tensor | None, ...], needed: list[bool], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients in the dtypes of what they are of; None where they are not needed."""
-    given: list[Tensor | None] = []
+    gradients: list[Tensor | None] = []
     for one, other, wanted in zip(found, of, needed, strict=True):
         if not wanted or other is None:
-            given.append(None)
+            gradients.append(None)
             continue
         one = one.to(other.dtype)
         if torch.is_grad_enabled():  # create_graph=True
             one = _Once.apply(one, grad, *of)  # type: ignore[no-untyped-call]
-        given.append(one)
-    return tuple(given)
+        gradients.append(one)
+    return tuple(gradients)
 
 
 class _Once(Function):

@@ -31,6 +31,8 @@ from .checks import (
     check_vectors,
     check_weight,
 )
+from .train_ops import Trained as Trained
+from .train_ops import meta4d_train as meta4d_train
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 PIXEL_OFFSET = reference.PIXEL_OFFSET  # `conv_norm` subtracts it from uint8 pixels

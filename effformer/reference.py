@@ -124,6 +124,59 @@ def meta4d(
     return conv_mlp(y, weight1, scale1, shift1, weight2, scale2, shift2, activation=activation)
 
 
+def meta4d_train(
+    x: Tensor,
+    layer_scale1: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    norm_weight1: Tensor,
+    norm_bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    norm_weight2: Tensor,
+    norm_bias2: Tensor,
+    layer_scale2: Tensor,
+    keep1: Tensor | None = None,
+    keep2: Tensor | None = None,
+    mean1: Tensor | None = None,
+    var1: Tensor | None = None,
+    mean2: Tensor | None = None,
+    var2: Tensor | None = None,
+    *,
+    eps1: float,
+    eps2: float,
+    activation: str = "gelu",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A whole 4D MetaBlock in training: BatchNorm with the batch's statistics or those given, and stochastic depth.
+
+    x [B, C, H, W]; weight1 [hidden, C], weight2 [C, hidden]; layer scales, norm_weight2, norm_bias2, mean2, var2, bias2
+    [C], the others [hidden]; keep1, keep2 [B]. Returns the result, and mean1, var1, mean2, var2 of the batch.
+    """
+    pooled = F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+    y = x + _kept(layer_scale1[:, None, None] * (pooled - x), keep1).to(x.dtype)
+    hidden = F.conv2d(y, weight1[:, :, None, None], None if bias1 is None else bias1.to(weight1.dtype))
+    hidden, *first = _batch_norm(hidden, norm_weight1, norm_bias1, eps1, mean1, var1)
+    branch = F.conv2d(
+        ACTIVATIONS[activation](hidden), weight2[:, :, None, None], None if bias2 is None else bias2.to(weight2.dtype)
+    )
+    branch, *second = _batch_norm(branch, norm_weight2, norm_bias2, eps2, mean2, var2)
+    return y + _kept(layer_scale2[:, None, None] * branch, keep2).to(x.dtype), first[0], first[1], second[0], second[1]
+
+
+def _kept(branch: Tensor, keep: Tensor | None) -> Tensor:
+    return branch if keep is None else branch * keep[:, None, None, None]
+
+
+def _batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor | None, var: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm of x [B, C, H, W], and its mean and variance (divided by the number of values)."""
+    if mean is not None and var is not None:
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var
+    of_batch, about = torch.var_mean(upcast(x.detach()), (0, 2, 3), correction=0)
+    return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps), about, of_batch
+
+
 def attention_mixer(
     x: Tensor,
     norm_weight: Tensor,

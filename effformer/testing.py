@@ -20,7 +20,8 @@ from . import ops, reference
 from .accuracy import Accuracy as Accuracy
 from .accuracy import accuracy as accuracy
 from .checks import check_choice
-from .model.blocks import Attention, LayerScale
+from .model.blocks import Attention
+from .model.parts import LayerScale
 from .workload import OPERATIONS
 
 LAYOUTS = ("channels_last", "cropped", "contiguous", "sliced", "expanded")

@@ -204,9 +204,7 @@ def _of_scores(
 ):  # fmt: skip
     """P and ds of the queries m and the keys n; zeros for what does not exist."""
     inside = m < N
-    b_s = _scores(
-        b_q, p_head, p_bias, inside, n, N, STRIDE, 1, 1, KEY_DIM, KEY_WIDTHS, SCALE, DENSE, False, PRECISION
-    )
+    b_s = _scores(b_q, p_head, p_bias, inside, n, N, STRIDE, 1, 1, KEY_DIM, KEY_WIDTHS, SCALE, DENSE, False, PRECISION)
     b_max = tl.load(p_row + m, mask=inside, other=0.0)
     reciprocal = tl.load(p_row + N + m, mask=inside, other=0.0)
     b_weighted = tl.load(p_row + 2 * N + m, mask=inside, other=0.0)
@@ -367,9 +365,7 @@ def attention_backward_launches(
     }
 
     def launch(kernel: Any, grid: int, arguments: dict[str, Any], **more: Any) -> Launch:
-        return Launch(
-            kernel, grid, inputs | arguments, constants | more, question, config.num_warps, config.num_stages
-        )
+        return Launch(kernel, grid, inputs | arguments, constants | more, question, config.num_warps, config.num_stages)
 
     of_bias = {"out_bias_ptr": out_bias, "batch": batch, "splits": splits}
     if tiles == 1:
@@ -410,7 +406,6 @@ def attention_gradients(
     if qkv.numel():
         run(*attention_backward_launches(grad, qkv, bias, num_heads, key_dim, out, parts))
     return out, None if parts is None else parts.sum(0)
-
 
 
 bias_attention_backward = register_gradients(

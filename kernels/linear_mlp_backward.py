@@ -68,7 +68,6 @@ def _as_map(x: Tensor) -> Tensor:
     return x.transpose(1, 2)[:, :, None]
 
 
-
 linear_mlp_backward = register_gradients(
     "linear_mlp_backward(Tensor grad, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight1, Tensor shift1, "
     "Tensor weight2, Tensor scale2, Tensor shift2, str activation, float eps, bool[] needed) -> Tensor[]",

@@ -81,7 +81,6 @@ def _mlp_gradients(
     ]
 
 
-
 meta4d_backward = register_gradients(
     "meta4d_backward(Tensor grad, Tensor x, Tensor? layer_scale1, Tensor weight1, Tensor scale1, Tensor shift1, "
     "Tensor weight2, Tensor scale2, Tensor shift2, str activation, bool[] needed) -> Tensor[]",

@@ -37,6 +37,7 @@ def mlp_backward_kernel(
     weight1_ptr,
     scale1_ptr,
     shift1_ptr,
+    centre_ptr,
     weight2_ptr,
     out_ptr,
     out_grad_ptr,
@@ -55,6 +56,7 @@ def mlp_backward_kernel(
     C: tl.constexpr,
     HIDDEN: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_CENTRE: tl.constexpr,
     X_FLAT: tl.constexpr,
     GRAD_FLAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -103,6 +105,8 @@ def mlp_backward_kernel(
     tl.store(out_grad_ptr + o_out, b_dh.to(out_ptr.dtype.element_ty), mask=mask)
     o_sum = i_m.to(tl.int64) * HIDDEN + n
     tl.store(out_sum_ptr + o_sum, tl.sum(b_dh, 0), mask=there)
+    if HAS_CENTRE:  # taken away here, it leaves no difference of large sums
+        b_t -= tl.load(centre_ptr + n, mask=there, other=0.0)[None, :]
     tl.store(out_product_ptr + o_sum, tl.sum(b_dh * b_t, 0), mask=there)
 
 
@@ -118,7 +122,8 @@ class Scratch(NamedTuple):
 class BackwardMlp(NamedTuple):
     """weight1 [hidden, C] and weight2 [C, hidden] in the products' dtype, vectors in float32; all contiguous.
 
-    Without a scale1 it is 1. `convolution`: the products stand for 1x1 convolutions.
+    Without a scale1 it is 1. `convolution`: the products stand for 1x1 convolutions. `centre` [hidden] is taken from t
+    in the sum of dh * t.
     """
 
     weight1: Tensor
@@ -127,6 +132,7 @@ class BackwardMlp(NamedTuple):
     weight2: Tensor
     activation: str
     convolution: bool = True
+    centre: Tensor | None = None
 
 
 class Wanted(NamedTuple):
@@ -145,7 +151,7 @@ class Sums(NamedTuple):
     Attributes:
         x: (scale1 * W1)ᵀ dh of each row, [rows, C] in the products' dtype.
         weight1: Σ dh xᵀ, [hidden, C].
-        scale1, shift1: Σ dh * t and Σ dh, [hidden].
+        scale1, shift1: Σ dh * (t - centre) and Σ dh, [hidden].
         weight2: Σ left actᵀ, [C, hidden].
 
     Sums are float32; None for what is not wanted.
@@ -176,6 +182,7 @@ def mlp_backward_launch(x: Rows, grad: Rows, mlp: BackwardMlp, first: int, scrat
             "weight1_ptr": mlp.weight1,
             "scale1_ptr": mlp.scale1,
             "shift1_ptr": mlp.shift1,
+            "centre_ptr": mlp.centre,
             "weight2_ptr": mlp.weight2,
             "out_ptr": scratch.act,
             "out_grad_ptr": scratch.grad,
@@ -188,6 +195,7 @@ def mlp_backward_launch(x: Rows, grad: Rows, mlp: BackwardMlp, first: int, scrat
             "C": channels,
             "HIDDEN": hidden,
             "HAS_SCALE": mlp.scale1 is not None,
+            "HAS_CENTRE": mlp.centre is not None,
             "X_FLAT": x.flat,
             "GRAD_FLAT": grad.flat,
             "ACTIVATION": form(mlp.activation, mlp.weight1.dtype).removesuffix("_x2"),  # the act itself is stored

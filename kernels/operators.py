@@ -18,6 +18,8 @@ from .linear_mlp import linear_mlp
 from .linear_mlp_backward import linear_mlp_backward as linear_mlp_backward
 from .meta4d import meta4d
 from .meta4d_backward import meta4d_backward as meta4d_backward
+from .meta4d_train import meta4d_train as meta4d_train
+from .meta4d_train_backward import meta4d_train_backward as meta4d_train_backward
 from .pool_mixer import pool_mixer
 from .pool_mixer_backward import pool_mixer_backward as pool_mixer_backward
 from .register import IMPLEMENTATIONS as IMPLEMENTATIONS

@@ -26,6 +26,7 @@ def pool_mixer_backward_kernel(
     grad_ptr,
     x_ptr,
     layer_scale_ptr,
+    keep_ptr,
     out_ptr,
     out_sum_ptr,
     rows,
@@ -47,6 +48,7 @@ def pool_mixer_backward_kernel(
     GRAD_FLAT: tl.constexpr,
     X_FLAT: tl.constexpr,
     OUT_FLAT: tl.constexpr,
+    KEEP: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -72,6 +74,8 @@ def pool_mixer_backward_kernel(
             moved += (1.0 / (lines * columns))[:, None] * near  # rounded once: the error would not average out
 
     layer_scale = tl.load(layer_scale_ptr + c, mask=c < C, other=0.0)[None, :]
+    if KEEP:
+        moved *= tl.load(keep_ptr + b)[:, None]
     o_out = row_offsets(row, b, h, w, stride_ob, stride_oh, stride_ow, OUT_FLAT)
     p_out = out_ptr + o_out[:, None] + (c.to(tl.int64) * stride_oc)[None, :]
     tl.store(p_out, (grad + layer_scale * moved).to(out_ptr.dtype.element_ty), mask=mask)
@@ -94,9 +98,9 @@ def _averaged(i, SIZE):
 
 
 def pool_mixer_backward_launch(
-    grad: Tensor, x: Tensor, layer_scale: Tensor, out: Tensor, sums: Tensor | None
+    grad: Tensor, x: Tensor, layer_scale: Tensor, keep: Tensor | None, out: Tensor, sums: Tensor | None
 ) -> Launch:
-    """grad, x and out [B, C, H, W] of any strides, layer_scale [C] float32; sums [tiles, C] float32, by `new_sums`."""
+    """grad, x and out [B, C, H, W] of any strides; all others float32: layer_scale [C], keep [B], sums [tiles, C]."""
     source, other, target = map_rows(grad), map_rows(x), map_rows(out)
     question, (block_m, block_c, num_warps) = _tiles(grad)
     return Launch(
@@ -108,6 +112,7 @@ def pool_mixer_backward_launch(
             **other.pointer("x"),
             **target.pointer("out"),
             "layer_scale_ptr": layer_scale,
+            "keep_ptr": keep,
             "out_sum_ptr": sums,
             "stride_gc": grad.stride(1),
             "stride_xc": x.stride(1),
@@ -118,6 +123,7 @@ def pool_mixer_backward_launch(
             "GRAD_FLAT": source.flat,
             "X_FLAT": other.flat,
             "OUT_FLAT": target.flat,
+            "KEEP": keep is not None,
             "SCALE": sums is not None,
             "BLOCK_M": block_m,
             "BLOCK_C": block_c,
@@ -140,15 +146,18 @@ def _tiles(grad: Tensor) -> tuple[Question, tuple[int, int, int]]:
 
 
 def pool_mixer_gradients(
-    grad: Tensor, x: Tensor, layer_scale: Tensor, needed: Sequence[bool]
+    grad: Tensor, x: Tensor, layer_scale: Tensor, needed: Sequence[bool], keep: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x, in its dtype and layout (`new_map`), and of the layer scale, float32 [C], where `needed`."""
+    """Gradients of x, in its dtype and layout (`new_map`), and of the layer scale, float32 [C], where `needed`.
+
+    keep [B] float32 are the factors of stochastic depth, by which the branch of each image was multiplied.
+    """
     if not any(needed):
         return None, None
     out = new_map(x)
     sums = new_sums(grad) if needed[1] else None
     if grad.numel():
-        run(pool_mixer_backward_launch(grad, x, layer_scale.contiguous(), out, sums))
+        run(pool_mixer_backward_launch(grad, x, layer_scale.contiguous(), keep, out, sums))
     return out if needed[0] else None, None if sums is None else sums.sum(0)
 
 

@@ -19,17 +19,23 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """scale [C] * grad [..., C] in `dtype`, divided by a number [1].
-
-    A power of two near the root of the largest scale: it keeps a float16 gradient from underflow behind a small layer
-    scale, and from overflow, and adds no rounding.
+    """scale [C] * grad [..., C] in `dtype`, divided by `size_of(scale)`, and that number.
 
     A pass of its own: the kernels' products take it as it lies in memory. Scaled in registers, it would be overwritten
     while Hopper's matrix units still read it (Triton 3.7, seen in the executed PTX). In place of it, a scaled weight
     would be rounded alike for all rows, and the error would not average out.
     """
-    size = scale.abs().amax(0, keepdim=True)
-    size = torch.where(size > 0, torch.exp2(torch.floor(0.5 * torch.log2(size))), 1.0)
+    size = size_of(scale)
     found = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     torch.mul(grad, scale / size, out=found)
     return found, size
+
+
+def size_of(scale: Tensor) -> Tensor:
+    """A power of two near the root of the largest scale, [1].
+
+    Divided by it, a float16 gradient does not underflow behind a small layer scale, and does not overflow. A power of
+    two adds no rounding.
+    """
+    largest = scale.abs().amax(0, keepdim=True)
+    return torch.where(largest > 0, torch.exp2(torch.floor(0.5 * torch.log2(largest))), 1.0)

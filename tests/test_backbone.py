@@ -9,7 +9,10 @@ from torch import nn
 
 from effformer import build_backbone
 from effformer.config import ACTIVATIONS, DENSE_TASKS, TASKS
-from effformer.model.blocks import ACTIVATION_MODULES, Attention, ConvMlp, LayerScale
+from effformer.model.blocks import Attention
+from effformer.model.fusion import ACTIVATION_MODULES
+from effformer.model.meta4d import ConvMlp
+from effformer.model.parts import LayerScale
 from effformer.testing import randomise
 
 

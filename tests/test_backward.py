@@ -250,7 +250,8 @@ def test_the_input_alone_is_kept_of_tokens() -> None:
         known = {leaf.untyped_storage().data_ptr() for leaf in leaves}
         kept: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor, kept=kept: (kept.append(tensor.untyped_storage().data_ptr()), tensor)[1], lambda tensor: tensor
+            lambda tensor, kept=kept: (kept.append(tensor.untyped_storage().data_ptr()), tensor)[1],
+            lambda tensor: tensor,
         ):
             getattr(ops, one.operation)(*leaves, **one.options, backend="triton").sum().backward()
         assert set(kept) == known

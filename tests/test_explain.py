@@ -85,8 +85,14 @@ def test_gradients_backends_and_dtypes(network: EfficientFormer, narrow: Narrow)
     assert found["stages.0.blocks.0"] == ("kernels", "kernels compute its gradients, too")
     last = "stages.3.blocks." + str(len(network.stages[3].blocks) - 1)
     assert found[last] == ("kernels", "kernels compute its gradients, too")
-    network.train()
-    assert paths(network, x)["stages.0.blocks.0"][0] == "raises"
+    batch = "BatchNorm uses batch statistics here (training mode)"
+    counted = network.train().stages[0].blocks[0].mlp.norm1.num_batches_tracked.item()
+    in_training = paths(network, x)
+    assert in_training["stages.0.blocks.0"] == ("kernels", f"{batch}: kernels compute that, and its gradients")
+    assert network.stages[0].blocks[0].mlp.norm1.num_batches_tracked.item() == counted
+    network.stages[0].blocks[0].mlp.drop.p = 0.5
+    assert paths(network, x)["stages.0.blocks.0"] == ("raises", "dropout is active here (training mode)")
+    network.stages[0].blocks[0].mlp.drop.p = 0.0
     network.eval()
     with torch.no_grad():
         set_backend(network, "eager")

@@ -7,7 +7,8 @@ import torch
 from machine import DEVICE, DTYPES, INTERPRETED, ON_GPU, id_of, measured
 
 from effformer import EfficientFormer, EfficientFormerConfig, create_model, list_models, set_backend
-from effformer.model.blocks import Meta3D, Meta4D
+from effformer.model.blocks import Meta3D
+from effformer.model.meta4d import Meta4D
 from effformer.testing import Accuracy, accuracy, draw_map, randomise
 
 pytestmark = pytest.mark.usefixtures("kernel_device", "many_rows")

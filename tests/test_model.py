@@ -11,7 +11,9 @@ import torch
 from test_reference import draw
 
 from effformer import EfficientFormer, EfficientFormerConfig, create_model
-from effformer.model.blocks import DropPath, Flat, Meta3D, Meta4D
+from effformer.model.blocks import Flat, Meta3D
+from effformer.model.meta4d import Meta4D
+from effformer.model.parts import DropPath
 from effformer.testing import randomise
 
 Narrow = Callable[..., EfficientFormer]

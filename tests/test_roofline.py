@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from effformer import create_model, list_models
 from effformer.apps.verify import checks
 from effformer.config import PRESETS
-from effformer.model.blocks import Attention, Downsample, Meta4D
+from effformer.model.blocks import Attention, Downsample
+from effformer.model.meta4d import Meta4D
 from effformer.testing import draw_case
 from effformer.workload import OPERATIONS, halved, network_work
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import effformer
 from effformer import EfficientFormer, create_model, ops
-from effformer.model.blocks import DropPath
+from effformer.model.parts import DropPath
 from effformer.testing import randomise
 
 pytestmark = pytest.mark.filterwarnings(

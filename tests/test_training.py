@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from effformer import EfficientFormer, freeze, load_checkpoint
-from effformer.model.blocks import DropPath
+from effformer.model.parts import DropPath
 
 Narrow = Callable[..., EfficientFormer]
 

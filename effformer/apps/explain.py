@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import needs_gradient, products_dtype, why_eager
-from ..model.blocks import Attention, Flat, Meta3D, Meta4D, Stem
+from ..model.blocks import Attention, Flat, Meta3D, Stem
 from ..model.end import End
 from ..model.fusion import replaces
 from ..model.live import decide
+from ..model.meta4d import Meta4D
 from ..model.netspresso import Backbone, network_within
 from ..model.network import EfficientFormer, check_images
 from ..model.stage import Stage
@@ -138,8 +139,10 @@ def _blocks(
 def _block(name: str, block: Meta4D | Meta3D | Attention, x: Tensor, *others: Any) -> PartPath:
     """A fused operation on its own, in a stage that is not planned as a whole."""
     asked_for = block.backend == "triton"
-    if reason := block.why_composed():
-        return PartPath(name, "raises" if asked_for else "modules", reason, None)
+    mode = block.why_composed()
+    in_training = mode is not None and asked_for and block.why_untrained() is None
+    if mode and not in_training:
+        return PartPath(name, *(("raises", block.why_untrained()) if asked_for else ("modules", mode)), None)
     options: dict[str, Any] = {"differentiable": True}
     if isinstance(block, Meta4D | Meta3D):
         options["activation"] = block.activation
@@ -151,9 +154,13 @@ def _block(name: str, block: Meta4D | Meta3D | Attention, x: Tensor, *others: An
     from ..kernels.launch import described
 
     with torch.no_grad(), described() as launches:
-        block.fused(x, *others)
+        (block.rehearse if in_training else block.fused)(x, *others)
     kernels = tuple(one.kernel.__name__ for one in launches)
-    why = "kernels compute its gradients, too" if _trained(x, block) else "its stage is not planned as a whole"
+    gradients = _trained(x, block)
+    if in_training:
+        why = f"{mode}: kernels compute that" + (", and its gradients" if gradients else "")
+    else:
+        why = "kernels compute its gradients, too" if gradients else "its stage is not planned as a whole"
     return PartPath(name, "kernels", why, kernels)
 
 

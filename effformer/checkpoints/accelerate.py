@@ -14,10 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..checks import check_choice, first_line
-from ..model.blocks import DropPath, Meta3D, Meta4D
+from ..model.blocks import Meta3D
 from ..model.fusion import BATCH_NORMS
+from ..model.meta4d import Meta4D
 from ..model.netspresso import Backbone
 from ..model.network import EfficientFormer
+from ..model.parts import DropPath
 from ..model.wrappers import class_of, is_efficientformer, part_with, remedy, why_other_tensors
 from ..ops import BACKENDS
 from ..testing import accuracy, float32_as_such

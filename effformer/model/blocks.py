@@ -1,4 +1,4 @@
-"""The parts of an EfficientFormer: stem, downsampling, 4D and 3D MetaBlocks (arXiv 2206.01191, section 4).
+"""The parts of an EfficientFormer: stem, downsampling, 3D MetaBlocks (arXiv 2206.01191, section 4); see `meta4d.py`.
 
 `forward` of a block calls its modules, as in the paper. Where `fusable` finds that the fused operations of
 `effformer.ops` compute the same, `fused` runs in its place. Module names are timm's. `dd` holds the keywords `device`
@@ -14,49 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, reference
+from ..backend import products_dtype
 from ..config import EfficientFormerConfig
 from . import live
 from .bias_buffer import why_unusable
-from .fusion import ACTIVATION_MODULES, Fusable, fusable, is_plain, why_other_halving
+from .fusion import Fusable, fusable, is_active, is_plain, why_other_halving
+from .parts import DROP_PATHS, LayerScale, activation, drop_path, factors, fold_norm
 from .steps import BIAS, Fold, Source, Step
-
-
-def _activation(name: str, dd: dict[str, Any]) -> nn.Module:
-    return nn.PReLU(**dd) if name == "prelu" else ACTIVATION_MODULES[name]()
-
-
-def _drop_path(rate: float) -> nn.Module:
-    return DropPath(rate) if rate > 0 else nn.Identity()
-
-
-class LayerScale(nn.Module):
-    """Multiplication by a learned vector over dimension `dim` of the input, 1 for maps and -1 for tokens."""
-
-    def __init__(self, width: int, init_value: float, *, dim: int, **dd: Any) -> None:
-        super().__init__()
-        self.dim = dim
-        self.gamma = nn.Parameter(torch.full((width,), float(init_value), **dd))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (self.gamma[:, None, None] if self.dim == 1 else self.gamma)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, a sample's branch is zeroed with probability `rate`."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        keep = 1 - self.rate
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * (mask / keep if keep > 0 else mask)
-
-
-_DROP_PATHS = (nn.Identity, DropPath)
 
 
 class Stem(live.Planned, nn.Sequential):
@@ -95,7 +59,7 @@ class Stem(live.Planned, nn.Sequential):
 
     def folded(self, fold: Fold = ops) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
         """(weight, scale, shift) of both convolutions in eval mode."""
-        first, second = _fold(fold, self.conv1, self.norm1), _fold(fold, self.conv2, self.norm2)
+        first, second = fold_norm(fold, self.conv1, self.norm1), fold_norm(fold, self.conv2, self.norm2)
         return (self.conv1.weight, *first), (self.conv2.weight, *second)
 
     def input(self, x: Tensor) -> Tensor | None:
@@ -128,88 +92,10 @@ class Downsample(nn.Module):
 
     def folded(self, fold: Fold = ops) -> tuple[Tensor, Tensor, Tensor]:
         """(weight, scale, shift) of the convolution in eval mode."""
-        return self.conv.weight, *_fold(fold, self.conv, self.norm)
+        return self.conv.weight, *fold_norm(fold, self.conv, self.norm)
 
     def steps(self, source: Source) -> Iterator[Step]:
         yield Step.of(source, "conv_norm", *self.folded(source))
-
-
-class Pooling(nn.Module):
-    """avg_pool3x3(x) - x on [B, C, H, W]; padding does not count into the average."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pool(x) - x
-
-
-class ConvMlp(nn.Module):
-    """1x1 convolution, BatchNorm, activation, 1x1 convolution, BatchNorm, on [B, C, H, W]."""
-
-    def __init__(self, width: int, config: EfficientFormerConfig, **dd: Any) -> None:
-        super().__init__()
-        hidden = int(width * config.mlp_ratio)
-        self.fc1 = nn.Conv2d(width, hidden, 1, **dd)
-        self.norm1 = nn.BatchNorm2d(hidden, **dd)
-        self.act = _activation(config.act, dd)
-        self.fc2 = nn.Conv2d(hidden, width, 1, **dd)
-        self.norm2 = nn.BatchNorm2d(width, **dd)
-        self.drop = nn.Dropout(config.proj_drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(self.act(self.norm1(self.fc1(x))))
-        return self.drop(self.norm2(self.fc2(x)))
-
-
-class Meta4D(Fusable):
-    """4D MetaBlock (paper section 4): pooling token mixer, then convolutional MLP; [B, C, H, W] -> the same.
-
-    The fused operation returns x's dtype. The modules under autocast return float32, as in timm: the layer scales
-    promote the sum.
-    """
-
-    def __init__(
-        self, width: int, config: EfficientFormerConfig, drop_path: float, layer_scale: float, backend: str, **dd: Any
-    ) -> None:
-        super().__init__()
-        self.token_mixer = Pooling()
-        self.ls1 = LayerScale(width, layer_scale, dim=1, **dd)
-        self.drop_path1 = _drop_path(drop_path)
-        self.mlp = ConvMlp(width, config, **dd)
-        self.ls2 = LayerScale(width, layer_scale, dim=1, **dd)
-        self.drop_path2 = _drop_path(drop_path)
-        self.activation = config.act
-        self.backend = backend
-        self.note_parts(drop_path1=_DROP_PATHS, drop_path2=_DROP_PATHS)
-
-    @fusable
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.token_mixer(x)))
-        return x + self.drop_path2(self.ls2(self.mlp(x)))
-
-    def fused(self, x: Tensor) -> Tensor:
-        return ops.meta4d(x, *self.folded(), activation=self.activation, backend=self.backend)
-
-    def folded(self, fold: Fold = ops) -> tuple[Tensor, ...]:
-        """Layer scale, weights, scales and shifts, as `ops.meta4d` takes them after x."""
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        scale1, shift1 = _fold(fold, fc1, self.mlp.norm1)
-        scale2, shift2 = _fold(fold, fc2, self.mlp.norm2, self.ls2.gamma)
-        return fold.upcast(self.ls1.gamma), fc1.weight.flatten(1), scale1, shift1, fc2.weight.flatten(1), scale2, shift2
-
-    def steps(self, source: Source) -> Iterator[Step]:
-        yield Step.of(source, "meta4d", *self.folded(source), activation=self.activation)
-
-
-def _fold(
-    fold: Fold, conv: nn.Conv2d, norm: nn.BatchNorm2d, layer_scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    mean, var = norm.running_mean, norm.running_var
-    assert mean is not None and var is not None  # noqa: PT018 (`why_composed` looked)
-    folded = fold.fold_batch_norm(conv.bias, norm.weight, norm.bias, mean, var, norm.eps, layer_scale)
-    return folded[0], folded[1]  # FX cannot unpack the result of a recorded call
 
 
 class Flat(nn.Module):
@@ -291,7 +177,7 @@ class LinearMlp(nn.Module):
         super().__init__()
         hidden = int(width * config.mlp_ratio)
         self.fc1 = nn.Linear(width, hidden, **dd)
-        self.act = _activation(config.act, dd)
+        self.act = activation(config.act, dd)
         self.drop1 = nn.Dropout(config.proj_drop)
         self.fc2 = nn.Linear(hidden, width, **dd)
         self.drop2 = nn.Dropout(config.proj_drop)
@@ -308,20 +194,20 @@ class Meta3D(Fusable):
     """
 
     def __init__(
-        self, width: int, config: EfficientFormerConfig, drop_path: float, layer_scale: float, backend: str, **dd: Any
+        self, width: int, config: EfficientFormerConfig, rate: float, layer_scale: float, backend: str, **dd: Any
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, **dd)
         self.token_mixer = Attention(width, config, backend, **dd)
         self.ls1 = LayerScale(width, layer_scale, dim=-1, **dd)
-        self.drop_path1 = _drop_path(drop_path)
+        self.drop_path1 = drop_path(rate)
         self.norm2 = nn.LayerNorm(width, **dd)
         self.mlp = LinearMlp(width, config, **dd)
         self.ls2 = LayerScale(width, layer_scale, dim=-1, **dd)
-        self.drop_path2 = _drop_path(drop_path)
+        self.drop_path2 = drop_path(rate)
         self.activation = config.act
         self.backend = backend
-        self.note_parts(drop_path1=_DROP_PATHS, drop_path2=_DROP_PATHS)
+        self.note_parts(drop_path1=DROP_PATHS, drop_path2=DROP_PATHS)
 
     @fusable
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -329,16 +215,32 @@ class Meta3D(Fusable):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def fused(self, x: Tensor, height: int, width: int) -> Tensor:
-        mixer, backend = self.token_mixer, self.backend
-        x = ops.attention_mixer(
-            x,
-            *self.folded_mixer(mixer.bias(height, width)),
-            num_heads=mixer.num_heads,
-            key_dim=mixer.key_dim,
-            eps=self.norm1.eps,
-            backend=backend,
-        )
-        return ops.linear_mlp(x, *self.folded_mlp(), activation=self.activation, eps=self.norm2.eps, backend=backend)
+        return self._fused_mlp(self._fused_mixer(x, height, width))
+
+    def _fused_mixer(self, x: Tensor, height: int, width: int) -> Tensor:
+        mixer = self.token_mixer
+        heads = {"num_heads": mixer.num_heads, "key_dim": mixer.key_dim}
+        tensors = self.folded_mixer(mixer.bias(height, width))
+        return ops.attention_mixer(x, *tensors, **heads, eps=self.norm1.eps, backend=self.backend)
+
+    def _fused_mlp(self, x: Tensor) -> Tensor:
+        options = {"activation": self.activation, "eps": self.norm2.eps, "backend": self.backend}
+        return ops.linear_mlp(x, *self.folded_mlp(), **options)
+
+    def why_untrained(self) -> str | None:
+        parts = self.plain_parts()
+        if isinstance(parts, str):
+            return parts
+        mixer, mlp = self.token_mixer, self.mlp
+        if is_active(mixer.attn_drop, mixer.proj_drop, mlp.drop1, mlp.drop2):
+            return "dropout is active here (training mode)"
+        return None
+
+    def trained(self, x: Tensor, height: int, width: int) -> Tensor:
+        """With stochastic depth: of each image its part of what each half of the block adds."""
+        branch = torch.promote_types(products_dtype(x), self.ls1.gamma.dtype)
+        x = _kept(x, self._fused_mixer(x, height, width), factors(self.drop_path1, x, branch))
+        return _kept(x, self._fused_mlp(x), factors(self.drop_path2, x, branch))
 
     def folded_mixer(self, bias: Tensor, fold: Fold = ops) -> tuple[Tensor, ...]:
         """Norm, weights, the attention's `bias`, scale and shift, as `ops.attention_mixer` takes them after x."""
@@ -364,3 +266,8 @@ class Meta3D(Fusable):
         mix.resize = {"resolution": mixer.resolution, "resize": mixer.bias_resize}
         yield mix
         yield Step.of(source, "linear_mlp", *self.folded_mlp(source), activation=self.activation, eps=self.norm2.eps)
+
+
+def _kept(x: Tensor, result: Tensor, keep: Tensor | None) -> Tensor:
+    """x + keep * (result - x), for tokens x [B, N, C] and factors keep [B]."""
+    return result if keep is None else torch.addcmul(x, result - x, keep[:, None, None]).to(x.dtype)

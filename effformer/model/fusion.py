@@ -74,8 +74,31 @@ class Fusable(nn.Module):
         """The result by fused operations, for the arguments of the decorated method."""
         raise NotImplementedError
 
+    def trained(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The result in training by a fused operation, for the arguments of the decorated method."""
+        raise NotImplementedError
+
+    def rehearse(self, *args: Any, **kwargs: Any) -> object:
+        """Launch what `trained` would; nothing is drawn, and running statistics stay."""
+        return self.fused(*args, **kwargs)
+
+    def why_untrained(self) -> str | None:
+        """The reason why `trained` does not compute the same as the modules now; None where it does."""
+        return self.why_composed()
+
     def why_composed(self) -> str | None:
         """The reason why the fused operation does not compute the same as the modules now; None where it does."""
+        parts = self.plain_parts()
+        if isinstance(parts, str):
+            return parts
+        if any(type(part) in BATCH_NORMS and uses_batch(part) for part in parts):
+            return "BatchNorm uses batch statistics here (training mode)"
+        if is_active(*parts):
+            return "dropout or stochastic depth is active here (training mode)"
+        return None
+
+    def plain_parts(self) -> list[nn.Module] | str:
+        """Its submodules, if they are as they were built; else the way in which one is not."""
         if _has_any_global_hook():
             return "hooks for all modules are registered"
         parts: list[Any] = []
@@ -89,11 +112,7 @@ class Fusable(nn.Module):
             parts.append(module)
         if self.activation not in ops.ACTIVATIONS:
             return f"activation {self.activation!r} has parameters"
-        if any(type(part) in BATCH_NORMS and (part.training or part.running_mean is None) for part in parts):
-            return "BatchNorm uses batch statistics here (training mode)"
-        if is_active(*parts):
-            return "dropout or stochastic depth is active here (training mode)"
-        return None
+        return parts
 
 
 _Block = TypeVar("_Block", bound=Fusable)
@@ -102,8 +121,9 @@ _Block = TypeVar("_Block", bound=Fusable)
 def fusable(composed: Callable[Concatenate[_Block, _P], Tensor]) -> Callable[Concatenate[_Block, _P], Tensor]:
     """Decorate a method that calls modules: where the fused operation computes the same, `fused` runs in its place.
 
-    Hooks on submodules, replaced submodules, batch statistics, active dropout and activations with parameters need the
-    modules. So does FX under the eager backend, since TorchScript compiles modules alone.
+    Batch statistics and active stochastic depth take `trained` under "triton", where a block has it. Hooks on
+    submodules, replaced submodules, active dropout and activations with parameters need the modules. So does FX under
+    the eager backend, since TorchScript compiles modules alone.
 
     Raises:
         UnsupportedError: by the decorated method, for backend="triton" where the modules are needed.
@@ -116,6 +136,10 @@ def fusable(composed: Callable[Concatenate[_Block, _P], Tensor]) -> Callable[Con
             if self.backend != "eager" or not _is_traced(*args, *kwargs.values()):
                 return self.fused(*args, **kwargs)
             reason = "FX traces the eager backend"
+        elif self.backend == "triton":
+            reason = self.why_untrained()
+            if reason is None:
+                return self.trained(*args, **kwargs)
         ops.refuse_triton(self.backend, reason)
         return composed(self, *args, **kwargs)
 
@@ -175,6 +199,11 @@ def refuse_hooks(*modules: nn.Module) -> None:
 def replaces(module: nn.Module, kind: type[nn.Module], *methods: str) -> bool:
     """Whether `module`, or its class, has other methods of these names than `kind`."""
     return any(name in vars(module) or getattr(type(module), name) is not getattr(kind, name) for name in methods)
+
+
+def uses_batch(norm: Any) -> bool:
+    """Whether a BatchNorm uses the batch's statistics now."""
+    return bool(norm.training or norm.running_mean is None)
 
 
 def is_active(*modules: nn.Module) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..checks import check_choice
 from ..config import DENSE_TASKS, TASKS, BiasResize, FeatureNorm
 from .adapter import AdapterSpec
-from .blocks import ConvMlp
 from .fusion import refuse_hooks
+from .meta4d import ConvMlp
 from .netspresso_file import read_netspresso
 from .network import EfficientFormer
 from .wrappers import refusal

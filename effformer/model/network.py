@@ -19,9 +19,10 @@ from ..backend import autocast
 from ..checks import FINITE, PROBABILITY, as_int, check, check_choice, check_count, check_floating, shape_of
 from ..config import EfficientFormerConfig
 from . import live
-from .blocks import Attention, Meta3D, Meta4D, Stem
+from .blocks import Attention, Meta3D, Stem
 from .end import End
 from .fusion import replaces
+from .meta4d import Meta4D
 from .stage import Stage, StageOutput
 from .steps import to_map
 from .wrappers import class_of, is_efficientformer, remedy

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from ..config import EfficientFormerConfig
 from ..workload import halved
 from . import live
-from .blocks import Downsample, Flat, Meta3D, Meta4D
+from .blocks import Downsample, Flat, Meta3D
 from .fusion import why_other
+from .meta4d import Meta4D
 from .steps import Source, Step
 
 

@@ -26,6 +26,7 @@ from .table import (
     AttentionBackwardConfig,
     AttentionConfig,
     Entry,
+    GramConfig,
     HeadConfig,
     LinearConfig,
     MlpConfig,
@@ -94,6 +95,12 @@ def attention_backward_config(question: Question, device: Device) -> AttentionBa
     """Tokens of a tile, and parts of the bias' gradient; the width is that of keys or of values."""
     found: AttentionBackwardConfig = answer(question, device)
     return replace(found, block_m=_power(question.sizes[0], found.block_m))
+
+
+def gram_config(question: Question, device: Device) -> GramConfig:
+    """Tiles of the covariance of channels, no wider than these."""
+    found: GramConfig = answer(question, device)
+    return replace(found, block_c=_power(question.sizes[0], found.block_c))
 
 
 def pool_config(question: Question, device: Device) -> tuple[int, int, int]:

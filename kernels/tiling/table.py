@@ -69,8 +69,19 @@ class AttentionBackwardConfig:
 
 
 @dataclass(frozen=True)
+class GramConfig:
+    """Covariance of channels: rows of a step, channels of a tile on both sides, and parts of the rows."""
+
+    block_m: int
+    block_c: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class PoolConfig:
-    """Pooling alone, or the sum of a split MLP: elements of a tile, of which up to `block_c` are channels."""
+    """Passes over a map, sums among them: elements of a tile, of which up to `block_c` are channels."""
 
     elements: int
     block_c: int
@@ -100,6 +111,7 @@ Config = (
     | LinearConfig
     | AttentionConfig
     | AttentionBackwardConfig
+    | GramConfig
     | PoolConfig
     | NormConfig
     | HeadConfig
@@ -118,6 +130,8 @@ OPERATIONS: dict[str, tuple[type[Config] | None, ...]] = {
     "attention_backward": (AttentionBackwardConfig,),
     "pool_mixer": (PoolConfig,),
     "split_sum": (PoolConfig,),
+    "channel_sums": (PoolConfig,),
+    "gram": (GramConfig,),
     "layer_norm": (NormConfig,),
     "token_mean": (NormConfig,),
     "head": (HeadConfig, None),
@@ -134,6 +148,8 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "attention_backward": ("tokens", "width"),
     "pool_mixer": ("channels", "dense", "rows"),
     "split_sum": ("channels", "rows"),
+    "channel_sums": ("channels", "rows"),
+    "gram": ("channels", "rows"),
     "layer_norm": ("channels", "rows"),
     "token_mean": ("channels", "rows"),
     "head": ("channels", "classes", "rows"),
@@ -287,8 +303,7 @@ def read_config(found: Any, operations: Iterable[str], source: str) -> Config | 
             right, rule = type(value) is int and 1 <= value <= 8, "1 to 8"
         else:
             # Triton's tiles and warps are powers of two, and matrix products take no tile below 16.
-            products = kind in (MlpConfig, SplitConfig, LinearConfig, AttentionConfig, AttentionBackwardConfig)
-            products &= name != "splits"
+            products = kind not in (PoolConfig, NormConfig, HeadConfig) and name != "splits"
             least, most = (1, 32) if name == "num_warps" else (16 if products else 1, 1 << 16)
             rule = f"powers of two from {least} to {most}"
             right = bool(numbers) and all(
