@@ -42,6 +42,7 @@ PRODUCTS = {
     "linear_kernel",
     "bias_attention_kernel",
     "attention_backward_kernel",
+    "gram_kernel",
 }
 
 
@@ -72,6 +73,11 @@ def test_l1_on_hopper(tmp_path: Path) -> None:
         "mlp_backward_kernel",
         "attention_backward_kernel",
         "layer_norm_backward_kernel",
+        "channel_statistics_kernel",
+        "combine_kernel",
+        "gradient_sums_kernel",
+        "gram_kernel",
+        "pool_keep_kernel",
         "pool_mixer_backward_kernel",
     }
     for record in records:

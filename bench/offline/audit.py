@@ -44,6 +44,7 @@ _PRODUCTS = (
     "split_mlp_kernel",
     "linear_kernel",
     "bias_attention_kernel",
+    "gram_kernel",
     "attention_backward_kernel",
     "attention_rows_backward_kernel",
     "attention_tokens_backward_kernel",

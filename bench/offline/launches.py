@@ -30,7 +30,7 @@ def network_launches(
 
     Maps are channels_last. Images come in the layouts that users have: contiguous in `dtype` (and in float32), and
     [batch, height, width, 3] in uint8. `attention_mixer` contains `bias_attention`, which is described once more with
-    a prepared bias alone.
+    a prepared bias alone. Gradients are included, and training of more than 2 images of 224 by 224.
     """
     for work in network_work(PRESETS[name], batch, size):
         if work.operation == "bias_attention":
@@ -47,6 +47,24 @@ def network_launches(
             yield from _launches(draw, device)
             if work.operation in ("meta4d", "attention_mixer", "linear_mlp"):
                 yield from backward_launches(draw, device)
+            if work.operation == "meta4d" and batch > 2 and size == (224, 224):
+                yield from training_launches(work.shape, dtype, device, **work.options)
+
+
+def training_launches(
+    shape: tuple[int, ...], dtype: torch.dtype, device: Device, *, hidden: int, activation: str = "gelu"
+) -> list[Described]:
+    """The launches of a 4D block in training, with stochastic depth, and of all its gradients."""
+    channels, eps = shape[1], (1e-5, 1e-5)
+    with stand_in(device), torch.device("meta"), recorded(run=False) as launches:
+        wide, narrow = torch.empty(hidden), torch.empty(channels)
+        x, keep = draw_map(shape, dtype), torch.empty(shape[0])
+        first = torch.empty(hidden, channels, dtype=dtype), wide, wide, wide
+        second = torch.empty(channels, hidden, dtype=dtype), narrow, narrow, narrow
+        given = (x, narrow, *first, *second, narrow, keep, keep)
+        _, *kept = IMPLEMENTATIONS["meta4d_train"](*given, *[None] * 4, *eps, activation)
+        IMPLEMENTATIONS["meta4d_train_backward"](x, *given, *kept, *eps, activation, [True] * 11)
+    return [("meta4d_train", f"{list(shape)}", launch) for launch in launches]
 
 
 def backward_launches(draw: Callable[[], Case], device: Device, note: str = "") -> list[Described]:
