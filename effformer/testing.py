@@ -170,6 +170,19 @@ def meta4d_case(x: Tensor, hidden: int, activation: str = "gelu") -> Case:
     return Case("meta4d", arguments, {"activation": activation})
 
 
+def meta4d_train_case(x: Tensor, hidden: int, activation: str = "gelu") -> Case:
+    """`ops.meta4d_train` of x [B, C, H, W], with the batch's statistics and stochastic depth."""
+    channels = x.shape[1]
+    arguments = [x, draw_vector(channels, 0.2, 0.8)]
+    for outputs, inputs in ((hidden, channels), (channels, hidden)):
+        vectors = ((-0.2, 0.2), (0.5, 1.5), (-0.5, 0.5))  # bias, and the norm's weight and bias
+        arguments += [draw_weight(outputs, inputs, x.dtype), *(draw_vector(outputs, *ends) for ends in vectors)]
+    arguments.append(draw_vector(channels, 0.2, 0.8))
+    keeps = (torch.rand(2, len(x)) < 0.7).float() / 0.7
+    options = {"activation": activation, "eps1": 1e-5, "eps2": 1e-5}
+    return Case("meta4d_train", (*arguments, *keeps), options)
+
+
 def bias_attention_case(
     batch: int, tokens: int, dtype: torch.dtype, *, num_heads: int, key_dim: int, value_dim: int
 ) -> Case:

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from .. import ops, reference
 from ..accuracy import Accuracy, ParameterAccuracy, accuracy
 from ..bench.offline.execution import Execution, executing
 from ..bench.offline.ptx.machine import Options
-from ..testing import Case, draw_gradient, float32_as_such, unwritten_is_nan
+from ..testing import Case, draw_gradient, draw_map, float32_as_such, meta4d_train_case, unwritten_is_nan
 from ..workload import DIFFERENTIABLE
 from .verify import draw, summary, why_not_verified
 from .verify_compiled import DEFAULT, device_of_target
@@ -27,19 +28,24 @@ from .verify_report import Check, Outcome
 
 
 def arguments_of(operation: str) -> list[str]:
-    """The names of an operation's tensors, the input first."""
+    """The names of an operation's tensors that have gradients, the input first."""
     signature = inspect.signature(getattr(reference, operation)).parameters.values()
     return [one.name for one in signature if one.kind is one.POSITIONAL_OR_KEYWORD and one.default is one.empty]
 
 
 def gradient_checks(checks: Iterable[Check]) -> list[Check]:
-    """A check for each argument of those that are of `DIFFERENTIABLE`, named "meta4d/weight1"."""
-    return [
-        replace(check, operation=f"{check.operation}/{name}")
-        for check in checks
-        if check.operation in DIFFERENTIABLE
-        for name in arguments_of(check.operation)
-    ]
+    """A check for each argument of those that are of `DIFFERENTIABLE`, named "meta4d/weight1".
+
+    With "meta4d" comes "meta4d_train", the same block in training.
+    """
+    found = []
+    for check in checks:
+        operations = [check.operation] if check.operation in DIFFERENTIABLE else []
+        if check.operation == "meta4d":
+            operations.append("meta4d_train")
+        for operation in operations:
+            found += [replace(check, operation=f"{operation}/{name}") for name in arguments_of(operation)]
+    return found
 
 
 class Found(NamedTuple):
@@ -50,13 +56,14 @@ class Found(NamedTuple):
 
 
 def gradients(
-    function: Callable[..., Tensor], arguments: Sequence[Tensor], grad: Tensor, needed: Sequence[bool] | None = None
+    function: Callable[..., Any], arguments: Sequence[Tensor], grad: Tensor, needed: Sequence[bool] | None = None
 ) -> Found:
-    """Gradients of leaves with the values and strides of `arguments`, for the gradient `grad` of the result."""
+    """Gradients of leaves with the values and strides of `arguments`, for the gradient `grad` of the first result."""
     wanted = [True] * len(arguments) if needed is None else needed
     leaves = [one.detach().requires_grad_(want) for one, want in zip(arguments, wanted, strict=True)]
     with torch.enable_grad():
-        result = function(*leaves)
+        found: Any = function(*leaves)
+        result: Tensor = found[0] if isinstance(found, tuple) else found
         result.backward(grad.to(result.dtype))
     return Found(result.detach(), [one.grad for one in leaves])
 
@@ -70,26 +77,26 @@ class Gradients:
 
     def by(self, backend: str, needed: Sequence[bool] | None = None) -> Found:
         """By a backend of `effformer.ops`."""
-
-        def function(*given: Tensor) -> Tensor:
-            result: Tensor = getattr(ops, self.case.operation)(*given, **self.case.options, backend=backend)
-            return result
-
-        return gradients(function, self.case.arguments, self.grad, needed)
+        function = partial(getattr(ops, self.case.operation), **self.case.options, backend=backend)
+        return gradients(function, self.case.arguments, self.grad, needed or self._have)
 
     def exact(self, needed: Sequence[bool] | None = None) -> Found:
         """By the reference in float64."""
+        function = partial(getattr(reference, self.case.operation), **self.case.options)
+        arguments = [one.double() for one in self.case.arguments]
+        return gradients(function, arguments, self.grad, needed or self._have)
 
-        def function(*given: Tensor) -> Tensor:
-            result: Tensor = getattr(reference, self.case.operation)(*given, **self.case.options)
-            return result
-
-        return gradients(function, [one.double() for one in self.case.arguments], self.grad, needed)
+    @property
+    def _have(self) -> list[bool]:
+        """Of each argument, whether it has a gradient."""
+        return [place < len(arguments_of(self.case.operation)) for place in range(len(self.case.arguments))]
 
 
 def errors(found: Found, exact: Found, eager: Found) -> Iterator[Accuracy]:
     """Errors of each gradient, which know their rule: that of parameters for all but the first."""
     for place, three in enumerate(zip(found.gradients, exact.gradients, eager.gradients, strict=True)):
+        if three[1] is None:
+            continue
         error = accuracy(*three)
         yield ParameterAccuracy(**vars(error)) if place else error
 
@@ -131,6 +138,17 @@ def _grouped(checks: Iterable[Check]) -> Iterator[tuple[Check, list[Check]]]:
     yield from groups.values()
 
 
+def _draw(check: Check, device: torch.device, seed: int) -> Case:
+    """A random call of an operation."""
+    if check.operation == "meta4d_train":
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
+            return meta4d_train_case(draw_map(check.shape, check.dtype), **check.options).to(device)
+    case = draw(check, device, seed)
+    assert isinstance(case, Case)
+    return case
+
+
 def _outcomes(
     operation: Check,
     checks: list[Check],
@@ -143,8 +161,7 @@ def _outcomes(
     from ..kernels.launch import recorded
 
     try:
-        case = draw(operation, device, seed)
-        assert isinstance(case, Case)
+        case = _draw(operation, device, seed)
         subject = Gradients(case, draw_gradient(case, seed))
         with float32_as_such():
             with unwritten_is_nan(), recorded() as launches, context() as execution:
