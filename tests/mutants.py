@@ -13,9 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
+from gradient_mutants import GRADIENT_JUDGES, GRADIENT_MUTANTS, Mutant
 from plain import lay_out
 
 ROOT = Path(__file__).parent.parent
@@ -54,29 +54,12 @@ JUDGES = {
     "effformer/model/live.py": ("test_live.py", "test_live_modules.py", "test_host.py", "test_operators.py"),
     "effformer/model/end.py": ("test_live_modules.py",),
     "effformer/model/fusion.py": _SERVING,
-    "kernels/activation_backward.py": ("test_backward.py", "test_backward_use.py"),
-    "kernels/mlp_backward.py": ("test_backward.py", "test_backward_use.py"),
-    "kernels/meta4d_backward.py": ("test_backward.py", "test_backward_use.py"),
-    "kernels/pool_mixer_backward.py": ("test_backward.py", "test_backward_use.py"),
-    "effformer/gradients.py": ("test_backward.py", "test_backward_use.py"),
+    **GRADIENT_JUDGES,
 }
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """`old`, which stands once in `file`, becomes `new`."""
-
-    fault: str
-    file: str
-    old: str
-    new: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.fault} ({self.file})"
-
-
 MUTANTS = (
+    *GRADIENT_MUTANTS,
     # pooling
     Mutant("padding counted, columns", "kernels/rows.py", "w_left, w_middle, w_right = _weights(w, W)", "w_left, w_middle, w_right = _weights(w * 0 + 1, W + 2)"),
     Mutant("padding counted, lines", "kernels/rows.py", "w_up, w_middle, w_down = _weights(h, H)", "w_up, w_middle, w_down = _weights(h * 0 + 1, H + 2)"),
@@ -275,44 +258,6 @@ MUTANTS = (
     Mutant("live: replicas planned", "effformer/model/live.py", 'vars(part.owner).get("_is_replica")', "False"),
     Mutant("live: a plan made by each thread", "effformer/model/live.py", "            if form not in state.plans:  # another thread made it\n", "            if True:\n"),
     Mutant("live: methods of subclasses ignored", "effformer/model/end.py", 'return replaces(self.network, EfficientFormer, "forward_head", "logits")', "return False"),
-    # gradients
-    Mutant("a line weighed by those around the pixel written", "kernels/pool_mixer_backward.py", "line, lines = _averaged(h + (i - 1), H)", "(line, lines), lines = _averaged(h + (i - 1), H), _averaged(h, H)[1]"),
-    Mutant("a column weighed by those around the pixel written", "kernels/pool_mixer_backward.py", "column, columns = _averaged(w + (j - 1), W)", "(column, columns), columns = _averaged(w + (j - 1), W), _averaged(w, W)[1]"),
-    Mutant("padding counted", "kernels/pool_mixer_backward.py", "tl.where(i < SIZE - 1, 1.0, 0.0)", "1.0"),
-    Mutant("gradient of the centre dropped", "kernels/pool_mixer_backward.py", "moved = -grad", "moved = 0.0 * grad"),
-    Mutant("gradient without the layer scale", "kernels/pool_mixer_backward.py", "grad + layer_scale * moved", "grad + moved"),
-    Mutant("no pixel taken from x", "kernels/pool_mixer_backward.py", "(x - first) * moved", "x * moved"),
-    Mutant("shares rounded twice", "kernels/pool_mixer_backward.py", "(1.0 / (lines * columns))", "((1.0 / lines) * (1.0 / columns))"),
-    Mutant("sums of a tile written over another's", "kernels/pool_mixer_backward.py", "i_m.to(tl.int64) * C + c", "0 * i_m.to(tl.int64) + c"),
-    Mutant("weight1's gradient without scale1", "kernels/mlp_backward.py", "first_sum * (size * mlp.scale1)[:, None]", "first_sum * size"),
-    Mutant("scale1's gradient without the size", "kernels/mlp_backward.py", "scale1 * size if", "scale1 if"),
-    Mutant("shift1's gradient without the size", "kernels/mlp_backward.py", "shift1 * size if", "shift1 if"),
-    Mutant("x's gradient without scale1", "kernels/mlp_backward.py", "(mlp.weight1.float() * mlp.scale1[:, None])", "mlp.weight1.float()"),
-    Mutant("the residual's gradient lost", "kernels/mlp_backward.py", "torch.addcmul(grad_rows[part], ", "torch.addcmul(0 * grad_rows[part], "),
-    Mutant("x's gradient without the size", "kernels/mlp_backward.py", ", size, out=out[part])", ", size / size, out=out[part])"),
-    Mutant("the gradient without scale2", "kernels/mlp_backward.py", "torch.mul(grad, (scale2 / size)[:, None, None], out=scaled)", "torch.div(grad, size, out=scaled)"),
-    Mutant("weight2's gradient without scale2", "kernels/mlp_backward.py", "second_sum * mlp.scale2[:, None]", "second_sum"),
-    Mutant("rows of the first part in all", "kernels/mlp_backward.py", "first // BLOCK_M + i_m", "i_m"),
-    Mutant("weight1's gradient of the last part alone", "kernels/mlp_backward.py", "first_sum += _product(", "first_sum = _product("),
-    Mutant("weight2's gradient of the last part alone", "kernels/mlp_backward.py", "second_sum += _product(", "second_sum = _product("),
-    Mutant("shift1's gradient of the last part alone", "kernels/mlp_backward.py", "shift1 += scratch", "shift1 = scratch"),
-    Mutant("scale1's gradient of the last part alone", "kernels/mlp_backward.py", "scale1 += scratch", "scale1 = scratch"),
-    Mutant("the activation's input for the product", "kernels/mlp_backward.py", "tl.sum(b_dh * b_t, 0)", "tl.sum(b_dh * b_hidden, 0)"),
-    Mutant("the doubled activation stored", "kernels/mlp_backward.py", '.removesuffix("_x2")', ""),
-    Mutant("shift2's gradient summed in 16 bits", "kernels/mlp_backward.py", "grad_rows.sum(0, dtype=torch.float32)", "grad_rows.cumsum(0)[-1].float()"),
-    Mutant("sums of products in 16 bits", "kernels/mlp_backward.py", "return a.float() @ b.float()", "return (a @ b).float()"),
-    Mutant("hidden channels beyond the last one", "kernels/mlp_backward.py", "mask = inside[:, None] & there[None, :]", "mask = inside[:, None]"),
-    Mutant("gradient of the density of another deviation", "kernels/activation_backward.py", "tl.exp(-0.5 * x * x)", "tl.exp(-x * x)"),
-    Mutant("sides of GELU's derivative swapped", "kernels/activation_backward.py", "1.0 - tail, tail", "tail, 1.0 - tail"),
-    Mutant("a coefficient of GELU's derivative", "kernels/activation_backward.py", "+ EXP3_SLOPE[1])", "+ EXP3_SLOPE[2])"),
-    Mutant("NaN lost in GELU's derivative", "kernels/activation_backward.py", " + 0.0 * x", ""),
-    Mutant("relu's derivative on the wrong side", "kernels/activation_backward.py", "x <= 0, 0.0, 1.0", "x <= 0, 1.0, 0.0"),
-    Mutant("silu's derivative of a part", "kernels/activation_backward.py", "(1.0 + x * (1.0 - sigmoid))", "(1.0 - sigmoid)"),
-    Mutant("hard_swish's derivative halved", "kernels/activation_backward.py", "x * (1 / 3) + 0.5", "x * (1 / 6) + 0.5"),
-    Mutant("gradients of the map before pooling", "kernels/meta4d_backward.py", "mlp_gradients(grad, mixed,", "mlp_gradients(grad, source,"),
-    Mutant("the pooling's own gradient left out", "kernels/meta4d_backward.py", "            if layer_scale is not None:\n                dx", "            if False:\n                dx"),
-    Mutant("a second derivative silently lost", "effformer/gradients.py", "if torch.is_grad_enabled():", "if False:"),
-    Mutant("a copy of the weights kept", "effformer/gradients.py", "ctx.save_for_backward(*inputs[:_TENSORS])", "ctx.save_for_backward(*[None if one is None else one.clone() for one in inputs[:_TENSORS]])"),
     Mutant("frozen: a gradient lost", "effformer/serving/options.py", "if torch.is_grad_enabled() and images.requires_grad:", "if False:"),
 )  # fmt: skip
 
