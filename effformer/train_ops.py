@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.fx
@@ -11,22 +11,29 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import reference
-from .backend import needs_gradient, products_dtype, select_backend
+from .backend import UnsupportedError, needs_gradient, products_dtype, select_backend
 from .checks import check_choice, check_map, check_mlp, check_vectors
 from .gradients import given, with_products
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 # Of the operator: x and the parameters, with keep1 and keep2, and with the statistics.
 _TRAINED, _DRAWN, _TENSORS = 11, 13, 17
 
 
 class Trained(NamedTuple):
-    """The result of `meta4d_train`, and the statistics that it used, float32 (float64 if x is)."""
+    """The result of `meta4d_train`, and the statistics that it used, float32 (float64 if x is).
+
+    `count` is the number of values that they are of, or a tensor of it where other processes take part.
+    """
 
     result: Tensor
     mean1: Tensor
     var1: Tensor
     mean2: Tensor
     var2: Tensor
+    count: Tensor | int
 
 
 @torch.fx.wrap
@@ -52,6 +59,7 @@ def meta4d_train(
     eps1: float = 1e-5,
     eps2: float = 1e-5,
     activation: str = "gelu",
+    process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Trained:
     """A whole 4D MetaBlock in training: y + keep2 * layer_scale2 * norm2(W2 · act(norm1(W1 · y + bias1)) + bias2).
@@ -68,6 +76,8 @@ def meta4d_train(
         mean1, var1, mean2, var2: [hidden] and [C], statistics to use; None, all four of them, for the batch's.
         eps1, eps2: of the norms.
         activation: one of `ops.ACTIVATIONS`; "gelu" is the exact form.
+        process_group: whose processes share the batch's statistics, each with images of its own, as by
+            `torch.nn.SyncBatchNorm`; the kernels alone compute this. None for this process alone.
         backend: "auto", "eager" or "triton".
 
     All vectors are float32 (float64 if x is).
@@ -88,7 +98,7 @@ def meta4d_train(
     if given_ones and len(given_ones) < len(statistics):
         raise ValueError(f"mean1, var1, mean2, var2: got {', '.join(given_ones)} alone, allowed are all or none")
     batch, channels, height, width = x.shape
-    if not given_ones and batch * height * width < 2:
+    if not given_ones and batch * height * width < (2 if process_group is None else 1):
         raise ValueError(f"x: got shape {list(x.shape)}, allowed are two values a channel or more for statistics")
     without = {"keep1": keep1, "keep2": keep2, **statistics}
     for name, one in without.items():
@@ -107,23 +117,25 @@ def meta4d_train(
         layer_scale2, keep1, keep2, mean1, var1, mean2, var2,
     )  # fmt: skip
     there = [one for one in tensors if one is not None]
+    count = batch * height * width
     if select_backend(backend, *there, activation=activation, differentiable=True) == "eager":
-        return Trained(*reference.meta4d_train(*tensors, eps1=eps1, eps2=eps2, activation=activation))
+        if process_group is not None:
+            raise UnsupportedError("process_group: got one, allowed is None where eager PyTorch computes")
+        return Trained(*reference.meta4d_train(*tensors, eps1=eps1, eps2=eps2, activation=activation), count)
+    options = eps1, eps2, activation, "" if process_group is None or given_ones else process_group.group_name
     dtype = products_dtype(x)
-    if needs_gradient(*there):
-        found = _Train.apply((eps1, eps2, activation), dtype, *tensors)  # type: ignore[no-untyped-call]
-    else:
-        found = _by_kernels((eps1, eps2, activation), dtype, tensors)
+    compute: Callable[..., Any] = _Train.apply if needs_gradient(*there) else _by_kernels
+    found = compute(options, dtype, *tensors)
     if given_ones:
-        return Trained(found[0], *(one for one in (mean1, var1, mean2, var2) if one is not None))
+        return Trained(found[0], *(one for one in (mean1, var1, mean2, var2) if one is not None), count)
     first, second = (
         one if bias is None else one + bias.detach() for one, bias in ((found[2], bias1), (found[4], bias2))
     )
-    return Trained(found[0], first, found[3], second, found[5])
+    return Trained(found[0], first, found[3], second, found[5], found[8] if process_group else count)
 
 
-def _by_kernels(options: tuple[Any, ...], dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:
-    """Result, o, mean1, var1, mean2, var2, and of the batch the mean and covariance of y."""
+def _by_kernels(options: tuple[Any, ...], dtype: torch.dtype, *tensors: Tensor | None) -> Sequence[Tensor]:
+    """Result, o, mean1, var1, mean2, var2, of the batch the mean and covariance of y, and its number of values."""
     from .kernels import operators
 
     found: Sequence[Tensor] = operators.meta4d_train(*with_products(tensors, dtype), *options)  # type: ignore[assignment]
@@ -133,7 +145,7 @@ def _by_kernels(options: tuple[Any, ...], dtype: torch.dtype, tensors: Sequence[
 class _Train(Function):
     @staticmethod
     def forward(options: tuple[Any, ...], dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(_by_kernels(options, dtype, tensors))
+        return tuple(_by_kernels(options, dtype, *tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -172,7 +172,7 @@ def gradient_sums(grad: Tensor, x: Tensor, keep: Tensor | None, mean: Tensor) ->
             num_warps,
         )
     )
-    return sums.sum(0), products.sum(0)
+    return sums.sum(0, dtype=torch.float64).float(), products.sum(0, dtype=torch.float64).float()
 
 
 @kernel

@@ -5,8 +5,8 @@
     result = y + keep2 * layer_scale2 * BatchNorm2(o)
 
 In 16 bits the statistics of W1 · y follow from the covariance of y's channels: the hidden map is never needed whole. In
-float32 they come from W1 · y itself, since the covariance would cancel. For the backward (`meta4d_train_backward.py`)
-x and o are kept, no other map.
+float32 they come from W1 · y itself, since the covariance would cancel. With a `group` the batch is that of all its
+processes (SyncBatchNorm). For the backward (`meta4d_train_backward.py`) x and o are kept, no other map.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .layout import Rows, dense_map, new_map, token_rows
 from .linear import linear_launch
 from .mlp_backward import MOST_HIDDEN
 from .pool_mixer import pool_mixer_launch
+from .processes import merged_statistics
 from .register import register
 from .statistics import channel_statistics, covariance
 from .vendor import flat_map
@@ -108,12 +109,14 @@ def _implementation(
     eps1: float,
     eps2: float,
     activation: str,
+    group: str,
 ) -> list[Tensor]:
     dtype, source = weight1.dtype, dense_map(x)
     weight1, weight2 = weight1.contiguous(), weight2.contiguous()
     y = pooled(source, layer_scale1.contiguous(), keep1)
     rows = flat_map(y).to(dtype)
     mean, covariances = (rows.new_empty(0, dtype=torch.float32) for _ in range(2))
+    count: Tensor | int = len(rows)
     if mean1 is None or var1 is None:
         mean, covariances = covariance(rows)
         if dtype == torch.float32:
@@ -121,6 +124,7 @@ def _implementation(
         else:
             wide = weight1.double()
             mean1, var1 = wide @ mean, ((wide @ covariances) * wide).sum(1)
+        _, mean1, var1 = merged_statistics(len(rows), mean1, var1, group)
         mean1, var1, mean, covariances = (one.float() for one in (mean1, var1, mean, covariances))
     else:
         mean1 = mean1.clone() if bias1 is None else mean1 - bias1
@@ -128,7 +132,8 @@ def _implementation(
     scale1, shift1, _ = folded(mean1, var1, norm_weight1, norm_bias1, eps1)
     branch = _branch(rows, weight1, scale1, shift1, weight2, activation)
     if mean2 is None or var2 is None:
-        mean2, var2 = (one.float() for one in channel_statistics(branch))
+        count, mean2, var2 = merged_statistics(len(rows), *channel_statistics(branch), group)
+        mean2, var2 = mean2.float(), var2.float()
     else:
         mean2 = mean2.clone() if bias2 is None else mean2 - bias2
         var2 = var2.clone()
@@ -140,7 +145,8 @@ def _implementation(
     out = combine(o, y, keep2, terms, x.dtype)
     if new_map(x).stride() != out.stride():
         out = new_map(x).copy_(out)
-    return [out, o, mean1, var1, mean2, var2, mean, covariances]
+    values = count.view(1) if isinstance(count, Tensor) else x.new_full((1,), count, dtype=torch.float64)
+    return [out, o, mean1, var1, mean2, var2, mean, covariances, values]
 
 
 def _fake(
@@ -163,14 +169,15 @@ def _fake(
     side = channels if mean1 is None else 0
     o = x.new_empty(batch, height, width, channels, dtype=weight1.dtype).permute(0, 3, 1, 2)
     vectors = (x.new_empty(size, dtype=torch.float32) for size in (hidden, hidden, channels, channels, side))
-    return [new_map(x), o, *vectors, x.new_empty((side, side) if side else (0,), dtype=torch.float32)]
+    square = x.new_empty((side, side) if side else (0,), dtype=torch.float32)
+    return [new_map(x), o, *vectors, square, x.new_empty(1, dtype=torch.float64)]
 
 
 meta4d_train = register(
     "meta4d_train(Tensor x, Tensor layer_scale1, Tensor weight1, Tensor? bias1, Tensor norm_weight1, "
     "Tensor norm_bias1, Tensor weight2, Tensor? bias2, Tensor norm_weight2, Tensor norm_bias2, Tensor layer_scale2, "
     "Tensor? keep1, Tensor? keep2, Tensor? mean1, Tensor? var1, Tensor? mean2, Tensor? var2, float eps1, float eps2, "
-    "str activation) -> Tensor[]",
+    "str activation, str group) -> Tensor[]",
     _implementation,  # type: ignore[arg-type]
     _fake,  # type: ignore[arg-type]
 )

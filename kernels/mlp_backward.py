@@ -150,7 +150,7 @@ class Sums(NamedTuple):
 
     Attributes:
         x: (scale1 * W1)ᵀ dh of each row, [rows, C] in the products' dtype.
-        weight1: Σ dh xᵀ, [hidden, C].
+        weight1: Σ dh rightᵀ, [hidden, C].
         scale1, shift1: Σ dh * (t - centre) and Σ dh, [hidden].
         weight2: Σ left actᵀ, [C, hidden].
 
@@ -218,14 +218,16 @@ def _tiles(mlp: BackwardMlp, rows: int) -> tuple[int, int, LinearConfig, Questio
     return config.block_m, sum(config.widths), config, question
 
 
-def mlp_sums(x: Tensor, grad: Tensor, left: Tensor, mlp: BackwardMlp, wanted: Wanted) -> Sums:
+def mlp_sums(
+    x: Tensor, grad: Tensor, left: Tensor, mlp: BackwardMlp, wanted: Wanted, right: Tensor | None = None
+) -> Sums:
     """Compute what is `wanted`, the hidden activations for a part of the rows at a time.
 
     x and grad [B, C, H, W] in the weights' dtype, with channels next to each other (`dense_map`); grad is the gradient
-    of W2 · act. left [rows, C] is multiplied with the activations.
+    of W2 · act. left [rows, C] is multiplied with the activations, right [rows, C] (in place of x) with dh.
     """
     dtype, hidden = mlp.weight1.dtype, len(mlp.weight1)
-    source, above, x_rows = map_rows(x), map_rows(grad), flat_map(x)
+    source, above, right = map_rows(x), map_rows(grad), flat_map(x) if right is None else right
     count, channels = source.count, source.channels
     block_m, _, _, _ = _tiles(mlp, count)
     most = max(1, MOST_HIDDEN // hidden // block_m) * block_m
@@ -242,7 +244,7 @@ def mlp_sums(x: Tensor, grad: Tensor, left: Tensor, mlp: BackwardMlp, wanted: Wa
         scratch = Scratch(act[:length], dh[:length], sums, products)
         run(mlp_backward_launch(source, above, mlp, first, scratch))
         if wanted.weight1:
-            of_weight1 = _added(of_weight1, float32_product(scratch.grad.T, x_rows[part]))
+            of_weight1 = _added(of_weight1, float32_product(scratch.grad.T, right[part]))
         if wanted.weight2:
             of_weight2 = _added(of_weight2, float32_product(left[part].T, scratch.act))
         if out is not None and weight1 is not None:
@@ -252,8 +254,8 @@ def mlp_sums(x: Tensor, grad: Tensor, left: Tensor, mlp: BackwardMlp, wanted: Wa
     return Sums(
         out,
         of_weight1 if wanted.weight1 else None,
-        partial[1].sum(0) if wanted.scale1 else None,
-        partial[0].sum(0) if wanted.shift1 else None,
+        partial[1].sum(0, dtype=torch.float64).float() if wanted.scale1 else None,
+        partial[0].sum(0, dtype=torch.float64).float() if wanted.shift1 else None,
         of_weight2 if wanted.weight2 else None,
     )
 

@@ -55,6 +55,12 @@ def test_attention_of_networks(dtype: torch.dtype, tokens: int) -> None:
     check(bias_attention_case(3, tokens, dtype, num_heads=2, key_dim=32, value_dim=128))
 
 
+@pytest.mark.parametrize("tokens", [5, 18])
+def test_the_bias_gradient_of_many_images(tokens: int) -> None:
+    """More images than parts of the sum, so that a program adds several; in one tile and in two."""
+    check(bias_attention_case(19, tokens, torch.float32, num_heads=1, key_dim=8, value_dim=8))
+
+
 @pytest.mark.parametrize(("heads", "key_dim", "value_dim"), [(1, 20, 13), (3, 8, 300), (1, 100, 16)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unusual_heads(dtype: torch.dtype, heads: int, key_dim: int, value_dim: int) -> None:

@@ -62,8 +62,8 @@ def training_launches(
         first = torch.empty(hidden, channels, dtype=dtype), wide, wide, wide
         second = torch.empty(channels, hidden, dtype=dtype), narrow, narrow, narrow
         given = (x, narrow, *first, *second, narrow, keep, keep)
-        _, *kept = IMPLEMENTATIONS["meta4d_train"](*given, *[None] * 4, *eps, activation)
-        IMPLEMENTATIONS["meta4d_train_backward"](x, *given, *kept, *eps, activation, [True] * 11)
+        _, *kept = IMPLEMENTATIONS["meta4d_train"](*given, *[None] * 4, *eps, activation, "")
+        IMPLEMENTATIONS["meta4d_train_backward"](x, *given, *kept, *eps, activation, "", [True] * 11)
     return [("meta4d_train", f"{list(shape)}", launch) for launch in launches]
 
 

@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3, help="the largest; it rises in the first epoch, then falls")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", default="auto", choices=("auto", "eager", "triton"))
+    parser.add_argument("--steps", type=int, default=0, help="stop after so many steps, and print the loss of each")
     parser.add_argument("--require", type=float, default=0.0, help="least accuracy, from 0 to 1")
     arguments = parser.parse_args(argv)
 
@@ -64,13 +66,14 @@ def main(argv: list[str] | None = None) -> float:
     model = effformer.create_model(
         arguments.model, num_classes=10, in_chans=1, layer_scale_init_value=0.1, drop_path_rate=0.05
     ).to(device)
+    effformer.set_backend(model, arguments.backend)
     optimiser = torch.optim.AdamW(parameter_groups(model, 0.05), lr=arguments.lr)
     warm, steps = math.ceil(count / arguments.batch_size), arguments.epochs * math.ceil(count / arguments.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
 
-    start, found = time.perf_counter(), 0.0
+    start, found, taken = time.perf_counter(), 0.0, 0
     for epoch in range(arguments.epochs):
         model.train()
         total = 0.0
@@ -81,6 +84,11 @@ def main(argv: list[str] | None = None) -> float:
             optimiser.step()
             schedule.step()
             total += loss.item() * len(chosen)
+            taken += 1
+            if arguments.steps:
+                print(f"step {taken}: loss {loss.item():.6f}", flush=True)
+            if taken == arguments.steps:
+                return found
         model.eval()
         found = accuracy(model, images[count:], labels[count:])
         seconds = time.perf_counter() - start

@@ -12,7 +12,7 @@ from .. import ops
 from ..backend import products_dtype
 from ..config import EfficientFormerConfig
 from ..reference import upcast
-from .batch_norm import move_statistics
+from .batch_norm import group_of, move_statistics
 from .fusion import Fusable, fusable, is_active, uses_batch
 from .parts import DROP_PATHS, LayerScale, activation, drop_path, factors, fold_norm
 from .steps import Fold, Source, Step
@@ -85,16 +85,15 @@ class Meta4D(Fusable):
         norms = self.mlp.norm1, self.mlp.norm2
         if uses_batch(norms[0]) != uses_batch(norms[1]):
             return "one BatchNorm uses batch statistics, the other one does not"
-        if uses_batch(norms[0]) and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):
-            return "SyncBatchNorm shares the batch statistics of all processes"
+        if group_of(norms[0]) is not group_of(norms[1]):
+            return "its BatchNorms share their batch statistics with different processes"
         return None
 
     def trained(self, x: Tensor) -> Tensor:
         branch = torch.promote_types(products_dtype(x), self.ls1.gamma.dtype)
         found = self._operation(x, *(factors(path, x, branch) for path in (self.drop_path1, self.drop_path2)))
-        count = x.numel() // x.shape[1]
-        move_statistics(self.mlp.norm1, found.mean1, found.var1, count)
-        move_statistics(self.mlp.norm2, found.mean2, found.var2, count)
+        move_statistics(self.mlp.norm1, found.mean1, found.var1, found.count)
+        move_statistics(self.mlp.norm2, found.mean2, found.var2, found.count)
         return found.result
 
     def rehearse(self, x: Tensor) -> object:
@@ -126,6 +125,7 @@ class Meta4D(Fusable):
             eps1=norms[0].eps,
             eps2=norms[1].eps,
             activation=self.activation,
+            process_group=group_of(norms[0]),
             backend=self.backend,
         )
 
