@@ -25,7 +25,7 @@ _TRAINED, _DRAWN, _TENSORS = 11, 13, 17
 class Trained(NamedTuple):
     """The result of `meta4d_train`, and the statistics that it used, float32 (float64 if x is).
 
-    `count` is the number of values that they are of, or a tensor of it where other processes take part.
+    `values` is the number of values a channel that they are of, or a tensor of it where other processes take part.
     """
 
     result: Tensor
@@ -33,7 +33,7 @@ class Trained(NamedTuple):
     var1: Tensor
     mean2: Tensor
     var2: Tensor
-    count: Tensor | int
+    values: Tensor | int
 
 
 @torch.fx.wrap
@@ -126,8 +126,8 @@ def meta4d_train(
     dtype = products_dtype(x)
     compute: Callable[..., Any] = _Train.apply if needs_gradient(*there) else _by_kernels
     found = compute(options, dtype, *tensors)
-    if given_ones:
-        return Trained(found[0], *(one for one in (mean1, var1, mean2, var2) if one is not None), count)
+    if mean1 is not None and var1 is not None and mean2 is not None and var2 is not None:
+        return Trained(found[0], mean1, var1, mean2, var2, count)
     first, second = (
         one if bias is None else one + bias.detach() for one, bias in ((found[2], bias1), (found[4], bias2))
     )

@@ -162,4 +162,5 @@ def layer_norm_gradients(
     sums = new_sums(rows) if any(needed[1:]) else None
     if x.numel():
         run(layer_norm_backward_launch(rows, token_rows(grad), token_rows(residual), weight, size, eps, out, sums))
-    return out, *(sums[place].sum(0) if sums is not None and needed[1 + place] else None for place in range(2))
+    weight_sum, bias_sum = (sums[at].sum(0) if sums is not None and needed[1 + at] else None for at in range(2))
+    return out, weight_sum, bias_sum

@@ -33,7 +33,7 @@ def summed(one: Tensor, other: Tensor, group: str) -> tuple[Tensor, Tensor]:
 
 
 def _group(name: str) -> dist.ProcessGroup:
-    found: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(name)
+    found: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
     return found
 
 

@@ -65,7 +65,7 @@ def test_layouts(layout: str) -> None:
 @pytest.mark.parametrize("activation", ["relu", "silu", "hard_swish"])
 def test_activations(activation: str) -> None:
     for dtype in DTYPES:
-        assert within(draw((2, 20, 5, 9), dtype, activation=activation)) == []
+        assert within(draw(SHAPE, dtype, activation=activation)) == []
 
 
 def test_convolutions_without_a_bias() -> None:
@@ -362,6 +362,8 @@ def test_modes_that_no_kernel_computes(narrow: Callable[..., EfficientFormer]) -
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """SyncBatchNorm: other numbers of images, and the results, gradients and statistics of the whole batch."""
+    if DEVICE.type == "cuda":
+        pytest.skip("the processes are on the CPU")
     command = [sys.executable, str(TESTS / "sync_worker.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     workers = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)]
@@ -419,6 +421,6 @@ def test_without_gradients(layout: str) -> None:
     case = draw((2, 20, 5, 9), torch.float32, layout=layout)
     with torch.no_grad(), float32_as_such():
         one, other = (ops.meta4d_train(*case.tensors, backend=backend) for backend in ("triton", "eager"))
-    assert one.count == other.count == 90
+    assert one.values == other.values == 90
     for found, wanted in zip(one[:-1], other[:-1], strict=True):
         assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)

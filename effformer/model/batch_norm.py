@@ -24,6 +24,7 @@ def move_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tens
         norm.num_batches_tracked.add_(1)
     momentum = norm.momentum
     if momentum is None:  # the average of all batches
+        assert norm.num_batches_tracked is not None
         momentum = 1.0 / float(norm.num_batches_tracked)
     unbiased = (var * (count / (count - 1))).to(var.dtype)
     for running, of_batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):

@@ -219,13 +219,19 @@ class Meta3D(Fusable):
 
     def _fused_mixer(self, x: Tensor, height: int, width: int) -> Tensor:
         mixer = self.token_mixer
-        heads = {"num_heads": mixer.num_heads, "key_dim": mixer.key_dim}
-        tensors = self.folded_mixer(mixer.bias(height, width))
-        return ops.attention_mixer(x, *tensors, **heads, eps=self.norm1.eps, backend=self.backend)
+        return ops.attention_mixer(
+            x,
+            *self.folded_mixer(mixer.bias(height, width)),
+            num_heads=mixer.num_heads,
+            key_dim=mixer.key_dim,
+            eps=self.norm1.eps,
+            backend=self.backend,
+        )
 
     def _fused_mlp(self, x: Tensor) -> Tensor:
-        options = {"activation": self.activation, "eps": self.norm2.eps, "backend": self.backend}
-        return ops.linear_mlp(x, *self.folded_mlp(), **options)
+        return ops.linear_mlp(
+            x, *self.folded_mlp(), activation=self.activation, eps=self.norm2.eps, backend=self.backend
+        )
 
     def why_untrained(self) -> str | None:
         parts = self.plain_parts()

@@ -92,8 +92,8 @@ class Meta4D(Fusable):
     def trained(self, x: Tensor) -> Tensor:
         branch = torch.promote_types(products_dtype(x), self.ls1.gamma.dtype)
         found = self._operation(x, *(factors(path, x, branch) for path in (self.drop_path1, self.drop_path2)))
-        move_statistics(self.mlp.norm1, found.mean1, found.var1, found.count)
-        move_statistics(self.mlp.norm2, found.mean2, found.var2, found.count)
+        move_statistics(self.mlp.norm1, found.mean1, found.var1, found.values)
+        move_statistics(self.mlp.norm2, found.mean2, found.var2, found.values)
         return found.result
 
     def rehearse(self, x: Tensor) -> object:
@@ -104,28 +104,28 @@ class Meta4D(Fusable):
 
     def _operation(self, x: Tensor, keep1: Tensor | None, keep2: Tensor | None) -> ops.Trained:
         """`ops.meta4d_train`, with the running statistics where the norms use these."""
-        mlp, norms = self.mlp, (self.mlp.norm1, self.mlp.norm2)
-        statistics: list[Tensor | None] = [None] * 4
-        if not uses_batch(norms[0]):
-            statistics = [upcast(one) for norm in norms for one in (norm.running_mean, norm.running_var)]
-        weights = [
-            one
-            for fc, norm in ((mlp.fc1, norms[0]), (mlp.fc2, norms[1]))
-            for one in (fc.weight.flatten(1), fc.bias, norm.weight, norm.bias)
-        ]
-        vectors = [one if one is None or one.ndim == 2 else upcast(one) for one in weights]
+        mlp = self.mlp
+        norm1, norm2 = mlp.norm1, mlp.norm2
+        moving = (None,) * 4 if uses_batch(norm1) else _statistics(norm1) + _statistics(norm2)
         return ops.meta4d_train(
             x,
             upcast(self.ls1.gamma),
-            *vectors,
+            mlp.fc1.weight.flatten(1),
+            None if mlp.fc1.bias is None else upcast(mlp.fc1.bias),
+            upcast(norm1.weight),
+            upcast(norm1.bias),
+            mlp.fc2.weight.flatten(1),
+            None if mlp.fc2.bias is None else upcast(mlp.fc2.bias),
+            upcast(norm2.weight),
+            upcast(norm2.bias),
             upcast(self.ls2.gamma),
             keep1,
             keep2,
-            *statistics,
-            eps1=norms[0].eps,
-            eps2=norms[1].eps,
+            *moving,
+            eps1=norm1.eps,
+            eps2=norm2.eps,
             activation=self.activation,
-            process_group=group_of(norms[0]),
+            process_group=group_of(norm1),
             backend=self.backend,
         )
 
@@ -138,3 +138,10 @@ class Meta4D(Fusable):
 
     def steps(self, source: Source) -> Iterator[Step]:
         yield Step.of(source, "meta4d", *self.folded(source), activation=self.activation)
+
+
+def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The running mean and variance, float32 (float64 if they are)."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return upcast(norm.running_mean), upcast(norm.running_var)
