@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import itertools
 import json
 import os
@@ -413,6 +415,25 @@ def test_steps_stay_near_float64() -> None:
     ours, eager = ((ends[how] - ends["exact"]).norm() for how in ("triton", "eager"))
     assert eager > 0
     assert ours <= 1.5 * eager
+
+
+def test_the_example_has_the_losses_of_eager(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/examples/finetune.py with AdamW and stochastic depth, on fewer blocks: three steps, to four digits."""
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(TESTS.parent / "docs" / "examples")
+    finetune = importlib.import_module("finetune")
+    fewer = functools.partial(effformer.create_model, depths=(1, 1, 1, 2), widths=(16, 32, 48, 64))
+    monkeypatch.setattr(effformer, "create_model", fewer)
+    losses = []
+    for backend in ("eager", "triton"):
+        with float32_as_such(), recorded() as launches:
+            finetune.main(["--steps", "3", "--batch-size", "24", "--backend", backend])
+        losses.append([float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines()])
+    assert any(one.kernel.__name__ == "attention_backward_kernel" for one in launches)
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
