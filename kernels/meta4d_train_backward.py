@@ -65,13 +65,15 @@ def _implementation(
     weight1, weight2, layer_scale1 = weight1.contiguous(), weight2.contiguous(), layer_scale1.contiguous()
     scale1, shift1, inverse1 = folded(mean1, var1, norm_weight1, norm_bias1, eps1)
     inverse2 = torch.rsqrt(var2 + eps2)
-    total2, along2 = gradient_sums(grad, o, keep2, mean2)  # Σ G, Σ G * (o - mean2)
-    along2 = along2 * inverse2
     of_o = layer_scale2 * norm_weight2 * inverse2
-    found[7] = (torch.zeros_like(total2) if batched else of_o * total2) if needed[7] and bias2 is not None else None
-    found[8] = layer_scale2 * along2
-    found[9] = layer_scale2 * total2
-    found[10] = norm_weight2 * along2 + norm_bias2 * total2
+    total2 = along2 = torch.zeros_like(of_o)
+    if batched or any(needed[7:]):
+        total2, along2 = gradient_sums(grad, o, keep2, mean2)  # Σ G, Σ G * (o - mean2)
+        along2 = along2 * inverse2
+        found[7] = (torch.zeros_like(total2) if batched else of_o * total2) if bias2 is not None else None
+        found[8] = layer_scale2 * along2
+        found[9] = layer_scale2 * total2
+        found[10] = norm_weight2 * along2 + norm_bias2 * total2
     if any(needed[:7]):
         size = size_of(of_o)
         nothing = torch.zeros_like(of_o)
@@ -114,7 +116,7 @@ def _implementation(
             if batched:
                 wide = weight1.float()
                 square, line = wide.T @ (k1[:, None] * wide), k0 @ wide
-                dy = dy - (flat_map(given) @ square.to(dtype)).to(dy.dtype) - line.to(dy.dtype)
+                dy.sub_((flat_map(given) @ square.to(dtype)).to(dy.dtype)).sub_(line.to(dy.dtype))
             batch, channels, height, width = x.shape
             dy = dy.view(batch, height, width, channels).permute(0, 3, 1, 2)
             found[:2] = pool_mixer_gradients(dy, x, layer_scale1, needed[:2], keep1)

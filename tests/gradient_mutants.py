@@ -120,8 +120,8 @@ GRADIENT_MUTANTS = (
     # training
     Mutant("training: norm2's term of the mean left out", "kernels/meta4d_train_backward.py", "-shared * total - terms[2] * mean2", "-terms[2] * mean2"),
     Mutant("training: norm2's term of the deviation left out", "kernels/meta4d_train_backward.py", "terms[2] = -shared * inverse2 * along", "terms[2] = 0 * shared"),
-    Mutant("training: norm1's correction of y left out", "kernels/meta4d_train_backward.py", "dy = dy - (flat_map(given) @ square.to(dtype)).to(dy.dtype) - line.to(dy.dtype)", "pass"),
-    Mutant("training: norm1's line left out of y", "kernels/meta4d_train_backward.py", " - line.to(dy.dtype)", ""),
+    Mutant("training: norm1's correction of y left out", "kernels/meta4d_train_backward.py", "dy.sub_((flat_map(given) @ square.to(dtype)).to(dy.dtype)).sub_(line.to(dy.dtype))", "pass"),
+    Mutant("training: norm1's line left out of y", "kernels/meta4d_train_backward.py", ".sub_(line.to(dy.dtype))", ""),
     Mutant("training: mean1 left out of k0", "kernels/meta4d_train_backward.py", "scale1 * total / count - k1 * mean1", "scale1 * total / count"),
     Mutant("training: covariance left out of weight1", "kernels/meta4d_train_backward.py", "torch.outer(along_mean, middle) + (own * k1)[:, None] * (wide @ covariance.double())", "torch.outer(along_mean, middle)"),
     Mutant("training: mean left out of weight1", "kernels/meta4d_train_backward.py", "torch.outer(along_mean, middle) + (own", "(own"),

@@ -150,6 +150,7 @@ def test_what_is_not_needed_is_not_computed(frozen: bool) -> None:
         names = {one.kernel.__name__ for one in launches}
         assert ("pool_mixer_backward_kernel" in names) == (place < 2), place
         assert ("mlp_backward_kernel" in names) == (place < 7), place
+        assert ("gradient_sums_kernel" in names) == (place >= 7 or not frozen), place
 
 
 def test_the_same_bits_twice_from_any_memory() -> None:
@@ -190,6 +191,15 @@ def test_nan_and_infinities_reach_the_parameters() -> None:
         _, gradients = case._replace(grad=grad).by("triton")
         for place, one in enumerate(gradients):
             assert place in (3, 7) or not one.isfinite().all(), place  # of biases, which are 0
+
+
+def test_an_empty_batch_with_given_statistics() -> None:
+    case = draw((2, 20, 3, 4), torch.float16, frozen=True)
+    x, *others = case.tensors
+    empty = case._replace(tensors=[x[:0], *others], grad=case.grad[:0])
+    result, gradients = empty.by("triton")
+    assert result[0].shape == (0, 20, 3, 4)
+    assert not any(one.any() for one in gradients)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,16 @@ from ...version import __version__
 NAME = "effformer"
 LICENCE = "apache-2.0"  # as the hub writes it
 BACKENDS = ("cpu", "cuda")
-MODULES = ("attention_bias.py", "backend.py", "checks.py", "config.py", "gradients.py", "ops.py", "reference.py")
+MODULES = (
+    "attention_bias.py",
+    "backend.py",
+    "checks.py",
+    "config.py",
+    "gradients.py",
+    "ops.py",
+    "reference.py",
+    "train_ops.py",
+)
 
 # The public names of a build, from `effformer.ops`.
 PUBLIC = (
