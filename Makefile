@@ -101,7 +101,7 @@ triton: $(VENV)/dev.stamp
 	test -d $(OTHER)/numpy || $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OTHER) triton==$(TRITON) "numpy<2.4"
 
 KERNEL_TESTS := $(addprefix tests/test_,kernels.py kernel_models.py kernel_shapes.py kernel_values.py split.py conv_norm.py \
-	operators.py plan.py live.py live_modules.py host.py backward.py backward_use.py train_mode.py)
+	operators.py plan.py live.py live_modules.py host.py backward.py backward_use.py train_mode.py train_networks.py)
 test-part: triton
 	PYTHONPATH=$(OTHER) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest \
 		--numprocesses logical --maxprocesses 8 --dist worksteal -m "not gpu" $(KERNEL_TESTS)

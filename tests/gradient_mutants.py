@@ -19,8 +19,8 @@ class Mutant:
         return f"{self.fault} ({self.file})"
 
 
-_BACKWARD = ("test_backward.py", "test_backward_use.py", "test_train_mode.py")
-_TRAINING = ("test_train_mode.py",)
+_BACKWARD = ("test_backward.py", "test_backward_use.py", "test_train_mode.py", "test_train_networks.py")
+_TRAINING = ("test_train_mode.py", "test_train_networks.py")
 GRADIENT_JUDGES = {
     "effformer/gradients.py": _BACKWARD,
     "effformer/model/batch_norm.py": _TRAINING,

@@ -1,8 +1,9 @@
-"""One of two processes whose BatchNorms share their statistics; `test_train_mode.py` starts them.
+"""One of two processes that train on the kernels together; `test_train_networks.py` starts them.
 
     python sync_worker.py RANK FOLDER
 
-FOLDER/RANK.pt gets the result of a block on this process's images, the gradients of their loss, and buffers.
+FOLDER/RANK.pt gets results, gradients and buffers: of a block whose BatchNorms share their statistics ("sync"), and of
+a network as DistributedDataParallel ("ddp") and FSDP2 by blocks ("fsdp") train it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import effformer
 from effformer.testing import float32_as_such, randomise
@@ -44,12 +49,46 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"result": result.detach(), "x": x.grad, **gradients, **dict(model.named_buffers())}  # type: ignore[dict-item]
 
 
+def network() -> nn.Module:
+    """Of 4D and 3D blocks in training, the same in each process."""
+    widths = {"depths": (1, 1, 1, 2), "widths": (16, 32, 48, 64)}
+    model = effformer.create_model("efficientformer_l1", num_classes=5, **widths, backend="triton")
+    return randomise(model).train()
+
+
+def gradients(model: nn.Module, rank: int) -> dict[str, Tensor]:
+    """Of the loss on this process's images, as the wrapper around the network combines them."""
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(10 + rank))
+    with float32_as_such():
+        result = model(x)
+        (result[0] if isinstance(result, tuple) else result).square().mean().backward()
+    found = {}
+    for name, one in model.named_parameters():
+        if (grad := one.grad) is not None:
+            found[name.removeprefix("module.")] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return found
+
+
+def sharded() -> nn.Module:
+    model, mesh = network(), init_device_mesh("cpu", (len(SHARES),))
+    for stage in model.stages:
+        for one in stage.blocks:
+            if any(True for _ in one.parameters()):
+                fully_shard(one, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SHARES))
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(block())
     own = images().split(SHARES)[rank].clone()
-    torch.save(step(model, own), folder / f"{rank}.pt")
+    found = {
+        "sync": step(nn.SyncBatchNorm.convert_sync_batchnorm(block()), own),
+        "ddp": gradients(DistributedDataParallel(network()), rank),
+        "fsdp": gradients(sharded(), rank),
+    }
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -69,7 +69,7 @@ PIECES = (
     Piece("models", ("gpu/test_gpu_models.py",), min(4, MANY), 240),
     Piece("frozen", ("gpu/test_gpu_frozen.py",), min(4, MANY), 240),
     Piece("live", ("gpu/test_gpu_live.py", "test_live.py", "test_live_modules.py", "test_plan.py"), min(4, MANY), 240),
-    Piece("backward", ("test_backward.py", "test_backward_use.py", "test_train_mode.py"), MANY, 240),
+    Piece("backward", ("test_backward.py", "test_backward_use.py", "test_train_mode.py", "test_train_networks.py"), MANY, 240),
     Piece("accuracy", ("gpu/test_gpu_accuracy.py",), MANY, 240),
     Piece("runtime", ("gpu/test_gpu_runtime.py",), 1, 240),
     Piece("repeats", ("gpu/test_gpu_repeats.py",), 1, 240),
