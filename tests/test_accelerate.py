@@ -174,7 +174,7 @@ def test_a_published_network_of_timms(timm: Any) -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert ours.default_cfg == theirs.default_cfg
     assert ours.head_drop.p == 0.1
-    rates = [module.rate for module in ours.modules() if isinstance(module, effformer.model.blocks.DropPath)]
+    rates = [module.rate for module in ours.modules() if isinstance(module, effformer.model.parts.DropPath)]
     wanted = [module.drop_prob for module in theirs.modules() if hasattr(module, "drop_prob")]
     assert rates == wanted
     assert len(rates) == 28

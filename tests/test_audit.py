@@ -42,6 +42,9 @@ PRODUCTS = {
     "linear_kernel",
     "bias_attention_kernel",
     "attention_backward_kernel",
+    "attention_rows_backward_kernel",
+    "attention_tokens_backward_kernel",
+    "attention_bias_backward_kernel",
     "gram_kernel",
 }
 
@@ -72,6 +75,9 @@ def test_l1_on_hopper(tmp_path: Path) -> None:
         "fold_kernel",
         "mlp_backward_kernel",
         "attention_backward_kernel",
+        "attention_rows_backward_kernel",
+        "attention_tokens_backward_kernel",
+        "attention_bias_backward_kernel",
         "layer_norm_backward_kernel",
         "channel_statistics_kernel",
         "combine_kernel",

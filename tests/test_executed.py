@@ -26,7 +26,7 @@ from effformer.testing import draw_case, float32_as_such
 def test_every_kernel_once_in_bfloat16(tmp_path: Path, capability: int) -> None:
     """A small network with its fold, and the kernels that it lacks: right by the accuracy rule, and without a fault.
 
-    test_backward.py does so with the kernels of gradients.
+    test_backward.py and test_train_mode.py do so with the kernels of gradients and of training.
     """
     output = tmp_path / "executed.jsonl"
     command = ["--part", "--targets", str(capability), "--workers", "1", "--output", str(output)]
@@ -35,7 +35,8 @@ def test_every_kernel_once_in_bfloat16(tmp_path: Path, capability: int) -> None:
     assert all(record["passes"] for record in records)
     kernels = {one["kernel"] for record in records for one in record["kernels"]}
     all_jobs, _ = jobs(["efficientformer_l1"], [capability], ["bfloat16"])
-    assert kernels == {job.kernel for job in all_jobs if not job.kernel.endswith("_backward_kernel")}
+    inference = [job for job in all_jobs if not job.operation.endswith(("_backward", "_train"))]
+    assert kernels == {job.kernel for job in inference}
 
 
 # --- agreement with the interpreter -----------------------------------------------------------------------------------

@@ -293,8 +293,9 @@ def test_float32_products(capability: int, convolutions: bool, products: bool) -
     finally:
         conv.fp32_precision, matmul.fp32_precision = before
     for (operation, kernel), precision in found.items():
-        allowed = convolutions if operation in ("conv_norm", "conv_mlp", "meta4d", "meta4d_backward") else products
-        unfused = "linear_kernel", "conv_norm_kernel", "bias_attention_kernel", "mlp_backward_kernel"
+        of_maps = "conv_norm", "conv_mlp", "meta4d", "meta4d_backward", "meta4d_train"
+        allowed = convolutions if operation in of_maps else products
+        unfused = "linear_kernel", "conv_norm_kernel", "bias_attention_kernel", "mlp_backward_kernel", "gram_kernel"
         threefold = kernel in unfused and capability != 100
         assert precision == {"tf32" if allowed else "tf32x3" if threefold else "ieee"}, (operation, kernel)
     kernels = {kernel for _, kernel in found}

@@ -30,7 +30,7 @@ def network_launches(
 
     Maps are channels_last. Images come in the layouts that users have: contiguous in `dtype` (and in float32), and
     [batch, height, width, 3] in uint8. `attention_mixer` contains `bias_attention`, which is described once more with
-    a prepared bias alone. Gradients are included, and training of more than 2 images of 224 by 224.
+    a prepared bias alone. Gradients are included, and training of 256 and of 8 images of 224 by 224.
     """
     for work in network_work(PRESETS[name], batch, size):
         if work.operation == "bias_attention":
@@ -47,7 +47,7 @@ def network_launches(
             yield from _launches(draw, device)
             if work.operation in ("meta4d", "attention_mixer", "linear_mlp"):
                 yield from backward_launches(draw, device)
-            if work.operation == "meta4d" and batch > 2 and size == (224, 224):
+            if work.operation == "meta4d" and batch in (256, 8) and size == (224, 224):
                 yield from training_launches(work.shape, dtype, device, **work.options)
 
 
