@@ -107,8 +107,10 @@ def test_a_compiled_step_without_breaks(narrow: Callable[..., EfficientFormer]) 
         assert torch.equal(one, other)
 
 
-def test_a_network_step_by_inductor() -> None:
+def test_a_network_step_by_inductor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A training step of 4D and 3D blocks without graph breaks: gradients and running statistics as without it."""
+    # A run that was cut off leaves half a file in the usual folder.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     plain = sync_worker.network().to(DEVICE)
     compiled = copy.deepcopy(plain)
     x = torch.randn(2, 3, 64, 64)
@@ -212,7 +214,8 @@ def test_two_processes(tmp_path: Path) -> None:
         assert part[wrapper].keys() == first.keys()
         for name, grad in part[wrapper].items():
             wanted = (first[name] + second[name]) / 2
-            assert torch.allclose(grad, wanted, rtol=0, atol=1e-6 * wanted.abs().max().item() + 1e-9), (wrapper, name)
+            bound = 1e-6 * wanted.abs().max().item() + 1e-6  # noise where a bias has no gradient
+            assert torch.allclose(grad, wanted, rtol=0, atol=bound), (wrapper, name)
 
 
 def test_steps_stay_near_float64() -> None:
