@@ -31,7 +31,7 @@ from .checks import (
     check_vectors,
     check_weight,
 )
-from .train_ops import Trained as Trained
+from .train_ops import TrainingResult as TrainingResult
 from .train_ops import meta4d_train as meta4d_train
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _TRAINED, _DRAWN, _TENSORS = 11, 13, 17
 
 
-class Trained(NamedTuple):
+class TrainingResult(NamedTuple):
     """The result of `meta4d_train`, and the statistics that it used, float32 (float64 if x is).
 
     `values` is the number of values a channel that they are of, or a tensor of it where other processes take part.
@@ -61,7 +61,7 @@ def meta4d_train(
     activation: str = "gelu",
     process_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
-) -> Trained:
+) -> TrainingResult:
     """A whole 4D MetaBlock in training: y + keep2 * layer_scale2 * norm2(W2 · act(norm1(W1 · y + bias1)) + bias2).
 
     y is x + keep1 * layer_scale1 * (avg_pool3x3(x) - x), and the norms are BatchNorm (paper section 4, MB4D). Without
@@ -121,17 +121,17 @@ def meta4d_train(
     if select_backend(backend, *there, activation=activation, differentiable=True) == "eager":
         if process_group is not None:
             raise UnsupportedError("process_group: got one, allowed is None where eager PyTorch computes")
-        return Trained(*reference.meta4d_train(*tensors, eps1=eps1, eps2=eps2, activation=activation), count)
+        return TrainingResult(*reference.meta4d_train(*tensors, eps1=eps1, eps2=eps2, activation=activation), count)
     options = eps1, eps2, activation, "" if process_group is None or given_ones else process_group.group_name
     dtype = products_dtype(x)
     compute: Callable[..., Any] = _Train.apply if needs_gradient(*there) else _by_kernels
     found = compute(options, dtype, *tensors)
     if mean1 is not None and var1 is not None and mean2 is not None and var2 is not None:
-        return Trained(found[0], mean1, var1, mean2, var2, count)
+        return TrainingResult(found[0], mean1, var1, mean2, var2, count)
     first, second = (
         one if bias is None else one + bias.detach() for one, bias in ((found[2], bias1), (found[4], bias2))
     )
-    return Trained(found[0], first, found[3], second, found[5], found[8] if process_group else count)
+    return TrainingResult(found[0], first, found[3], second, found[5], found[8] if process_group else count)
 
 
 def _by_kernels(options: tuple[Any, ...], dtype: torch.dtype, *tensors: Tensor | None) -> Sequence[Tensor]:

@@ -19,7 +19,7 @@ from .layer_norm_backward import layer_norm_gradients
 from .layout import dense_tokens, new_tokens, packed, token_rows
 from .linear import linear_launch
 from .register import register_gradients
-from .vendor import float32_product, scaled
+from .vendor import float32_product, row_products, scaled
 
 
 def _implementation(
@@ -63,7 +63,7 @@ def _implementation(
     if of_proj or of_scale:
         product = float32_product(rows.to(dtype).T, values.flatten(0, 1))
         found[6] = product * scale[:, None] if of_proj else None
-        found[7] = (product.double() * proj_weight).sum(1).float() if of_scale else None
+        found[7] = row_products(product, proj_weight) if of_scale else None
     if any(needed[:6]):
         above, size = scaled(rows, scale, dtype)
         back = of_x or of_norm_weight or of_norm_bias

@@ -106,7 +106,7 @@ def attention_backward_launches(
     out: Tensor | None,
     out_bias: Tensor | None,
 ) -> list[Launch]:
-    """The gradients of which there is an `out`; all tensors are contiguous.
+    """Compute the gradients whose `out` or `out_bias` is given; all tensors are contiguous.
 
     grad [B, N, heads * value_dim] in qkv's dtype, qkv and out [B, N, heads * (2 * key_dim + value_dim)],
     bias [heads, N, N] float32, out_bias [splits, heads, N, N] float32 (`new_bias_parts`).

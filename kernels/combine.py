@@ -1,4 +1,4 @@
-"""Passes over maps around the products of a block in training: sums of channels, and of two maps with factors.
+"""Passes over maps that a 4D block in training takes beside its products: pooling, sums over rows, a sum of two maps.
 
 `keep` [B] holds stochastic depth's factor of each image.
 """

@@ -4,7 +4,7 @@ With x̂ the normalised rows, g the gradient of norm(x) and wg = weight * g:
 
     dx = dy + (wg - mean(wg) - x̂ * mean(wg * x̂)) / deviation     d weight = Σ g * x̂     d bias = Σ g
 
-A program takes several tiles of rows, whose sums over rows it writes once.
+Each program sums over several tiles of rows, and writes its sums once.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from .layer_norm_backward import layer_norm_gradients
 from .layout import dense_tokens, new_tokens, packed, token_rows
 from .mlp_backward import BackwardMlp, Wanted, mlp_sums
 from .register import register_gradients
-from .vendor import scaled
+from .vendor import row_products, scaled
 
 
 def _implementation(
@@ -59,7 +59,7 @@ def _implementation(
         found[4] = None if sums.shift1 is None else sums.shift1 * size
         if sums.weight2 is not None:
             found[5] = sums.weight2 * scale2[:, None] if of_weight2 else None
-            found[6] = (sums.weight2.double() * weight2).sum(1).float() if of_scale2 else None
+            found[6] = row_products(sums.weight2, weight2) if of_scale2 else None
     return found
 
 

@@ -16,7 +16,7 @@ from .mlp_backward import BackwardMlp, Wanted, mlp_sums
 from .pool_mixer import pool_mixer_launch
 from .pool_mixer_backward import pool_mixer_gradients
 from .register import register_gradients
-from .vendor import flat_map, scaled
+from .vendor import flat_map, row_products, scaled
 
 
 def _implementation(
@@ -76,7 +76,7 @@ def _mlp_gradients(
         None if found.scale1 is None else found.scale1 * size,
         None if found.shift1 is None else found.shift1 * size,
         found.weight2 * scale2[:, None] if of_weight2 and found.weight2 is not None else None,
-        (found.weight2.double() * mlp.weight2).sum(1).float() if of_scale2 and found.weight2 is not None else None,
+        row_products(found.weight2, mlp.weight2) if of_scale2 and found.weight2 is not None else None,
         shift2,
     ]
 

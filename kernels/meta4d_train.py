@@ -11,7 +11,7 @@ processes (SyncBatchNorm). For the backward (`meta4d_train_backward.py`) x and o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ from .combine import combine, pool_keep
 from .launch import run
 from .layout import Rows, dense_map, new_map, token_rows
 from .linear import linear_launch
-from .mlp_backward import MOST_HIDDEN
+from .mlp_backward import hidden_parts
 from .pool_mixer import pool_mixer_launch
 from .processes import merged_statistics
-from .register import register
-from .statistics import channel_statistics, covariance
+from .register import register, takes_arguments_of
+from .statistics import channel_statistics, covariance, merged
 from .vendor import flat_map
 
 
@@ -39,12 +39,6 @@ def pooled(x: Tensor, layer_scale: Tensor, keep: Tensor | None) -> Tensor:
     return out
 
 
-def _parts(count: int, hidden: int) -> Iterator[slice]:
-    """All rows, in parts whose hidden activations are in memory at a time."""
-    most = max(1, MOST_HIDDEN // hidden)
-    return (slice(first, min(first + most, count)) for first in range(0, count, most))
-
-
 def _rows(x: Tensor) -> Rows:
     return token_rows(x[None])
 
@@ -53,15 +47,15 @@ def _hidden_statistics(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of weight · rows, float64 [hidden], from the product itself."""
     count, hidden = len(rows), len(weight)
     shift = weight.new_zeros(hidden, dtype=torch.float32)
-    mean, square = (weight.new_zeros(hidden, dtype=torch.float64) for _ in range(2))
-    for part in _parts(count, hidden):
-        product = rows.new_empty(part.stop - part.start, hidden)
-        run(linear_launch(_rows(rows[part]), weight, None, shift, _rows(product), convolution=True))
-        of_part, variance = channel_statistics(product)
-        share, away = len(product) / part.stop, of_part - mean  # of the rows so far
-        square += len(product) * variance + part.start * share * away.square()
-        mean = mean + share * away
-    return mean, square / count
+    counts, means, squares = [], [], []
+    for part in hidden_parts(count, hidden):
+        product = rows.new_empty(len(part), hidden)
+        run(linear_launch(_rows(rows[part.start : part.stop]), weight, None, shift, _rows(product), convolution=True))
+        mean, variance = channel_statistics(product)
+        counts.append(len(part))
+        means.append(mean)
+        squares.append(variance * len(part))
+    return merged(means[0].new_tensor(counts), torch.stack(means), torch.stack(squares))
 
 
 def _branch(rows: Tensor, weight1: Tensor, scale1: Tensor, shift1: Tensor, weight2: Tensor, activation: str) -> Tensor:
@@ -69,14 +63,13 @@ def _branch(rows: Tensor, weight1: Tensor, scale1: Tensor, shift1: Tensor, weigh
     hidden, channels = weight1.shape
     out = torch.empty_like(rows)
     one, zero = weight1.new_ones(channels, dtype=torch.float32), weight1.new_zeros(channels, dtype=torch.float32)
-    for part in _parts(len(rows), hidden):
-        act = rows.new_empty(part.stop - part.start, hidden)
+    for part in hidden_parts(len(rows), hidden):
+        given, target = (_rows(one[part.start : part.stop]) for one in (rows, out))
+        act = rows.new_empty(len(part), hidden)
         x_gain = gain(form(activation, weight1.dtype))
         run(
-            linear_launch(
-                _rows(rows[part]), weight1, scale1, shift1, _rows(act), activation=activation, convolution=True
-            ),
-            linear_launch(_rows(act), weight2, one, zero, _rows(out[part]), x_gain=x_gain, convolution=True),
+            linear_launch(given, weight1, scale1, shift1, _rows(act), activation=activation, convolution=True),
+            linear_launch(_rows(act), weight2, one, zero, target, x_gain=x_gain, convolution=True),
         )
     return out
 
@@ -149,22 +142,9 @@ def _implementation(
     return [out, o, mean1, var1, mean2, var2, mean, covariances, values]
 
 
-def _fake(
-    x: Tensor,
-    layer_scale1: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    norm_weight1: Tensor,
-    norm_bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    norm_weight2: Tensor,
-    norm_bias2: Tensor,
-    layer_scale2: Tensor,
-    keep1: Tensor | None,
-    keep2: Tensor | None,
-    mean1: Tensor | None,
-) -> list[Tensor]:
+@takes_arguments_of(_implementation)
+def _fake(x: Tensor, layer_scale1: Tensor, weight1: Tensor, *others: Any) -> list[Tensor]:
+    mean1 = others[10]
     (hidden, channels), (batch, _, height, width) = weight1.shape, x.shape
     side = channels if mean1 is None else 0
     o = x.new_empty(batch, height, width, channels, dtype=weight1.dtype).permute(0, 3, 1, 2)

@@ -146,7 +146,7 @@ class Wanted(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the gradients are made of, with dz' = grad / size for a number `size` that the caller knows.
+    """Parts of an MLP's gradients. A caller that divided `grad` by a number multiplies each part by it.
 
     Attributes:
         x: (scale1 * W1)ᵀ dh of each row, [rows, C] in the products' dtype.
@@ -154,7 +154,7 @@ class Sums(NamedTuple):
         scale1, shift1: Σ dh * (t - centre) and Σ dh, [hidden].
         weight2: Σ left actᵀ, [C, hidden].
 
-    Sums are float32; None for what is not wanted.
+    Sums are float32. Parts that are not wanted are None.
     """
 
     x: Tensor | None
@@ -230,19 +230,17 @@ def mlp_sums(
     source, above, right = map_rows(x), map_rows(grad), flat_map(x) if right is None else right
     count, channels = source.count, source.channels
     block_m, _, _, _ = _tiles(mlp, count)
-    most = max(1, MOST_HIDDEN // hidden // block_m) * block_m
-    most = min(most, -(-max(count, 1) // block_m) * block_m)
-    act, dh = (x.new_empty(most, hidden, dtype=dtype) for _ in range(2))
+    parts = hidden_parts(count, hidden, block_m)
+    act, dh = (x.new_empty(len(parts[0]) if parts else 0, hidden, dtype=dtype) for _ in range(2))
     partial = x.new_empty(2, -(-count // block_m), hidden, dtype=torch.float32)
     of_weight1, of_weight2 = None, None
     out = x.new_empty(count, channels) if wanted.x else None
     weight1 = _scaled_weight(mlp) if wanted.x else None
-    for first in range(0, count, most):
-        part = slice(first, min(first + most, count))
-        length, tile = part.stop - first, first // block_m
+    for rows in parts:
+        part, length, tile = slice(rows.start, rows.stop), len(rows), rows.start // block_m
         sums, products = partial[:, tile : tile - (-length // block_m)]
         scratch = Scratch(act[:length], dh[:length], sums, products)
-        run(mlp_backward_launch(source, above, mlp, first, scratch))
+        run(mlp_backward_launch(source, above, mlp, rows.start, scratch))
         if wanted.weight1:
             of_weight1 = _added(of_weight1, float32_product(scratch.grad.T, right[part]))
         if wanted.weight2:
@@ -258,6 +256,12 @@ def mlp_sums(
         partial[0].sum(0, dtype=torch.float64).float() if wanted.shift1 else None,
         of_weight2 if wanted.weight2 else None,
     )
+
+
+def hidden_parts(count: int, hidden: int, multiple: int = 1) -> list[range]:
+    """Share out `count` rows to parts whose hidden activations fit in memory, each a multiple of so many rows."""
+    most = max(1, MOST_HIDDEN // hidden // multiple) * multiple
+    return [range(first, min(first + most, count)) for first in range(0, count, most)]
 
 
 def _scaled_weight(mlp: BackwardMlp) -> Tensor:

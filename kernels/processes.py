@@ -1,6 +1,6 @@
-"""Statistics and sums of all processes of a group, for a BatchNorm whose batch is spread over them.
+"""Statistics and sums over all processes of a group, which share the batch of a SyncBatchNorm.
 
-A group is known by its name, which an operator can take; "" is this process alone. All processes call in one order.
+Operators take a group by its name; "" is this process alone. All processes must call in the same order.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .statistics import merged
 
 
 def merged_statistics(count: int, mean: Tensor, var: Tensor, group: str) -> tuple[Tensor | int, Tensor, Tensor]:
@@ -17,10 +19,8 @@ def merged_statistics(count: int, mean: Tensor, var: Tensor, group: str) -> tupl
     own = torch.cat([mean.new_tensor([count]), mean, var])
     every = own.new_empty(_size(group), len(own))
     dist.all_gather_into_tensor(every, own[None], group=_group(group))
-    counts, means, variances = every[:, :1], *every[:, 1:].chunk(2, dim=1)
-    total = counts.sum()
-    middle = (means * counts).sum(0) / total
-    return total, middle, ((variances + (means - middle).square()) * counts).sum(0) / total
+    counts, means, variances = every[:, 0], *every[:, 1:].chunk(2, dim=1)
+    return counts.sum(), *merged(counts, means, variances * counts[:, None])
 
 
 def summed(one: Tensor, other: Tensor, group: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ def register(schema: str, implementation: Callable[..., Tensor], fake: Callable[
     return _operator(name)
 
 
+_Fake = TypeVar("_Fake", bound=Callable[..., Any])
+
+
 def register_gradients(
     schema: str, implementation: Callable[..., Sequence[Tensor | None]], like: Callable[[Tensor], Tensor]
 ) -> Callable[..., list[Tensor]]:
@@ -65,8 +68,17 @@ def register_gradients(
                 found.append(like(x) if place == 0 else x.new_empty(one.shape, dtype=torch.float32))
         return found
 
-    fake.__signature__ = inspect.signature(implementation)  # type: ignore[attr-defined]  # `register` counts arguments
-    return register(schema, run, fake)  # type: ignore[arg-type,return-value]
+    return register(schema, run, takes_arguments_of(implementation)(fake))  # type: ignore[arg-type,return-value]
+
+
+def takes_arguments_of(implementation: Callable[..., Any]) -> Callable[[_Fake], _Fake]:
+    """Decorate a fake that takes all arguments of an implementation: `register` passes as many as its signature has."""
+
+    def decorate(fake: _Fake) -> _Fake:
+        fake.__signature__ = inspect.signature(implementation)  # type: ignore[attr-defined]
+        return fake
+
+    return decorate
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -52,15 +52,14 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
             num_warps,
         )
     )
-    return merged(means, squares, block_m, count)
+    return merged(_counts(tiles, block_m, count, x.device), means.double(), squares.double())
 
 
-def merged(means: Tensor, squares: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance from those of parts of `size` rows, of which the last may have fewer."""
-    counts = _counts(len(means), size, count, means.device)[:, None]
-    means = means.double()
-    mean = (means * counts).sum(0) / count
-    return mean, (squares.double().sum(0) + ((means - mean).square() * counts).sum(0)) / count
+def merged(counts: Tensor, means: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [C] of all rows; of each part its rows [parts], its mean and squares about it [parts, C]."""
+    counts = counts[:, None]
+    mean = (means * counts).sum(0) / counts.sum()
+    return mean, (squares.sum(0) + ((means - mean).square() * counts).sum(0)) / counts.sum()
 
 
 def _counts(parts: int, size: int, count: int, device: torch.device) -> Tensor:

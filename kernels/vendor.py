@@ -18,6 +18,11 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+def row_products(product: Tensor, weight: Tensor) -> Tensor:
+    """Σ grad * (weight · a) over all rows, float32 [outputs], from product = Σ grad aᵀ [outputs, inputs]."""
+    return (product.double() * weight).sum(1).float()
+
+
 def scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """scale [C] * grad [..., C] in `dtype`, divided by `size_of(scale)`, and that number.
 

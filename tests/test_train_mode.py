@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from effformer.kernels.launch import recorded
 from effformer.kernels.statistics import channel_statistics, covariance
 from machine import DEVICE, DTYPES
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from train_cases import TENSORS, TRAINED, draw, within
 
 from effformer import ops
-from effformer.testing import LAYOUTS, float32_as_such, unwritten_is_nan
+from effformer.testing import LAYOUTS, draw_map, float32_as_such, meta4d_case, meta4d_train_case, unwritten_is_nan
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 SHAPE = (3, 24, 9, 11)  # 297 pixels: more than two tiles of rows, and a part of one
@@ -115,7 +117,7 @@ def test_statistics_of_several_parts_of_the_hidden(monkeypatch: pytest.MonkeyPat
     """In float32 they are those of the product itself, whose parts are merged."""
     case = draw(SHAPE, torch.float32, mean=4.0)
     whole, _ = case.by("triton")
-    monkeypatch.setattr("effformer.kernels.meta4d_train.MOST_HIDDEN", 100 * case.hidden)
+    monkeypatch.setattr("effformer.kernels.mlp_backward.MOST_HIDDEN", 100 * case.hidden)
     assert within(case) == []
     parts, _ = case.by("triton")
     for one, other in zip(whole, parts, strict=True):
@@ -169,6 +171,38 @@ def test_two_maps_are_kept_for_the_backward() -> None:
     assert others[-2:] == [leaves[0].nbytes] * 2
     assert sum(others[:-2]) <= 4 * (24 * 24 + 2 * 24 + 3 * 24 + 2 * case.hidden)
     result.sum().backward()
+
+
+class _Operations(TorchDispatchMode):
+    """Counts PyTorch's operations that compute: no views, no new tensors, no products of matrices."""
+
+    _FREE = re.compile(
+        r"view|permute|expand|slice|select|unsqueeze|transpose|^t$|detach|empty|split|alias|squeeze|lift|^mm$"
+    )
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.count += not self._FREE.search(function.overloadpacket.__name__)
+        return function(*arguments, **(keywords or {}))
+
+
+def _small_operations(operator: str, *arguments: Any) -> tuple[int, list[Tensor]]:
+    with recorded(run=False), _Operations() as operations:
+        found = operators.IMPLEMENTATIONS[operator](*arguments)
+    return operations.count, found
+
+
+def test_small_operations_of_a_block() -> None:
+    """The figures of docs/training.md: operations beside kernels and products, counted on the CPU in float16."""
+    if DEVICE.type == "cuda":
+        pytest.skip("counted on the CPU")
+    x = draw_map((2, 48, 8, 8), torch.float16)
+    backward, _ = _small_operations("meta4d_backward", x, *meta4d_case(x, 192).arguments, "gelu", [True] * 8)
+    given, options = meta4d_train_case(x, 192).arguments, (1e-5, 1e-5, "gelu", "")
+    train, found = _small_operations("meta4d_train", *given, *[None] * 4, *options)
+    train_backward, _ = _small_operations("meta4d_train_backward", x, *given, *found[1:], *options, [True] * TRAINED)
+    text = (TESTS.parent / "docs" / "training.md").read_text()
+    assert f"{train} forward and {train_backward} backward with batch statistics, and {backward} backward" in text
 
 
 def test_nan_and_infinities_reach_the_parameters() -> None:
@@ -240,7 +274,7 @@ def test_operators_pass_opcheck() -> None:
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_without_gradients(layout: str) -> None:
-    """As BatchNorm's statistics are computed again: `torch.no_grad` in training mode."""
+    """Training mode under `torch.no_grad`, as for recomputing BatchNorm's statistics."""
     case = draw((2, 20, 5, 9), torch.float32, layout=layout)
     with torch.no_grad(), float32_as_such():
         one, other = (ops.meta4d_train(*case.tensors, backend=backend) for backend in ("triton", "eager"))

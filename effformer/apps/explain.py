@@ -140,9 +140,9 @@ def _block(name: str, block: Meta4D | Meta3D | Attention, x: Tensor, *others: An
     """A fused operation on its own, in a stage that is not planned as a whole."""
     asked_for = block.backend == "triton"
     mode = block.why_composed()
-    in_training = mode is not None and asked_for and block.why_untrained() is None
+    in_training = mode is not None and asked_for and block.why_no_fused_training() is None
     if mode and not in_training:
-        return PartPath(name, *(("raises", block.why_untrained()) if asked_for else ("modules", mode)), None)
+        return PartPath(name, *(("raises", block.why_no_fused_training()) if asked_for else ("modules", mode)), None)
     options: dict[str, Any] = {"differentiable": True}
     if isinstance(block, Meta4D | Meta3D):
         options["activation"] = block.activation
@@ -154,7 +154,7 @@ def _block(name: str, block: Meta4D | Meta3D | Attention, x: Tensor, *others: An
     from ..kernels.launch import described
 
     with torch.no_grad(), described() as launches:
-        (block.rehearse if in_training else block.fused)(x, *others)
+        (block.describe_training if in_training else block.fused)(x, *others)
     kernels = tuple(one.kernel.__name__ for one in launches)
     gradients = _trained(x, block)
     if in_training:

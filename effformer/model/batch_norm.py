@@ -1,4 +1,4 @@
-"""A BatchNorm whose batch statistics a fused operation computes: its running statistics, and its processes."""
+"""BatchNorm whose batch statistics a fused operation computes: its running statistics, the processes that share it."""
 
 from __future__ import annotations
 

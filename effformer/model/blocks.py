@@ -233,7 +233,7 @@ class Meta3D(Fusable):
             x, *self.folded_mlp(), activation=self.activation, eps=self.norm2.eps, backend=self.backend
         )
 
-    def why_untrained(self) -> str | None:
+    def why_no_fused_training(self) -> str | None:
         parts = self.plain_parts()
         if isinstance(parts, str):
             return parts
@@ -242,8 +242,8 @@ class Meta3D(Fusable):
             return "dropout is active here (training mode)"
         return None
 
-    def trained(self, x: Tensor, height: int, width: int) -> Tensor:
-        """With stochastic depth: of each image its part of what each half of the block adds."""
+    def fused_training(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Both halves of the block by kernels; stochastic depth scales what each half adds to an image."""
         branch = torch.promote_types(products_dtype(x), self.ls1.gamma.dtype)
         x = _kept(x, self._fused_mixer(x, height, width), factors(self.drop_path1, x, branch))
         return _kept(x, self._fused_mlp(x), factors(self.drop_path2, x, branch))

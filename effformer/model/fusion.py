@@ -74,16 +74,16 @@ class Fusable(nn.Module):
         """The result by fused operations, for the arguments of the decorated method."""
         raise NotImplementedError
 
-    def trained(self, *args: Any, **kwargs: Any) -> Tensor:
+    def fused_training(self, *args: Any, **kwargs: Any) -> Tensor:
         """The result in training by a fused operation, for the arguments of the decorated method."""
         raise NotImplementedError
 
-    def rehearse(self, *args: Any, **kwargs: Any) -> object:
-        """Launch what `trained` would; nothing is drawn, and running statistics stay."""
+    def describe_training(self, *args: Any, **kwargs: Any) -> object:
+        """Launch what `fused_training` would; nothing is drawn, and running statistics stay."""
         return self.fused(*args, **kwargs)
 
-    def why_untrained(self) -> str | None:
-        """The reason why `trained` does not compute the same as the modules now; None where it does."""
+    def why_no_fused_training(self) -> str | None:
+        """The reason why `fused_training` does not compute the same as the modules now; None where it does."""
         return self.why_composed()
 
     def why_composed(self) -> str | None:
@@ -121,7 +121,7 @@ _Block = TypeVar("_Block", bound=Fusable)
 def fusable(composed: Callable[Concatenate[_Block, _P], Tensor]) -> Callable[Concatenate[_Block, _P], Tensor]:
     """Decorate a method that calls modules: where the fused operation computes the same, `fused` runs in its place.
 
-    Batch statistics and active stochastic depth take `trained` under "triton", where a block has it. Hooks on
+    Batch statistics and active stochastic depth take `fused_training` under "triton", where a block has it. Hooks on
     submodules, replaced submodules, active dropout and activations with parameters need the modules. So does FX under
     the eager backend, since TorchScript compiles modules alone.
 
@@ -137,9 +137,9 @@ def fusable(composed: Callable[Concatenate[_Block, _P], Tensor]) -> Callable[Con
                 return self.fused(*args, **kwargs)
             reason = "FX traces the eager backend"
         elif self.backend == "triton":
-            reason = self.why_untrained()
+            reason = self.why_no_fused_training()
             if reason is None:
-                return self.trained(*args, **kwargs)
+                return self.fused_training(*args, **kwargs)
         ops.refuse_triton(self.backend, reason)
         return composed(self, *args, **kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from .batch_norm import group_of, move_statistics
 from .fusion import Fusable, fusable, is_active, uses_batch
 from .parts import DROP_PATHS, LayerScale, activation, drop_path, factors, fold_norm
 from .steps import Fold, Source, Step
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 class Pooling(nn.Module):
@@ -76,7 +79,7 @@ class Meta4D(Fusable):
     def fused(self, x: Tensor) -> Tensor:
         return ops.meta4d(x, *self.folded(), activation=self.activation, backend=self.backend)
 
-    def why_untrained(self) -> str | None:
+    def why_no_fused_training(self) -> str | None:
         parts = self.plain_parts()
         if isinstance(parts, str):
             return parts
@@ -89,20 +92,24 @@ class Meta4D(Fusable):
             return "its BatchNorms share their batch statistics with different processes"
         return None
 
-    def trained(self, x: Tensor) -> Tensor:
+    def fused_training(self, x: Tensor) -> Tensor:
         branch = torch.promote_types(products_dtype(x), self.ls1.gamma.dtype)
-        found = self._operation(x, *(factors(path, x, branch) for path in (self.drop_path1, self.drop_path2)))
+        keep1 = factors(self.drop_path1, x, branch)
+        keep2 = factors(self.drop_path2, x, branch)
+        found = self._operation(x, keep1, keep2, group_of(self.mlp.norm1))
         move_statistics(self.mlp.norm1, found.mean1, found.var1, found.values)
         move_statistics(self.mlp.norm2, found.mean2, found.var2, found.values)
         return found.result
 
-    def rehearse(self, x: Tensor) -> object:
-        paths = self.drop_path1, self.drop_path2
-        return self._operation(
-            x, *(x.new_ones(len(x), dtype=torch.float32) if is_active(one) else None for one in paths)
-        )
+    def describe_training(self, x: Tensor) -> object:
+        """As if for this process alone: the others may not call."""
+        keep = x.new_ones(len(x), dtype=torch.float32)
+        keep1, keep2 = (keep if is_active(path) else None for path in (self.drop_path1, self.drop_path2))
+        return self._operation(x, keep1, keep2)
 
-    def _operation(self, x: Tensor, keep1: Tensor | None, keep2: Tensor | None) -> ops.Trained:
+    def _operation(
+        self, x: Tensor, keep1: Tensor | None, keep2: Tensor | None, group: dist.ProcessGroup | None = None
+    ) -> ops.TrainingResult:
         """`ops.meta4d_train`, with the running statistics where the norms use these."""
         mlp = self.mlp
         norm1, norm2 = mlp.norm1, mlp.norm2
@@ -125,7 +132,7 @@ class Meta4D(Fusable):
             eps1=norm1.eps,
             eps2=norm2.eps,
             activation=self.activation,
-            process_group=group_of(norm1),
+            process_group=group,
             backend=self.backend,
         )
 

@@ -53,9 +53,9 @@ DROP_PATHS = (nn.Identity, DropPath)
 
 
 def factors(path: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Stochastic depth's factors of the images of x, [B] in float32, as `path` would draw them for a branch in `dtype`.
+    """Draw stochastic depth's factor of each image of x, float32 [B]; None where nothing is dropped.
 
-    None where nothing is dropped.
+    `path` draws in the branch's `dtype`, so these are the random numbers of its own forward.
     """
     if not (isinstance(path, DropPath) and is_active(path)):
         return None
